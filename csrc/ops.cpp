@@ -1,0 +1,31 @@
+// The schemas of every native op: the one list. Kernels are registered beside it per device: CPU here, CUDA in ops_cuda.cpp.
+// Arguments and results are explained in docs/ops.md; dsct_kernels/{tnkd,cafd}/native.py call them.
+#include <torch/csrc/stable/library.h>
+
+#include "cafd/cafd.h"
+#include "tnkd/tnkd.h"
+
+STABLE_TORCH_LIBRARY(dsct_kernels, m) {
+  m.def(
+      "tnkd(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, float ce_weight, "
+      "float tckd_weight, float nckd_weight, float temperature, int? ignore_index, int reduction, bool with_ce, "
+      "bool needs_grad) -> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
+  // In place: multiplies by a scalar that lives on the device, and does nothing when it is exactly 1. CUDA only.
+  m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
+  m.def(
+      "cafd(Tensor student_features, Tensor teacher_features, float channel_temperature, float spatial_temperature, "
+      "int reduction, bool needs_grad) -> (Tensor loss, Tensor grad_map, Tensor stats)");
+  m.def(
+      "attention_map(Tensor features, float channel_temperature, float spatial_temperature) "
+      "-> (Tensor map, Tensor stats)");
+  m.def(
+      "attention_map_backward(Tensor features, Tensor grad_map, Tensor stats, float channel_temperature, "
+      "float spatial_temperature) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
+  m.impl("tnkd", TORCH_BOX(&dsct::tnkd_cpu));
+  m.impl("cafd", TORCH_BOX(&dsct::cafd_cpu));
+  m.impl("attention_map", TORCH_BOX(&dsct::attention_map_cpu));
+  m.impl("attention_map_backward", TORCH_BOX(&dsct::attention_map_backward_cpu));
+}

@@ -1,0 +1,21 @@
+// The tnkd op: TNKD and cross-entropy of two logit maps, loss and gradient in one pass. Schema in csrc/ops.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace dsct {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                    const std::optional<Tensor>& target,
+                                                    const std::optional<Tensor>& class_weight, double ce_weight,
+                                                    double tckd_weight, double nckd_weight, double temperature,
+                                                    std::optional<int64_t> ignore_index, int64_t reduction,
+                                                    bool with_ce, bool needs_grad);
+
+}  // namespace dsct

@@ -1,0 +1,17 @@
+"""Fused kernels for DSCT: distilling segmenters across CNNs and transformers."""
+
+from .cafd.loss import CAFDLoss, cafd_loss, channel_attention_map
+from .dsct import DSCTLoss, DSCTLosses, dsct_loss
+from .tnkd.loss import TNKDLoss, tnkd_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "CAFDLoss",
+    "DSCTLoss",
+    "DSCTLosses",
+    "TNKDLoss",
+    "cafd_loss",
+    "channel_attention_map",
+    "dsct_loss",
+    "tnkd_loss",
+]

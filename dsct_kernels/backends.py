@@ -1,0 +1,96 @@
+"""Which backend serves a call, and why the others do not.
+
+A loss folder holds one module per backend, `reference`, `native` and `triton`, with the same functions in each and a
+`why_not(*tensors)` that returns None where the backend can serve these tensors, else the reason.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+try:
+    from . import _C
+
+    NATIVE_MISSING: str | None = None
+except ImportError as error:
+    _C = None
+    NATIVE_MISSING = (
+        f"the native kernels are not built into this installation ({error}); reinstall with a C++ compiler on the PATH: "
+        "pip install --no-build-isolation ."
+    )
+
+
+def build_info() -> dict[str, object]:
+    """Compiler, instruction sets built in and in use, CUDA architectures and torch version of the native build."""
+    if _C is None:
+        raise ImportError(NATIVE_MISSING)
+    return _C.build_info()
+
+
+def why_not_native(*tensors: Tensor) -> str | None:
+    """Why the native backend cannot serve these tensors, or None where it can."""
+    if NATIVE_MISSING is not None:
+        return NATIVE_MISSING
+    device = tensors[0].device
+    if device.type == "cpu":
+        return None
+    if device.type == "cuda":
+        return _why_not_native_cuda(device.index)
+    return f"the native kernels run on cpu and cuda, not on {device.type}"
+
+
+_cuda_answers: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def _why_not_native_cuda(index: int) -> str | None:
+    if index not in _cuda_answers:
+        archs = str(build_info()["cuda_archs"])
+        have = torch.cuda.get_device_capability(index)
+        _cuda_answers[index] = _why_not_arch(archs, have)
+    return _cuda_answers[index]
+
+
+def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
+    if not archs:
+        return "the native kernels were built without CUDA; reinstall where torch has CUDA and an nvcc is found"
+    for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
+        ptx = arch.endswith("+PTX")
+        major, minor = (int(x) for x in arch.removesuffix("+PTX").rstrip("af").split("."))
+        if (major == have[0] and minor <= have[1]) or (ptx and (major, minor) <= have):
+            return None
+    return f"the native kernels were built for CUDA {archs}, this GPU is {have[0]}.{have[1]}"
+
+
+def default_backend() -> str:
+    """The backend that "auto" stands for: DSCT_KERNELS_BACKEND, or "auto" itself."""
+    name = os.environ.get("DSCT_KERNELS_BACKEND", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"DSCT_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def choose(backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType, *tensors: Tensor) -> ModuleType:
+    """The module that serves these tensors under `backend`. One named explicitly serves or raises; "auto" falls back."""
+    if backend == "auto":
+        backend = default_backend()
+    if backend == "auto":
+        # CPU: Triton would run under its interpreter, never unasked. Elsewhere the measured order: benchmarks/results.
+        candidates = (native,) if tensors[0].device.type == "cpu" else (native, triton)
+        for module in candidates:
+            if module.why_not(*tensors) is None:
+                return module
+        return reference
+    if backend == "reference":
+        return reference
+    if backend not in ("native", "triton"):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    module = native if backend == "native" else triton
+    reason = module.why_not(*tensors)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
+    return module

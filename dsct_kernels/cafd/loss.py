@@ -1,0 +1,175 @@
+"""CAFD, channel-weighted attention-guided feature distillation: the public functions and the module."""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from .. import backends, checks
+from . import native, reference, triton
+
+Features = Tensor | Sequence[Tensor]
+
+
+def cafd_loss(
+    student_features: Features,
+    teacher_features: Features,
+    *,
+    channel_temperature: float = 1.0,
+    spatial_temperature: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Channel-weighted attention-guided feature distillation.
+
+    Each network's features become one attention map over positions i, :math:`A_i = \sum_c w_c P_{c,i}` (see
+    `channel_attention_map`), and the loss of a sample is :math:`KL(\tilde A^T \| \tilde A^S)` with
+    :math:`\tilde A_i = (1 - \epsilon) A_i + \epsilon / \text{positions}`, :math:`\epsilon = 10^{-6}`. The channels are
+    condensed before anything is compared, so the networks may differ in C and no adapter is needed. Maps that differ in
+    H x W are average-pooled (adaptively) to the smaller H and W. After CWD (Shu et al., ICCV 2021, arXiv 2011.13256) and
+    attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928); the formula is this project's.
+
+    Args:
+        student_features: (N, C, H, W), or a sequence of them, one per stage; float16, bfloat16, float32 or float64, any
+            strides. Transformer tokens (N, L, C) fit as ``tokens.transpose(1, 2).unflatten(2, (H, W))``, read in place.
+        teacher_features: the same N and number of stages; may differ in C, H, W, dtype and strides. Gets no gradient.
+        channel_temperature: > 0, divides the channels' relative strength before its softmax.
+        spatial_temperature: > 0, divides the features before the softmax over positions.
+        reduction: "mean" over the batch, "sum", or "none" for (N,). Stages are averaged.
+        backend: "auto", "reference", "native" or "triton"; DSCT_KERNELS_BACKEND sets what "auto" means.
+
+    Returns:
+        The loss, float32 (float64 where an input is float64). Its gradient has the student's dtype. N = 0: 0.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what was expected.
+        RuntimeError: the named backend cannot serve the call (it says why), or a second derivative is asked for.
+
+    Example:
+        >>> import torch
+        >>> from dsct_kernels import cafd_loss
+        >>> student = torch.randn(2, 64, 32, 32, requires_grad=True)
+        >>> teacher = torch.randn(2, 256, 16, 16)
+        >>> cafd_loss(student, teacher).backward()
+        >>> student.grad.shape
+        torch.Size([2, 64, 32, 32])
+    """
+    _check_temperatures(channel_temperature, spatial_temperature)
+    reduce = checks.reduction(reduction)
+    students = _stages("student_features", student_features)
+    teachers = _stages("teacher_features", teacher_features)
+    if len(students) != len(teachers):
+        raise ValueError(f"teacher_features: expected {len(students)} stages as in student_features, got {len(teachers)}")
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        if s.shape[0] != t.shape[0] or s.shape[0] != students[0].shape[0]:
+            raise ValueError(
+                f"teacher_features: expected the batch size of student_features in every stage, got {tuple(t.shape)} "
+                f"beside {tuple(s.shape)} in stage {i}"
+            )
+        checks.same_device("teacher_features", t, "student_features", s)
+    losses = [
+        _choose(backend, s, t).cafd(s, t.detach(), channel_temperature, spatial_temperature, reduce)
+        for s, t in zip(students, teachers)
+    ]
+    return losses[0] if len(losses) == 1 else sum(losses[1:], start=losses[0]) / len(losses)
+
+
+def channel_attention_map(
+    features: Tensor,
+    *,
+    channel_temperature: float = 1.0,
+    spatial_temperature: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The attention map that CAFD compares: where the channels look, each weighted by how strongly it speaks.
+
+    .. math::
+        P_{c,i} = \text{softmax}_i(F_{c,i} / \tau_s), \quad g_c = \text{mean}_i |F_{c,i}|, \quad
+        r_c = g_c / \text{mean}_c\, g_c, \quad w = \text{softmax}_c(r / \tau_c), \quad A_i = \sum_c w_c P_{c,i}
+
+    Args:
+        features: (N, C, H, W), float16, bfloat16, float32 or float64, any strides.
+        channel_temperature: > 0.
+        spatial_temperature: > 0.
+        backend: as for `cafd_loss`.
+
+    Returns:
+        A, (N, H, W), float32 (float64 for float64), each sample's sum is 1; differentiable in `features`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `cafd_loss`.
+
+    Example:
+        >>> import torch
+        >>> from dsct_kernels import channel_attention_map
+        >>> channel_attention_map(torch.zeros(1, 8, 2, 2))
+        tensor([[[0.2500, 0.2500],
+                 [0.2500, 0.2500]]])
+    """
+    _check_temperatures(channel_temperature, spatial_temperature)
+    checks.features("features", features)
+    return _choose(backend, features).attention_map(features, channel_temperature, spatial_temperature)
+
+
+def _check_temperatures(channel_temperature: float, spatial_temperature: float) -> None:
+    checks.positive("channel_temperature", channel_temperature)
+    checks.positive("spatial_temperature", spatial_temperature)
+
+
+def _stages(name: str, features: Features) -> list[Tensor]:
+    if isinstance(features, Tensor):
+        checks.features(name, features)
+        return [features]
+    if not isinstance(features, (list, tuple)):
+        raise TypeError(f"{name}: expected a Tensor or a list or tuple of Tensors, got {type(features).__name__}")
+    if not features:
+        raise ValueError(f"{name}: expected at least one stage, got an empty {type(features).__name__}")
+    for i, stage in enumerate(features):
+        checks.features(f"{name}[{i}]", stage)
+    return list(features)
+
+
+def _choose(backend: str, *tensors: Tensor) -> ModuleType:
+    return backends.choose(backend, reference, native, triton, *tensors)
+
+
+class CAFDLoss(nn.Module):
+    """`cafd_loss` as a module: the keywords are given once. It has no parameters.
+
+    Example:
+        >>> import torch
+        >>> from dsct_kernels import CAFDLoss
+        >>> CAFDLoss(reduction="none")(torch.randn(3, 4, 8, 8), torch.randn(3, 16, 8, 8)).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        *,
+        channel_temperature: float = 1.0,
+        spatial_temperature: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_temperatures(channel_temperature, spatial_temperature)
+        checks.reduction(reduction)
+        self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature
+        self.reduction, self.backend = reduction, backend
+
+    def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
+        """The loss; shapes as for `cafd_loss`."""
+        return cafd_loss(
+            student_features,
+            teacher_features,
+            channel_temperature=self.channel_temperature,
+            spatial_temperature=self.spatial_temperature,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"channel_temperature={self.channel_temperature}, spatial_temperature={self.spatial_temperature}, "
+            f"reduction={self.reduction!r}, backend={self.backend!r}"
+        )

@@ -1,0 +1,130 @@
+"""Argument checks: every error names the argument, what was expected and what came."""
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {str(x.dtype).removeprefix('torch.')}")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
+
+
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def positive(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+
+def weight(name: str, value: float) -> None:
+    number(name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def reduction(value: object) -> int:
+    """0, 1 or 2 for "none", "mean" or "sum", as the ops take it."""
+    if not isinstance(value, str) or value not in REDUCTIONS:
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
+    return REDUCTIONS[value]
+
+
+def ignore_index(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"ignore_index: expected an int or None, got {type(value).__name__}")
+
+
+def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
+    """Checks the three tensors of a TNKD call and returns the output resolution."""
+    tensor("student_logits", student_logits, FLOATS)
+    tensor("teacher_logits", teacher_logits, FLOATS)
+    s, t = student_logits.shape, teacher_logits.shape
+    if len(s) < 2:
+        raise ValueError(f"student_logits: expected shape (N, K) or (N, K, *spatial), got {tuple(s)}")
+    if len(t) != len(s) or t[0] != s[0] or t[1] != s[1]:
+        raise ValueError(
+            f"teacher_logits: expected the batch, classes and number of dimensions of student_logits {tuple(s)}, "
+            f"got {tuple(t)}"
+        )
+    if s[1] < 2:
+        raise ValueError(f"student_logits: expected at least 2 classes in dimension 1, got shape {tuple(s)}")
+    same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
+    if target is None:
+        size = [max(a, b) for a, b in zip(s[2:], t[2:])]
+    else:
+        tensor("target", target, LABELS)
+        if target.dim() != len(s) - 1 or target.shape[0] != s[0]:
+            expected = (s[0], *["size"] * (len(s) - 2))
+            raise ValueError(
+                f"target: expected shape {expected} to go with student_logits {tuple(s)}, got {tuple(target.shape)}"
+            )
+        same_device("target", target, "student_logits", student_logits)
+        size = list(target.shape[1:])
+    for name, shape in (("student_logits", s), ("teacher_logits", t)):
+        for have, want in zip(shape[2:], size):
+            if have == want:
+                continue
+            if have > want:
+                raise ValueError(f"{name}: larger than the label map: {tuple(shape)}, target {tuple(size)}")
+            if len(shape) != 4:
+                raise ValueError(
+                    f"{name}: only (N, K, H, W) logits are upsampled: {tuple(shape)}, output size {tuple(size)}"
+                )
+            if have == 0:
+                raise ValueError(f"{name}: an empty map cannot be upsampled: {tuple(shape)}, output size {tuple(size)}")
+    return size
+
+
+def labels(target: Tensor, classes: int, ignored: int | None) -> None:
+    """Raises for the first label outside [0, classes) that is not ignored. Reads the labels: waits for a GPU."""
+    bad = (target < 0) | (target >= classes)
+    if ignored is not None:
+        bad &= target != ignored
+    if bad.any():
+        position = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"target: label {target[tuple(position)].item()} at position ({', '.join(map(str, position))}) is outside "
+            f"[0, {classes}) and is not ignore_index={ignored}"
+        )
+
+
+def label_checks_asked_for() -> bool:
+    return os.environ.get("DSCT_KERNELS_CHECK", "0") not in ("", "0")
+
+
+def class_weights(value: Tensor | None, student_logits: Tensor) -> None:
+    if value is None:
+        return
+    tensor("class_weight", value, FLOATS)
+    if value.dim() != 1 or value.shape[0] != student_logits.shape[1]:
+        raise ValueError(f"class_weight: expected shape ({student_logits.shape[1]},), got {tuple(value.shape)}")
+    same_device("class_weight", value, "student_logits", student_logits)
+
+
+def features(name: str, x: Tensor) -> None:
+    tensor(name, x, FLOATS)
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected shape (N, C, H, W), got {tuple(x.shape)}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name}: expected at least one channel and one position, got {tuple(x.shape)}")

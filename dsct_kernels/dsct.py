@@ -1,0 +1,191 @@
+"""The DSCT objective: cross-entropy, TNKD and CAFD, joined. Cross-entropy shares TNKD's pass over the logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .cafd.loss import Features, cafd_loss
+from .tnkd.loss import logit_loss
+
+
+class DSCTLosses(NamedTuple):
+    """`total` to call backward on, and its parts, detached, for the log.
+
+    total = ce_weight * ce + tnkd_weight * (alpha * tckd + beta * nckd) + cafd_weight * cafd; tckd and nckd carry tau^2.
+    """
+
+    total: Tensor
+    ce: Tensor
+    tckd: Tensor
+    nckd: Tensor
+    cafd: Tensor
+
+
+def dsct_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    student_features: Features | None = None,
+    teacher_features: Features | None = None,
+    *,
+    ce_weight: float = 1.0,
+    tnkd_weight: float = 1.0,
+    cafd_weight: float = 1.0,
+    class_weight: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 2.0,
+    temperature: float = 2.0,
+    ignore_index: int | None = 255,
+    channel_temperature: float = 1.0,
+    spatial_temperature: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> DSCTLosses:
+    r"""The whole objective, :math:`L = w_{CE} CE + w_{TNKD} TNKD + w_{CAFD} CAFD`.
+
+    Args:
+        student_logits, teacher_logits, target: as for `tnkd_loss`. With target None, cross-entropy too learns from the
+            teacher's argmax.
+        student_features, teacher_features: as for `cafd_loss`; both None leaves CAFD out.
+        ce_weight, tnkd_weight, cafd_weight: >= 0. A cross-entropy or CAFD of weight 0 is not computed, and reported 0.
+        class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
+        reduction: "mean" or "sum", of every part; "none" is refused, since a map and a vector do not add up.
+        alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the same
+            valid pixels. No valid pixel: 0 (where `F.cross_entropy` gives NaN).
+        channel_temperature, spatial_temperature: as for `cafd_loss`.
+        backend: as for both.
+
+    Returns:
+        DSCTLosses: total, differentiable; ce, tckd, nckd, cafd, detached.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `tnkd_loss` and `cafd_loss`.
+
+    Example:
+        >>> import torch
+        >>> from dsct_kernels import dsct_loss
+        >>> student = torch.randn(2, 6, 32, 32, requires_grad=True)
+        >>> losses = dsct_loss(student, torch.randn(2, 6, 32, 32), torch.randint(0, 6, (2, 32, 32)))
+        >>> losses.total.backward()
+        >>> bool(torch.allclose(losses.total, losses.ce + losses.tckd + 2 * losses.nckd))
+        True
+    """
+    for name, value in (
+        ("ce_weight", ce_weight),
+        ("tnkd_weight", tnkd_weight),
+        ("cafd_weight", cafd_weight),
+        ("alpha", alpha),
+        ("beta", beta),
+    ):
+        checks.weight(name, value)
+    if reduction == "none":
+        raise ValueError("reduction: expected 'mean' or 'sum', got 'none': a logit map and a feature loss do not add up")
+    if (student_features is None) != (teacher_features is None):
+        missing = "student_features" if student_features is None else "teacher_features"
+        raise ValueError(f"{missing}: expected features, as the other network's were given, got None")
+    checks.class_weights(class_weight, student_logits)
+
+    if class_weight is not None:
+        acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+        class_weight = class_weight.detach().to(acc).contiguous()
+    total, parts = logit_loss(
+        student_logits,
+        teacher_logits,
+        target,
+        class_weight,
+        ce_weight,
+        tnkd_weight * alpha,
+        tnkd_weight * beta,
+        temperature,
+        ignore_index,
+        reduction,
+        ce_weight != 0,
+        backend,
+    )
+    ce, tckd, nckd = parts.unbind()
+    if student_features is None or teacher_features is None or cafd_weight == 0:
+        return DSCTLosses(total, ce, tckd, nckd, torch.zeros_like(ce))
+    cafd = cafd_loss(
+        student_features,
+        teacher_features,
+        channel_temperature=channel_temperature,
+        spatial_temperature=spatial_temperature,
+        reduction=reduction,
+        backend=backend,
+    )
+    return DSCTLosses(total + cafd_weight * cafd, ce, tckd, nckd, cafd.detach())
+
+
+class DSCTLoss(nn.Module):
+    """`dsct_loss` as a module: the keywords are given once; `class_weight` is a buffer and moves with the module.
+
+    Example:
+        >>> import torch
+        >>> from dsct_kernels import DSCTLoss
+        >>> criterion = DSCTLoss(tnkd_weight=0.5, class_weight=torch.ones(6))
+        >>> logits = torch.randn(2, 6, 8, 8, requires_grad=True)
+        >>> criterion(logits, torch.randn(2, 6, 8, 8), torch.randint(0, 6, (2, 8, 8))).total.backward()
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        ce_weight: float = 1.0,
+        tnkd_weight: float = 1.0,
+        cafd_weight: float = 1.0,
+        class_weight: Tensor | None = None,
+        alpha: float = 1.0,
+        beta: float = 2.0,
+        temperature: float = 2.0,
+        ignore_index: int | None = 255,
+        channel_temperature: float = 1.0,
+        spatial_temperature: float = 1.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.keywords = {
+            "ce_weight": ce_weight,
+            "tnkd_weight": tnkd_weight,
+            "cafd_weight": cafd_weight,
+            "alpha": alpha,
+            "beta": beta,
+            "temperature": temperature,
+            "ignore_index": ignore_index,
+            "channel_temperature": channel_temperature,
+            "spatial_temperature": spatial_temperature,
+            "reduction": reduction,
+            "backend": backend,
+        }
+        self.register_buffer("class_weight", class_weight)
+        # One pixel through the objective now, so that a bad keyword fails here and not in the first step.
+        classes = 2 if class_weight is None else len(class_weight)
+        logits = torch.zeros(1, classes)
+        checked = {**self.keywords, "backend": "reference"}
+        dsct_loss(logits, logits, None, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), **checked)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        student_features: Features | None = None,
+        teacher_features: Features | None = None,
+    ) -> DSCTLosses:
+        """The losses; shapes as for `dsct_loss`."""
+        return dsct_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            student_features,
+            teacher_features,
+            class_weight=self.class_weight,
+            **self.keywords,  # type: ignore[arg-type]
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())

@@ -1,0 +1,112 @@
+"""Autograd of the tnkd ops. The forward pass already holds the gradient; backward only multiplies it by what comes in.
+
+Every backend's op has the arguments and results of `dsct_kernels::tnkd` (docs/ops.md), so one rule serves them all.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import first_derivative_only
+
+NUM_INPUTS = 12
+REDUCTION = 9  # position of the argument `reduction`, 0 for none
+InPlaceScale = Callable[[Tensor, Tensor], None]
+
+
+def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: bool, scale_: InPlaceScale) -> Tensor:
+    """grad * (grad_scale * grad_output), the product taken in float32 or better.
+
+    `grad` is saved for backward. While the graph lives on (retain_graph=True) it is only read. When this is its last
+    use, it is handed over as the result: as it is where the factor is 1, scaled in place where not, so that one tensor
+    of the student's size is all that a loss ever allocates.
+    """
+    if per_pixel:
+        grad_output = grad_output.unsqueeze(1)
+    if torch.compiler.is_compiling() or per_pixel:  # functional: a compiler fuses it, and reuses the buffer on its own
+        return (grad.to(grad_scale.dtype) * (grad_output * grad_scale)).to(grad.dtype)
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    if grad.device.type == "cpu":
+        number = float(grad_output) * float(grad_scale)  # a Python number is not rounded to half precision
+        if keep:
+            return grad * number
+        return grad if number == 1 else grad.mul_(number)
+    if keep:
+        grad = grad.clone()
+    scale_(grad, grad_output * grad_scale)  # returns at once where the factor is 1, without asking the host
+    return grad
+
+
+def _backward(ctx: Any, scale_: InPlaceScale, grad_output: Tensor | None) -> Tensor | None:
+    if grad_output is None:
+        return None
+    grad, grad_scale = ctx.saved_tensors
+    return first_derivative_only(scaled(grad, grad_scale, grad_output, ctx.per_pixel, scale_), "tnkd_loss")
+
+
+class EagerTNKD(torch.autograd.Function):
+    """The op with its gradient, outside of torch.compile: half the overhead of the op's own registered autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., Any], scale_: InPlaceScale, *args: Any) -> tuple[Tensor, Tensor]:
+        loss, parts, grad, grad_scale = op(*args, True)
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, grad_scale)
+        ctx.per_pixel, ctx.scale_ = args[REDUCTION] == 0, scale_
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        return None, None, _backward(ctx, ctx.scale_, grad_output), *[None] * (NUM_INPUTS - 2)
+
+
+def register(name: str, scale_: InPlaceScale) -> None:
+    """Gives the op `name` (with the contract of dsct_kernels::tnkd) its autograd."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, parts, grad, grad_scale = output
+        ctx.mark_non_differentiable(parts, grad, grad_scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, grad_scale)
+        ctx.per_pixel = inputs[REDUCTION] == 0
+
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, scale_, grad_output), *[None] * (NUM_INPUTS - 1)
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+
+
+def fake(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    ce_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    temperature: float,
+    ignore_index: int | None,
+    reduction: int,
+    with_ce: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes, dtypes and strides of what the op returns."""
+    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    shape = [student_logits.shape[0], *student_logits.shape[2:]] if reduction == 0 else []
+    return (
+        student_logits.new_empty(shape, dtype=acc),
+        student_logits.new_empty([3], dtype=acc),
+        torch.empty_like(student_logits) if needs_grad else student_logits.new_empty([0]),
+        student_logits.new_empty([], dtype=acc),
+    )
+
+
+def call(op: Callable[..., Any], scale_: InPlaceScale, student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(loss, parts) of the op, differentiable in student_logits; `args` are the op's, without needs_grad."""
+    needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    if needs_grad and not torch.compiler.is_compiling():
+        return EagerTNKD.apply(op, scale_, student_logits, *args)
+    return op(student_logits, *args, needs_grad)[:2]

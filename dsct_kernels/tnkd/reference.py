@@ -1,0 +1,93 @@
+"""TNKD and cross-entropy in plain PyTorch: the formulas as written, and the truth that every kernel is checked against.
+
+Autograd differentiates it; the kernels use the closed forms of docs/derivations.md.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+INF = float("inf")
+
+
+def decouple(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """u = z_y - logsumexp_{j != y} z_j, (N, *spatial), and log softmax_{j != y}(z), (N, K, *spatial), with z = logits / tau."""
+    z = logits / temperature
+    z_target = z.masked_fill(~is_target, 0).sum(1)
+    others = z.masked_fill(is_target, -INF)
+    no_others = (others == -INF).all(1, keepdim=True)  # every other class absent: the target has all the mass
+    lse = others.masked_fill(no_others, 0).logsumexp(1, keepdim=True)
+    u = torch.where(no_others.squeeze(1), INF, z_target - lse.squeeze(1))
+    return u, others - lse
+
+
+def kl_bernoulli(u_teacher: Tensor, u_student: Tensor) -> Tensor:
+    """KL(Bernoulli(sigmoid(u_teacher)) || Bernoulli(sigmoid(u_student))), with 0 * log 0 = 0."""
+    b, not_b = u_teacher.sigmoid(), (-u_teacher).sigmoid()
+    hit = torch.where(b == 0, 0, b * (F.logsigmoid(u_teacher) - F.logsigmoid(u_student)))
+    miss = torch.where(not_b == 0, 0, not_b * (F.logsigmoid(-u_teacher) - F.logsigmoid(-u_student)))
+    return hit + miss
+
+
+def kl_categorical(log_q_teacher: Tensor, log_q_student: Tensor) -> Tensor:
+    """KL(q_teacher || q_student) over dim 1, with 0 * log 0 = 0."""
+    q = log_q_teacher.exp()
+    return torch.where(q == 0, 0, q * (log_q_teacher - log_q_student)).sum(1)
+
+
+def tnkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    ce_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    temperature: float,
+    ignore_index: int | None,
+    reduction: int,
+    with_ce: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, parts) as the op `dsct_kernels::tnkd` returns them (docs/ops.md), differentiable in the student."""
+    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    student, teacher = student_logits.to(acc), teacher_logits.detach().to(acc)
+    classes = student.shape[1]
+    if target is None:
+        target, ignore_index = teacher.argmax(1), None
+    valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    in_range = (target >= 0) & (target < classes)
+
+    # Whatever stands at an ignored pixel, NaN and inf too, must not reach the arithmetic.
+    student = torch.where(valid.unsqueeze(1), student, 0)
+    teacher = torch.where(valid.unsqueeze(1), teacher, 0)
+    label = torch.where(in_range & valid, target, 0).long()
+    is_target = label.unsqueeze(1) == torch.arange(classes, device=label.device).view(-1, *[1] * (label.dim() - 1))
+
+    u_s, log_q_s = decouple(student, is_target, temperature)
+    u_t, log_q_t = decouple(teacher, is_target, temperature)
+    tckd = temperature**2 * kl_bernoulli(u_t, u_s)
+    nckd = temperature**2 * kl_categorical(log_q_t, log_q_s)
+    ce = -F.logsigmoid(decouple(student, is_target, 1.0)[0]) if with_ce else torch.zeros_like(tckd)
+    weight = valid.to(acc) if class_weight is None else class_weight.to(acc)[label] * valid
+    ce = torch.where(weight == 0, 0, weight * ce)
+
+    bad = torch.where(valid & ~in_range, torch.nan, 1.0).to(acc)  # a bad label is never hidden
+    tckd, nckd, ce = (torch.where(valid, part, 0) * bad for part in (tckd, nckd, ce))
+    if reduction == 1:
+        count = valid.sum().clamp(min=1)
+        weight_sum = weight.sum()
+        ce = ce / torch.where(weight_sum == 0, 1, weight_sum)
+        tckd, nckd = tckd / count, nckd / count
+
+    # A part with weight 0 takes no part: 0 * inf would be NaN.
+    weights_parts = [(w, part) for w, part in ((ce_weight, ce), (tckd_weight, tckd), (nckd_weight, nckd)) if w != 0]
+    if not weights_parts:  # nothing is asked for: 0, still with a (zero) gradient
+        weights_parts = [(1.0, student.masked_fill(torch.ones_like(is_target), 0).sum(1))]
+    loss = sum((w * part for w, part in weights_parts[1:]), start=weights_parts[0][0] * weights_parts[0][1])
+    parts = torch.stack([part.detach().sum() for part in (ce, tckd, nckd)])
+    return (loss if reduction == 0 else loss.sum()), parts
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    """The reference serves every device and dtype that torch does."""
+    return None
