@@ -1,0 +1,122 @@
+// exp and log over the vectors of vec.h. exp: within 1.4 ulp, exp(-inf) = 0, subnormal results kept. log: within
+// 1 ulp, log(0) = -inf, log(x < 0) = NaN. NaN propagates through both.
+#pragma once
+
+#include "vec.h"
+
+namespace dsct {
+namespace DSCT_ISA {
+namespace {
+
+// Coefficients from the highest power down (Chebyshev fits in 40 digits); a polynomial is evaluated by Horner's rule.
+template <class A>
+struct Coefficients;
+template <>
+struct Coefficients<F32> {
+  // 2^f on [-0.5, 0.5]: 2e-9
+  static constexpr float exp2[] = {0.000154614446986f, 0.00134004281776f, 0.00961805667852f, 0.0555032722667f,
+                                   0.240226509223f,    0.693147206703f,   1.0f};
+  // e^r on [-ln2/2, ln2/2]
+  static constexpr float exp[] = {0.00139411188958f, 0.00837513477462f, 0.0416663527711f, 0.16666415414f,
+                                  0.500000004715f,   1.00000003774f,    1.0f};
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float exp_low = -104.0f, exp_high = 89.0f, exp2_low = -151.0f, exp2_high = 129.0f;
+};
+template <>
+struct Coefficients<F64> {
+  static constexpr double exp2[] = {2.573356830875689123527e-11, 4.456675341049205878238e-10,
+                                    7.054894386348348044488e-9,  1.017805119296064896002e-7,
+                                    0.000001321548681599997697477, 0.00001525273385629346641646,
+                                    0.0001540353039336275529143,   0.001333355814639035277484,
+                                    0.009618129107628483054324,    0.0555041086648216989925,
+                                    0.2402265069591007122809,      0.6931471805599453083544,
+                                    1.0};
+  static constexpr double exp[] = {2.092158893897149237652e-9, 2.511488209588034022541e-8,
+                                   2.755725187722508280494e-7, 0.000002755722492213065856199,
+                                   0.00002480158735013993137394, 0.0001984126990925790292418,
+                                   0.001388888888887187460941,   0.008333333333309508019183,
+                                   0.04166666666666669221842,    0.1666666666666670244735,
+                                   0.4999999999999999998904,     0.9999999999999999984648,
+                                   1.0};
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double exp_low = -746.0, exp_high = 710.0, exp2_low = -1077.0, exp2_high = 1025.0;
+};
+
+template <class A, size_t n>
+DSCT_INLINE typename A::V horner(typename A::V x, const typename A::S (&c)[n]) {
+  typename A::V sum = A::set1(c[0]);
+  for (size_t i = 1; i < n; i++) sum = A::fma(sum, x, A::set1(c[i]));
+  return sum;
+}
+
+// 2^x, any x.
+template <class A>
+DSCT_INLINE typename A::V exp2(typename A::V x) {
+  using K = Coefficients<A>;
+  x = A::min(A::set1(K::exp2_high), A::max(A::set1(K::exp2_low), x));  // min and max hand a NaN in x on
+  const typename A::V n = A::round(x);
+  return A::scale(horner<A>(x - n, K::exp2), n);
+}
+
+// e^x, any x. Cody-Waite: x - n ln2 in two pieces, so that a large |x| costs no digits.
+template <class A>
+DSCT_INLINE typename A::V exp(typename A::V x) {
+  using K = Coefficients<A>;
+  using S = typename A::S;
+  x = A::min(A::set1(K::exp_high), A::max(A::set1(K::exp_low), x));
+  const typename A::V n = A::round(x * A::set1(S(1.4426950408889634)));
+  typename A::V r = A::fma(n, A::set1(-K::ln2_high), x);
+  r = A::fma(n, A::set1(-K::ln2_low), r);
+  return A::scale(horner<A>(r, K::exp), n);
+}
+
+// log of a mantissa in [0.75, 1.5) plus exponent * ln2
+DSCT_INLINE F32::V log_split(F32::V m, F32::V e) {
+  static constexpr float c[] = {0.042877249018f, -0.095625062068f, 0.11681360864f,  -0.12639361161f, 0.14268255241f,
+                                -0.16660809636f, 0.20000141783f,   -0.25000056835f, 0.33333333145f};
+  using A = F32;
+  const A::V f = m - A::set1(1.0f);
+  const A::V square = f * f;
+  A::V y = horner<A>(f, c) * f * square;
+  y = A::fma(e, A::set1(Coefficients<A>::ln2_low), y);
+  y = A::fma(square, A::set1(-0.5f), y);
+  return A::fma(e, A::set1(Coefficients<A>::ln2_high), f + y);
+}
+DSCT_INLINE F64::V log_split(F64::V m, F64::V e) {  // fdlibm's form
+  static constexpr double c[] = {0.1360401570712407745758, 0.1321036048513261982694, 0.1538883467780191506921,
+                                 0.181817384547230255793,  0.2222222303780724187993, 0.2857142856733918926309,
+                                 0.4000000000000780055143, 0.666666666666666642283};
+  using A = F64;
+  const A::V f = m - A::set1(1.0);
+  const A::V s = f / (A::set1(2.0) + f);
+  const A::V z = s * s;
+  const A::V tail = horner<A>(z, c) * z;
+  const A::V half_square = f * f * A::set1(0.5);
+  const A::V low = A::fma(e, A::set1(Coefficients<A>::ln2_low), s * (half_square + tail));
+  return A::fma(e, A::set1(Coefficients<A>::ln2_high), f - (half_square - low));
+}
+
+template <class A>
+DSCT_INLINE typename A::V log(typename A::V x) {
+  typename A::V mantissa, exponent;
+  A::split(x, &mantissa, &exponent);
+  const typename A::V y = log_split(mantissa, exponent);
+  const typename A::V infinity = A::set1(typename A::S(__builtin_inf()));
+  const typename A::M special = A::both(A::eq(A::abs(exponent), infinity), A::eq(mantissa, mantissa));  // 0 and inf
+  return A::select(special, exponent, y);
+}
+
+// log(1 + t), 0 <= t <= 1: what a softplus needs.
+DSCT_INLINE F32::V log1p_unit(F32::V t) {
+  static constexpr float c[] = {-0.00317605701843f, 0.019542527261f, -0.0563736128301f, 0.105436237954f, -0.152696670744f,
+                                0.196632742572f,    -0.249516162629f, 0.333297104989f,  -0.499998926481f, 1.0f};
+  return horner<F32>(t, c) * t;
+}
+DSCT_INLINE F64::V log1p_unit(F64::V t) {
+  const F64::V w = t + F64::set1(1.0);
+  return log<F64>(w) + (t - (w - F64::set1(1.0))) / w;  // the second term gives back what 1 + t rounded away
+}
+
+}  // namespace
+}  // namespace DSCT_ISA
+}  // namespace dsct
