@@ -98,6 +98,7 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
 
 def labels(target: Tensor, classes: int, ignored: int | None) -> None:
     """Raises for the first label outside [0, classes) that is not ignored. Reads the labels: waits for a GPU."""
+    target = target.long()  # an int8 tensor compared with the number 255 would find it equal to -1
     bad = (target < 0) | (target >= classes)
     if ignored is not None:
         bad &= target != ignored

@@ -54,13 +54,14 @@ def tnkd(
     classes = student.shape[1]
     if target is None:
         target, ignore_index = teacher.argmax(1), None
+    target = target.long()  # an int8 tensor compared with the number 255 would find it equal to -1
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
     in_range = (target >= 0) & (target < classes)
 
     # Whatever stands at an ignored pixel, NaN and inf too, must not reach the arithmetic.
     student = torch.where(valid.unsqueeze(1), student, 0)
     teacher = torch.where(valid.unsqueeze(1), teacher, 0)
-    label = torch.where(in_range & valid, target, 0).long()
+    label = torch.where(in_range & valid, target, 0)
     is_target = label.unsqueeze(1) == torch.arange(classes, device=label.device).view(-1, *[1] * (label.dim() - 1))
 
     u_s, log_q_s = decouple(student, is_target, temperature)

@@ -1,0 +1,34 @@
+"""Where the tests run: on `cuda` where there is a GPU, else on CPU with Triton's kernels under its interpreter."""
+
+import os
+
+import pytest
+import torch
+
+# Before anything imports triton: its decorators read this once.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def backends_on(device: str) -> list[str]:
+    """The backends that serve tensors of this device here."""
+    from dsct_kernels.tnkd import native, triton
+
+    x = torch.zeros(1, 2, device=device)
+    return ["reference", *(name for name, m in (("native", native), ("triton", triton)) if m.why_not(x) is None)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `device` and `backend` runs for every pair that can serve a call here."""
+    if {"device", "backend"} <= set(metafunc.fixturenames):
+        pairs = [(d, b) for d in DEVICES for b in backends_on(d)]
+        metafunc.parametrize("device,backend", pairs, ids=["-".join(p) for p in pairs])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
