@@ -1,0 +1,486 @@
+"""The public functions as a training loop uses them: gradients, layouts, dtypes, autograd's rules, torch.compile, errors."""
+
+import doctest
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.parallel import DistributedDataParallel
+
+import dsct_kernels
+from dsct_kernels import CAFDLoss, DSCTLoss, TNKDLoss, cafd_loss, channel_attention_map, dsct_loss, tnkd_loss
+from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
+from tests.test_edge_cases import check_cafd, check_tnkd, features, problem
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Shapes with a story: one pixel; no spatial dimensions; odd sizes; K = 2; a block and a bit; more classes than pixels;
+# more classes than one tile of any kernel; 1-D and 3-D space.
+LOGIT_SHAPES = [(1, 3, 1, 1), (7, 10), (2, 6, 5, 7), (1, 2, 9, 3), (1, 19, 16, 17), (2, 150, 2, 3), (1, 1030, 1, 2)]
+LOGIT_SHAPES += [(2, 4, 6), (1, 3, 2, 3, 4)]
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_of_every_loss(device, backend, reduction):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("minutes under the interpreter; its float64 gradients are compared with the reference's elsewhere")
+    student, teacher, target = problem(device, (2, 4, 2, 3), torch.float64)
+    target[0, 0] = 255
+    student.requires_grad_()
+
+    def tnkd(x):
+        return tnkd_loss(x, teacher, target, temperature=1.7, reduction=reduction, backend=backend)
+
+    def cafd(x):
+        return cafd_loss(x, teacher[:, :3, :, :2], channel_temperature=0.7, reduction=reduction, backend=backend)
+
+    assert torch.autograd.gradcheck(tnkd, student)
+    assert torch.autograd.gradcheck(cafd, student)
+    assert torch.autograd.gradcheck(lambda x: channel_attention_map(x, spatial_temperature=2.0, backend=backend), student)
+    if reduction != "none":
+        weight = torch.rand(4, dtype=torch.float64, device=device)
+        assert torch.autograd.gradcheck(
+            lambda x: dsct_loss(
+                x, teacher, target, x, teacher, class_weight=weight, reduction=reduction, backend=backend
+            ).total,
+            student,
+        )
+
+
+@pytest.mark.parametrize("shape", LOGIT_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_tnkd_shapes_and_dtypes(device, backend, shape, dtype):
+    student, teacher, target = problem(device, shape, dtype)
+    target.view(-1)[::3] = 255
+    check_tnkd(student, teacher, target, backend)
+
+
+@pytest.mark.parametrize("student_layout", LAYOUTS)
+@pytest.mark.parametrize("teacher_layout", LAYOUTS)
+def test_layouts_give_the_same_numbers(device, backend, student_layout, teacher_layout):
+    student, teacher, target = problem(device, (3, 6, 5, 7))
+    s, t = strided_copy(student, student_layout), strided_copy(teacher, teacher_layout)
+    _, grad = check_tnkd(s, t, strided_copy(target, teacher_layout), backend)
+    if student_layout != "sliced":
+        assert grad.stride() == torch.empty_like(s).stride()
+    check_cafd(s, t, backend)
+
+
+@pytest.mark.parametrize("student_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("teacher_dtype", FLOATS, ids=str)
+def test_networks_of_different_dtype(device, backend, student_dtype, teacher_dtype):
+    student, teacher, target = problem(device)
+    check_tnkd(student.to(student_dtype), teacher.to(teacher_dtype), target, backend)
+    check_cafd(student.to(student_dtype), teacher.to(teacher_dtype), backend)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_tnkd_property(device, backend, data):
+    """Any shape, dtype, layout, ignore pattern and magnitude: the error rule holds and ignored pixels are inert."""
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for this many examples; tests/tnkd/test_triton.py has its own")
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4), label="shape"))
+    shape = (shape[0], shape[1] + 1, *shape[2:])
+    dtype = data.draw(st.sampled_from(FLOATS), label="dtype")
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 30.0, 3000.0]), label="scale")
+    student, teacher, target = problem(device, shape, dtype, data.draw(st.integers(0, 99), label="seed"), scale)
+    ignore_index = data.draw(st.sampled_from([0, 1, -1, -100, 255, None]), label="ignore_index")
+    if ignore_index is not None:
+        share = data.draw(st.floats(0, 1), label="share ignored")
+        target[torch.rand(target.shape, device=device) < share] = ignore_index
+    keywords = {
+        "alpha": data.draw(st.sampled_from([0.0, 0.5, 1.0, 3.0]), label="alpha"),
+        "beta": data.draw(st.sampled_from([0.0, 1.0, 8.0]), label="beta"),
+        "temperature": data.draw(st.sampled_from([0.01, 0.7, 1.0, 2.0, 20.0]), label="temperature"),
+        "reduction": data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
+    }
+    layout = data.draw(st.sampled_from(LAYOUTS), label="layout")
+    _, grad = check_tnkd(
+        strided_copy(student, layout), teacher, target, backend, ignore_index=ignore_index, **keywords
+    )
+    if ignore_index is not None:
+        assert (grad.movedim(1, -1)[target == ignore_index] == 0).all()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_cafd_property(device, backend, data):
+    """Any shapes, dtype, layout, magnitude and temperatures: the error rule holds."""
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter is too slow for this many examples; tests/cafd/test_triton.py has its own")
+    size = st.integers(1, 9)
+    n, height, width = data.draw(st.tuples(st.integers(1, 3), size, size), label="N, H, W")
+    dtype = data.draw(st.sampled_from(FLOATS), label="dtype")
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 30.0, 3000.0]), label="scale")
+    seed = data.draw(st.integers(0, 99), label="seed")
+    student = features(device, (n, data.draw(size, label="C student"), height, width), dtype, seed, scale)[0]
+    if data.draw(st.booleans(), label="same size"):
+        shape = (n, data.draw(size, label="C teacher"), height, width)
+    else:
+        shape = (n, *data.draw(st.tuples(size, size, size), label="teacher C, H, W"))
+    teacher = features(device, shape, dtype, seed + 1, scale)[0]
+    check_cafd(
+        strided_copy(student, data.draw(st.sampled_from(LAYOUTS), label="layout")),
+        teacher,
+        backend,
+        channel_temperature=data.draw(st.sampled_from([0.1, 1.0, 5.0]), label="channel_temperature"),
+        spatial_temperature=data.draw(st.sampled_from([0.1, 1.0, 5.0]), label="spatial_temperature"),
+        reduction=data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
+    )
+
+
+@pytest.mark.parametrize("sizes", [((4, 5), (8, 10), (8, 10)), ((8, 10), (3, 4), (8, 10)), ((2, 3), (3, 2), (5, 7))])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_smaller_logits_are_upsampled(device, backend, sizes, labelled):
+    student, teacher, size = sizes
+    s, t = problem(device, (2, 4, *student))[0], problem(device, (2, 4, *teacher), seed=1)[0]
+    target = problem(device, (2, 4, *size))[2] if labelled else None
+    if labelled:
+        up = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in (s, t)]
+        expected = tnkd_loss(*up, target, backend="reference")
+        torch.testing.assert_close(tnkd_loss(s, t, target, backend=backend), expected)
+    check_tnkd(s, t, target, backend)
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_dsct_adds_up_and_its_cross_entropy_is_torchs(device, backend, reduction, weighted, temperature):
+    student, teacher, target = problem(device, (2, 6, 5, 7))
+    target[0, :2] = 255
+    weight = torch.rand(6, device=device) if weighted else None
+    s, t = features(device)
+    s.requires_grad_()
+    student.requires_grad_()
+    keywords = {"alpha": 0.7, "beta": 1.3, "temperature": temperature, "reduction": reduction, "backend": backend}
+    losses = dsct_loss(
+        student, teacher, target, s, t, ce_weight=0.9, tnkd_weight=0.4, cafd_weight=2.0, class_weight=weight, **keywords
+    )
+    ce = F.cross_entropy(student.double(), target, weight=None if weight is None else weight.double(), ignore_index=255, reduction=reduction)
+    torch.testing.assert_close(losses.ce, ce.float())
+    tnkd = tnkd_loss(student, teacher, target, **keywords)
+    cafd = cafd_loss(s, t, reduction=reduction, backend=backend)
+    expected = 0.9 * ce + 0.4 * tnkd + 2 * cafd
+    torch.testing.assert_close(losses.total, expected.float())
+    torch.testing.assert_close(0.7 * losses.tckd + 1.3 * losses.nckd, tnkd.detach())
+    torch.testing.assert_close(losses.cafd, cafd.detach())
+    assert losses.total.requires_grad and not any(x.requires_grad for x in losses[1:])
+    got = torch.autograd.grad(losses.total, (student, s))
+    want = torch.autograd.grad(expected, (student, s))
+    for a, b in zip(got, want):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_dsct_leaves_out_what_has_no_weight_or_no_features(device, backend):
+    student, teacher, target = problem(device)
+    s, t = features(device)
+    only_tnkd = dsct_loss(student, teacher, target, s, t, ce_weight=0, cafd_weight=0, backend=backend)
+    torch.testing.assert_close(only_tnkd.total, tnkd_loss(student, teacher, target, backend=backend))
+    assert only_tnkd.ce == 0 and only_tnkd.cafd == 0
+    assert dsct_loss(student, teacher, target, backend=backend).cafd == 0
+
+
+def test_stages_are_averaged(device, backend):
+    pairs = [features(device, seed=i) for i in range(3)]
+    each = torch.stack([cafd_loss(s, t, backend=backend) for s, t in pairs])
+    torch.testing.assert_close(cafd_loss([s for s, _ in pairs], tuple(t for _, t in pairs), backend=backend), each.mean())
+
+
+def test_modules_are_the_functions(device, backend):
+    student, teacher, target = problem(device)
+    kw = {"temperature": 3.0, "ignore_index": 1, "backend": backend}
+    assert torch.equal(TNKDLoss(**kw)(student, teacher, target), tnkd_loss(student, teacher, target, **kw))
+    kw = {"spatial_temperature": 3.0, "reduction": "none", "backend": backend}
+    assert torch.equal(CAFDLoss(**kw)(student, teacher), cafd_loss(student, teacher, **kw))
+    weight = torch.rand(5)
+    module = DSCTLoss(class_weight=weight, beta=0.5, backend=backend).to(device)
+    expected = dsct_loss(
+        student, teacher, target, student, teacher, class_weight=weight.to(device), beta=0.5, backend=backend
+    )
+    assert torch.equal(torch.stack(module(student, teacher, target, student, teacher)), torch.stack(expected))
+    assert not list(module.parameters())
+
+
+# --- autograd's rules ------------------------------------------------------------------------------------------------
+
+
+def losses_of(backend, device, dtype=torch.float32):
+    """Each public loss as a function of one (2, 5, 3, 4) tensor."""
+    _, teacher, target = problem(device, dtype=dtype)
+    return {
+        "tnkd": lambda x: tnkd_loss(x, teacher, target, backend=backend),
+        "tnkd none": lambda x: tnkd_loss(x, teacher, target, reduction="none", backend=backend).sum(),
+        "cafd": lambda x: cafd_loss(x, teacher, backend=backend),
+        "cafd none": lambda x: cafd_loss(x, teacher, reduction="none", backend=backend).sum(),
+        "map": lambda x: channel_attention_map(x, backend=backend).square().sum(),
+        "dsct": lambda x: dsct_loss(x, teacher, target, x, teacher, backend=backend).total,
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_backward_twice_gives_the_same_and_writes_nothing(device, backend, dtype):
+    for name, loss in losses_of(backend, device, dtype).items():
+        x = problem(device, dtype=dtype)[0].requires_grad_()
+        before = x.detach().clone()
+        out = loss(x) * 3
+        (first,) = torch.autograd.grad(out, x, retain_graph=True)
+        kept = first.clone()
+        (second,) = torch.autograd.grad(out, x, retain_graph=True)
+        assert torch.equal(first, second), name
+        first.zero_()  # a gradient is the caller's: what they do to it must not reach the graph
+        (third,) = torch.autograd.grad(out, x)
+        assert torch.equal(third, kept), name
+        assert torch.equal(x.detach(), before), name
+
+
+def test_backward_twice_at_upstream_gradient_one(device, backend):
+    """The case in which the saved gradient itself could be handed out."""
+    for name, loss in losses_of(backend, device).items():
+        x = problem(device)[0].requires_grad_()
+        out = loss(x)
+        (first,) = torch.autograd.grad(out, x, retain_graph=True)
+        kept = first.clone()
+        first.fill_(7)
+        (second,) = torch.autograd.grad(out, x)
+        assert torch.equal(second, kept), name
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.37, 65536.0, 0.0])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_upstream_gradient_scales(device, backend, factor, dtype):
+    student, teacher, target = problem(device, dtype=dtype)
+    for scaled in (
+        lambda x, b: tnkd_loss(x, teacher.to(x.dtype), target, backend=b) * factor,
+        lambda x, b: (tnkd_loss(x, teacher.to(x.dtype), target, reduction="none", backend=b) * factor).sum(),
+        lambda x, b: cafd_loss(x, teacher.to(x.dtype), backend=b) * factor,
+    ):
+        grads = []
+        for x, b in ((student, backend), (student, "reference"), (student.double(), "reference")):
+            leaf = x.detach().requires_grad_()
+            scaled(leaf, b).backward()
+            grads.append(leaf.grad)
+        assert_as_good_as_reference(*grads, "gradient")
+
+
+def test_fp16_gradients_survive_a_mean_over_many_pixels(device, backend):
+    """A mean over 2^20 pixels puts fp16 gradients below the smallest fp16 number; a GradScaler must still see them."""
+    if backend == "triton" and device == "cpu":
+        pytest.skip("too large for the interpreter")
+    student, teacher, target = problem(device, (1, 3, 512, 512), torch.float16)
+    leaf = student.requires_grad_()
+    (tnkd_loss(leaf, teacher, target, backend=backend) * 65536).backward()
+    double = student.detach().double().requires_grad_()
+    (tnkd_loss(double, teacher.double(), target, backend="reference") * 65536).backward()
+    assert relative_error(leaf.grad, double.grad) < 1e-3
+
+
+def test_teacher_and_labels_never_get_a_gradient(device, backend):
+    for name, loss in {
+        "tnkd": lambda s, t, y: tnkd_loss(s, t, y, backend=backend),
+        "cafd": lambda s, t, y: cafd_loss(s, t, backend=backend),
+        "dsct": lambda s, t, y: dsct_loss(s, t, y, s, t, backend=backend).total,
+    }.items():
+        student, teacher, target = problem(device)
+        teacher.requires_grad_()
+        assert not loss(student, teacher, target).requires_grad, name
+        student.requires_grad_()
+        loss(student, teacher, target).backward()
+        assert teacher.grad is None and student.grad is not None, name
+        with torch.no_grad():
+            assert not loss(student, teacher, target).requires_grad, name
+
+
+def test_second_derivative_is_a_clear_error(device, backend):
+    if backend == "reference":
+        pytest.skip("plain PyTorch: the reference has second derivatives")
+    for name, loss in losses_of(backend, device).items():
+        x = problem(device)[0].requires_grad_()
+        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="first derivative only"):
+            torch.autograd.grad(grad.square().sum(), x)
+            pytest.fail(name)
+
+
+def test_bitwise_repeatable(device, backend):
+    for name, loss in losses_of(backend, device).items():
+        x = problem(device)[0].requires_grad_()
+        runs = [(loss(x), torch.autograd.grad(loss(x), x)[0]) for _ in range(3)]
+        for value, grad in runs[1:]:
+            assert torch.equal(value, runs[0][0]) and torch.equal(grad, runs[0][1]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(device, backend, dtype):
+    """Under autocast the losses still compute in float32, and the gradient reaches the weights."""
+    student, teacher, target = problem(device)
+    conv = torch.nn.Conv2d(5, 5, 1).to(device)
+    with torch.autocast(device, dtype=dtype):
+        logits = conv(student)
+        assert logits.dtype == dtype
+        loss = dsct_loss(logits, teacher, target, logits, teacher, backend=backend).total
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert conv.weight.grad.isfinite().all() and conv.weight.grad.abs().sum() > 0
+
+
+def test_distributed_data_parallel(device, backend, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        student, teacher, target = problem(device)
+        model = torch.nn.Conv2d(5, 5, 1).to(device)
+        wrapped = DistributedDataParallel(model)
+        tnkd_loss(wrapped(student), teacher, target, backend=backend).backward()
+        expected = torch.autograd.grad(tnkd_loss(model(student), teacher, target, backend=backend), model.weight)[0]
+        torch.testing.assert_close(model.weight.grad, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(device, backend, dynamic):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter cannot be compiled")
+    student, teacher, target = problem(device, (2, 5, 8, 8))
+    target[0, :2] = 255
+
+    def step(s, t, y, fs, ft):
+        losses = dsct_loss(s * 1.5, t, y, fs.relu(), ft, backend=backend)
+        plain = tnkd_loss(s, t, None, backend=backend) + cafd_loss([fs, s], [ft, t], backend=backend)
+        return losses.total * 2 + plain, losses.ce
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for shape in [(2, 6, 5, 4), (3, 6, 7, 4)] if dynamic else [(2, 6, 5, 4)]:
+        grads = []
+        fs, ft = features(device, shape)
+        n = shape[0]
+        s, t, y = problem(device, (n, 5, 8, 8))
+        for run in (compiled, step):
+            leaf, fleaf = s.detach().requires_grad_(), fs.detach().requires_grad_()
+            total, ce = run(leaf, t, y, fleaf, ft)
+            total.backward()
+            grads.append((total.detach(), ce, leaf.grad, fleaf.grad))
+        for got, want in zip(*grads):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_label_error_is_the_same_value_error(device, backend):
+    if device != "cpu" or backend != "native":
+        pytest.skip("a kernel that looks at the labels while the host waits: native on CPU")
+    student, teacher, target = problem(device)
+    target[0, 0, 0] = 9
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match="label 9 at position"):
+        torch.compile(tnkd_loss, fullgraph=True)(student, teacher, target, backend=backend)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+S, Y = torch.zeros(2, 5, 3, 4), torch.zeros(2, 3, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "arguments,keywords,error,match",
+    [
+        (([1.0], S, Y), {}, TypeError, "student_logits: expected a Tensor, got list"),
+        ((S.long(), S, Y), {}, TypeError, "student_logits: expected dtype .*float64, got int64"),
+        ((S, S.to(torch.complex64), Y), {}, TypeError, "teacher_logits: expected dtype .*, got complex64"),
+        ((S[0, 0, 0], S[0, 0, 0], None), {}, ValueError, r"student_logits: expected shape \(N, K\).*got \(4,\)"),
+        ((S[:, :1], S[:, :1], Y), {}, ValueError, "student_logits: expected at least 2 classes"),
+        ((S, S[:, :4], Y), {}, ValueError, r"teacher_logits: expected the batch, classes.*got \(2, 4, 3, 4\)"),
+        ((S, S[:1], Y), {}, ValueError, "teacher_logits: expected the batch"),
+        ((S, S, Y[0]), {}, ValueError, r"target: expected shape \(2, 'size', 'size'\).*got \(3, 4\)"),
+        ((S, S, Y[:1]), {}, ValueError, r"target: expected shape.*got \(1, 3, 4\)"),
+        ((S, S, Y[:, :2]), {}, ValueError, "student_logits: larger than the label map"),
+        ((S[..., 0], S[..., 0], torch.zeros(2, 9).long()), {}, ValueError, r"only \(N, K, H, W\) logits are upsampled"),
+        ((S, S, Y.float()), {}, TypeError, "target: expected dtype uint8, .*, got float32"),
+        ((S, S.to("meta"), Y), {}, ValueError, "teacher_logits: expected the device of student_logits, cpu, got meta"),
+        ((S, S, Y.to("meta")), {}, ValueError, "target: expected the device of student_logits, cpu, got meta"),
+        ((S, S, Y), {"temperature": 0.0}, ValueError, "temperature: expected a finite number > 0, got 0.0"),
+        ((S, S, Y), {"temperature": float("nan")}, ValueError, "temperature: expected a finite number > 0, got nan"),
+        ((S, S, Y), {"temperature": "2"}, TypeError, "temperature: expected a number, got str"),
+        ((S, S, Y), {"alpha": -1.0}, ValueError, "alpha: expected a finite number >= 0, got -1.0"),
+        ((S, S, Y), {"beta": float("inf")}, ValueError, "beta: expected a finite number >= 0, got inf"),
+        ((S, S, Y), {"ignore_index": 2.0}, TypeError, "ignore_index: expected an int or None, got float"),
+        ((S, S, Y), {"reduction": "average"}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'average'"),
+        ((S, S, Y), {"backend": "cuda"}, ValueError, "backend: expected one of auto, .*, got 'cuda'"),
+    ],
+)
+def test_tnkd_errors_name_the_argument(arguments, keywords, error, match):
+    with pytest.raises(error, match=match):
+        tnkd_loss(*arguments, **keywords)
+    if keywords:
+        with pytest.raises(error, match=match):
+            dsct_loss(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    "arguments,keywords,error,match",
+    [
+        (("x", S), {}, TypeError, "student_features: expected a Tensor or a list or tuple of Tensors, got str"),
+        (([], []), {}, ValueError, "student_features: expected at least one stage, got an empty list"),
+        (([S, S], [S]), {}, ValueError, "teacher_features: expected 2 stages as in student_features, got 1"),
+        (([S, S[0]], [S, S]), {}, ValueError, r"student_features\[1\]: expected shape \(N, C, H, W\), got \(5, 3, 4\)"),
+        ((S, S.long()), {}, TypeError, "teacher_features: expected dtype"),
+        ((S, S[:, :0]), {}, ValueError, "teacher_features: expected at least one channel"),
+        ((S, S[:1]), {}, ValueError, "teacher_features: expected the batch size of student_features"),
+        ((S, S.to("meta")), {}, ValueError, "teacher_features: expected the device of student_features, cpu, got meta"),
+        ((S, S), {"channel_temperature": 0}, ValueError, "channel_temperature: expected a finite number > 0, got 0"),
+        ((S, S), {"spatial_temperature": -1}, ValueError, "spatial_temperature: expected a finite number > 0, got -1"),
+        ((S, S), {"reduction": None}, ValueError, "reduction: expected"),
+    ],
+)
+def test_cafd_errors_name_the_argument(arguments, keywords, error, match):
+    with pytest.raises(error, match=match):
+        cafd_loss(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    "keywords,error,match",
+    [
+        ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
+        ({"class_weight": torch.ones(4)}, ValueError, r"class_weight: expected shape \(5,\), got \(4,\)"),
+        ({"class_weight": [1.0] * 5}, TypeError, "class_weight: expected a Tensor, got list"),
+        ({"student_features": S}, ValueError, "teacher_features: expected features, as the other network's were given"),
+        ({"ce_weight": -0.5}, ValueError, "ce_weight: expected a finite number >= 0, got -0.5"),
+    ],
+)
+def test_dsct_errors_name_the_argument(keywords, error, match):
+    with pytest.raises(error, match=match):
+        dsct_loss(S, S, Y, **keywords)
+
+
+def test_modules_refuse_bad_keywords_at_once():
+    for module, keywords in ((TNKDLoss, {"alpha": -1}), (CAFDLoss, {"reduction": "x"}), (DSCTLoss, {"temperature": 0})):
+        with pytest.raises(ValueError, match=next(iter(keywords))):
+            module(**keywords)
+
+
+def test_examples_in_the_docstrings_run():
+    names = dsct_kernels.__all__
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for name in names:
+        for test in finder.find(getattr(dsct_kernels, name), name, globs={}):
+            assert test.examples or name == "DSCTLosses", f"{name} has no example"
+            runner.run(test)
+    assert runner.summarize().failed == 0
+
+
+def test_every_public_keyword_is_documented():
+    for name in ("tnkd_loss", "cafd_loss", "channel_attention_map", "dsct_loss"):
+        function = getattr(dsct_kernels, name)
+        for parameter in inspect.signature(function).parameters:
+            assert parameter in function.__doc__, f"{name}: {parameter}"
