@@ -19,8 +19,9 @@ if BUILD not in ("auto", "python", "native"):
 CPU_SOURCES = ["csrc/ops.cpp", "csrc/module.cpp", *sorted(str(p) for p in Path("csrc").glob("*/*_cpu*.cpp"))]
 CUDA_SOURCES = ["csrc/ops_cuda.cpp", *sorted(str(p) for p in Path("csrc").glob("*/*_cuda.cu"))]
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--expt-relaxed-constexpr"]
+ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # libtorch's stable ABI as of 2.10: one build for every later torch
+CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", ABI]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", ABI]
 
 
 def say(message: str) -> None:

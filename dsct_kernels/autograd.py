@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def first_derivative_only(grad: Tensor, name: str) -> Tensor:
-    """`grad` as it is; under create_graph=True, `grad` with an error in its graph instead of a silently missing term."""
+    """`grad`; under create_graph=True, `grad` with an error in its graph instead of a silently missing term."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grad
     message = f"{name} has a first derivative only: its gradient was differentiated again (create_graph=True)"

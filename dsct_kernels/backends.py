@@ -13,14 +13,14 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "native", "triton")
 
 try:
-    from . import _C
+    from . import _C  # type: ignore[attr-defined, unused-ignore]
 
     NATIVE_MISSING: str | None = None
 except ImportError as error:
     _C = None
     NATIVE_MISSING = (
-        f"the native kernels are not built into this installation ({error}); reinstall with a C++ compiler on the PATH: "
-        "pip install --no-build-isolation ."
+        f"the native kernels are not built into this installation ({error}); "
+        "reinstall with a C++ compiler on the PATH: pip install --no-build-isolation ."
     )
 
 
@@ -75,7 +75,7 @@ def default_backend() -> str:
 
 
 def choose(backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType, *tensors: Tensor) -> ModuleType:
-    """The module that serves these tensors under `backend`. One named explicitly serves or raises; "auto" falls back."""
+    """The module that serves these tensors: a backend that is named serves or raises; "auto" falls back."""
     if backend == "auto":
         backend = default_backend()
     if backend == "auto":

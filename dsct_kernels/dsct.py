@@ -52,8 +52,8 @@ def dsct_loss(
         ce_weight, tnkd_weight, cafd_weight: >= 0. A cross-entropy or CAFD of weight 0 is not computed, and reported 0.
         class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
         reduction: "mean" or "sum", of every part; "none" is refused, since a map and a vector do not add up.
-        alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the same
-            valid pixels. No valid pixel: 0 (where `F.cross_entropy` gives NaN).
+        alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the
+            same valid pixels. No valid pixel: 0 (where `F.cross_entropy` gives NaN).
         channel_temperature, spatial_temperature: as for `cafd_loss`.
         backend: as for both.
 
@@ -81,7 +81,7 @@ def dsct_loss(
     ):
         checks.weight(name, value)
     if reduction == "none":
-        raise ValueError("reduction: expected 'mean' or 'sum', got 'none': a logit map and a feature loss do not add up")
+        raise ValueError("reduction: expected 'mean' or 'sum', got 'none': a map and a vector do not add up")
     if (student_features is None) != (teacher_features is None):
         missing = "student_features" if student_features is None else "teacher_features"
         raise ValueError(f"{missing}: expected features, as the other network's were given, got None")

@@ -36,7 +36,14 @@ class EagerCAFD(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, op: Op, backward_op: Op, student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int
+        ctx: Any,
+        op: Op,
+        backward_op: Op,
+        student: Tensor,
+        teacher: Tensor,
+        channel_t: float,
+        spatial_t: float,
+        reduction: int,
     ) -> Tensor:
         loss, grad_map, stats = op(student, teacher, channel_t, spatial_t, reduction, True)
         ctx.set_materialize_grads(False)
@@ -76,7 +83,9 @@ def register(cafd: str, attention_map: str, attention_map_backward: Op) -> None:
     torch.library.register_autograd(attention_map, map_backward, setup_context=map_context)
 
 
-def call(op: Op, backward_op: Op, student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int) -> Tensor:
+def call(
+    op: Op, backward_op: Op, student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int
+) -> Tensor:
     """The loss of one stage, differentiable in `student`."""
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if needs_grad and not torch.compiler.is_compiling():

@@ -25,9 +25,9 @@ def cafd_loss(
     Each network's features become one attention map over positions i, :math:`A_i = \sum_c w_c P_{c,i}` (see
     `channel_attention_map`), and the loss of a sample is :math:`KL(\tilde A^T \| \tilde A^S)` with
     :math:`\tilde A_i = (1 - \epsilon) A_i + \epsilon / \text{positions}`, :math:`\epsilon = 10^{-6}`. The channels are
-    condensed before anything is compared, so the networks may differ in C and no adapter is needed. Maps that differ in
-    H x W are average-pooled (adaptively) to the smaller H and W. After CWD (Shu et al., ICCV 2021, arXiv 2011.13256) and
-    attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928); the formula is this project's.
+    condensed before anything is compared, so the networks may differ in C and no adapter is needed. Maps that differ
+    in H x W are average-pooled (adaptively) to the smaller H and W. After CWD (Shu et al., ICCV 2021, arXiv
+    2011.13256) and attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928); the formula is this project's.
 
     Args:
         student_features: (N, C, H, W), or a sequence of them, one per stage; float16, bfloat16, float32 or float64, any
@@ -59,7 +59,8 @@ def cafd_loss(
     students = _stages("student_features", student_features)
     teachers = _stages("teacher_features", teacher_features)
     if len(students) != len(teachers):
-        raise ValueError(f"teacher_features: expected {len(students)} stages as in student_features, got {len(teachers)}")
+        stages = f"{len(students)} stages as in student_features"
+        raise ValueError(f"teacher_features: expected {stages}, got {len(teachers)}")
     for i, (s, t) in enumerate(zip(students, teachers)):
         if s.shape[0] != t.shape[0] or s.shape[0] != students[0].shape[0]:
             raise ValueError(

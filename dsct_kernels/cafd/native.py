@@ -43,7 +43,9 @@ if NATIVE_MISSING is None:
     autograd.register("dsct_kernels::cafd", "dsct_kernels::attention_map", _backward)
 
 
-def cafd(student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int) -> Tensor:
+def cafd(
+    student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
+) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
     return autograd.call(_cafd, _backward, student, teacher, channel_temperature, spatial_temperature, reduction)
 

@@ -12,7 +12,7 @@ EPS = 1e-6
 
 def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
     """A, (N, H, W): where the channels look, each weighted by how strongly it speaks."""
-    n, c, h, w = features.shape
+    n, _, h, w = features.shape
     f = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32).flatten(2)
     p = (f / spatial_temperature).softmax(-1)  # P_{c,i}
     g = f.abs().mean(-1)  # g_c
@@ -24,10 +24,10 @@ def attention_map(features: Tensor, channel_temperature: float, spatial_temperat
 
 def map_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """KL(teacher || student) of two attention maps, (N,), on the smaller of the two grids, both smoothed by EPS."""
-    size = [min(s, t) for s, t in zip(student_map.shape[1:], teacher_map.shape[1:])]
+    size = (min(student_map.shape[1], teacher_map.shape[1]), min(student_map.shape[2], teacher_map.shape[2]))
 
     def on_common_grid(a: Tensor) -> Tensor:
-        if list(a.shape[1:]) != size:
+        if a.shape[1:] != size:
             a = F.adaptive_avg_pool2d(a.unsqueeze(1), size).squeeze(1)
             a = a / a.sum((1, 2), keepdim=True)
         return (1 - EPS) * a + EPS / (size[0] * size[1])

@@ -66,7 +66,18 @@ def tnkd_loss(
     checks.weight("alpha", alpha)
     checks.weight("beta", beta)
     return logit_loss(
-        student_logits, teacher_logits, target, None, 0.0, alpha, beta, temperature, ignore_index, reduction, False, backend
+        student_logits,
+        teacher_logits,
+        target,
+        None,
+        0.0,
+        alpha,
+        beta,
+        temperature,
+        ignore_index,
+        reduction,
+        False,
+        backend,
     )[0]
 
 
