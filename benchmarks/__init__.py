@@ -1,0 +1,1 @@
+"""Benchmarks of the losses: `python benchmarks/bench_losses.py --help`."""

@@ -1,0 +1,193 @@
+"""Times the losses against eager PyTorch, the mask-trick DKD formula and torch.compile.
+
+Examples:
+    python benchmarks/bench_losses.py                                   # everything, about 10 minutes on 2 cores
+    python benchmarks/bench_losses.py --quick                           # about a minute
+    python benchmarks/bench_losses.py --device cuda --json out.json --chart out.png
+    python benchmarks/bench_losses.py --loss tnkd --only-shape 4x6x512x512 --dtype fp32 --layout contiguous
+    python benchmarks/bench_losses.py --read out.json --markdown        # the README's table, no timing
+    python benchmarks/bench_losses.py --read out.json --check           # the required ratios, exit code 1 on a miss
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import sys
+import tempfile
+import time
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: find benchmarks, and dsct_kernels where it isn't installed
+    sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts allocations, else chats on stderr
+
+import torch
+
+from benchmarks import report
+from benchmarks.candidates import BACKENDS, BASELINES, auto_backend, make_candidates
+from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, Case, make_cases
+from benchmarks.check import check
+from benchmarks.machine import describe
+from benchmarks.measure import Bench, copy_gb_s
+
+BUDGET_S, BUDGET_QUICK_S = 4.0, 2.0
+SETTINGS = {
+    "cpu": {
+        "copy": "torch copy_ of 128 MiB into a resident tensor, all threads, ordinary (not streaming) stores",
+        "memory": "torch's CPU allocations as its profiler sees them, without what a kernel mallocs for itself",
+    },
+    "cuda": {
+        "copy": "torch copy_ of 1 GiB into a resident tensor",
+        "memory": "torch.cuda.max_memory_allocated",
+    },
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what is timed")
+    what.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    what.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
+    what.add_argument("--quick", action="store_true", help="fewer shapes, fp32, contiguous, forward+backward only")
+    what.add_argument("--only-shape", nargs="+", metavar="NxCxHxW", help="for dsct also NxKxHxW+NxCxHxW")
+    what.add_argument("--layout", nargs="+", choices=LAYOUTS)
+    what.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
+    what.add_argument("--phase", nargs="+", choices=PHASES)
+    what.add_argument("--backends", nargs="*", choices=BACKENDS, help="default: all that are usable")
+    what.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    how = parser.add_argument_group("how")
+    how.add_argument("--threads", type=int, help="CPU threads, default: torch's")
+    how.add_argument("--budget", type=float, metavar="S", help="seconds of timing per case and phase, roughly")
+    how.add_argument("--upstream", type=float, default=1.0, help="gradient that comes into the loss (default 1)")
+    how.add_argument("--cold", action="store_true", help="empty caches for Inductor and Triton: honest first calls")
+    out = parser.add_argument_group("what comes out")
+    out.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write every measurement")
+    out.add_argument("--append", action="store_true", help="keep what the JSON file holds of other cases")
+    out.add_argument("--read", type=pathlib.Path, metavar="JSON", help="time nothing, take the results from a file")
+    out.add_argument("--chart", type=pathlib.Path, metavar="PNG", help="draw the ratios; several losses: PNG-LOSS")
+    out.add_argument("--markdown", action="store_true", help="print the README's table")
+    out.add_argument("--check", action="store_true", help="hold it against the required ratios; exit code 1 on a miss")
+    options = parser.parse_args(arguments)
+    if options.append and not options.json:
+        parser.error("--append needs --json")
+    if options.device == "cuda" and not options.read and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here")
+    return options
+
+
+def measure_case(case: Case, device: torch.device, options: argparse.Namespace, say: Any) -> list[dict[str, Any]]:
+    """All candidates at one case: first call, interleaved timing, memory."""
+    bench = Bench(case, device, options.upstream)
+    backends = options.backends
+    if backends is None:  # Triton on a CPU is its interpreter: not something to time
+        backends = [name for name in BACKENDS if device.type == "cuda" or name != "triton"]
+    candidates = make_candidates(case.loss, tuple(options.baselines), tuple(backends))
+    common = {
+        **dataclasses.asdict(case),
+        "device": device.type,
+        "auto": auto_backend(case.loss, bench.inputs[0]),
+        "floor_bytes": case.floor_bytes,
+        "student_bytes": case.student_bytes,
+    }
+    measured: dict[str, dict[str, Any]] = {}
+    usable = {}
+    for name, loss in candidates.items():
+        kind = "baseline" if name in BASELINES else "backend"
+        measured[name] = {**common, "candidate": name, "kind": kind}
+        try:
+            measured[name]["first_call_s"] = bench.first_call(loss)
+            usable[name] = loss
+        except torch.OutOfMemoryError:
+            measured[name]["reason"] = f"out of memory at {case.shape} {case.dtype}"
+            torch.cuda.empty_cache()
+        except Exception as error:  # a backend that is not built or not usable says why
+            measured[name]["reason"] = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    budget = options.budget or (BUDGET_QUICK_S if options.quick else BUDGET_S)
+    timings = bench.time_interleaved(usable, budget)
+    bandwidth = copy_gb_s(timings["copy"], device.type)
+    for name, entry in measured.items():
+        entry["copy_gb_s"] = bandwidth
+        if name in usable:
+            entry["ms"] = dataclasses.asdict(timings[name])
+            if case.phase == FORWARD_BACKWARD:
+                entry["extra_bytes"] = bench.extra_memory(usable[name])
+    parts = [f"{name} {entry['ms']['median']:.3f}" for name, entry in measured.items() if "ms" in entry]
+    what = " ".join(dataclasses.astuple(case))
+    say(f"{what}: {', '.join(parts)} ms, copy {bandwidth:.1f} GB/s")
+    return list(measured.values())
+
+
+def run(options: argparse.Namespace, say: Any) -> report.Result:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.cold:
+        caches = tempfile.TemporaryDirectory(prefix="bench_losses_")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(caches.name, "inductor")
+        os.environ["TRITON_CACHE_DIR"] = os.path.join(caches.name, "triton")
+    device = torch.device("cuda:0" if options.device == "cuda" else "cpu")
+    result: report.Result = {
+        "machine": describe(device),
+        "settings": {
+            **SETTINGS[device.type],
+            "command": shlex.join(["python", "benchmarks/bench_losses.py", *sys.argv[1:]]),
+            "caches": "empty before the run" if options.cold else "as they were",
+            "upstream": options.upstream,
+        },
+        "measurements": [],
+    }
+    if options.append and options.json.exists():
+        before = json.loads(options.json.read_text())
+        result["measurements"] = before["measurements"]
+    cases = make_cases(
+        options.loss, options.device, options.quick, options.only_shape, options.layout, options.dtype, options.phase
+    )
+    if not cases:
+        sys.exit("no case left to time: the shapes named fit none of the losses named")
+    start = time.perf_counter()
+    for case in cases:
+        new = measure_case(case, device, options, say)
+        key = dataclasses.astuple(case)
+        kept = [m for m in result["measurements"] if tuple(m[name] for name in report.KEY) != key]
+        result["measurements"] = kept + new
+        if options.json:  # after each case: a run that is cut off leaves what it has
+            result["settings"]["seconds"] = round(time.perf_counter() - start, 1)
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    say(f"{len(cases)} cases in {time.perf_counter() - start:.0f} s")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    if options.read:
+        result = json.loads(options.read.read_text())
+    else:
+        progress = Console(stderr=True)
+        result = run(options, lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True))
+    if options.markdown:
+        print(report.markdown(result))
+    elif not options.check or not options.read:
+        report.print_tables(result, console)
+    if options.chart:
+        for path in report.draw_charts(result, options.chart):
+            console.print(f"drawn: {path}", markup=False)
+    if options.check:
+        verdicts = check(result)
+        for verdict in verdicts:
+            console.print(str(verdict), style=None if verdict.passed else "bold red", markup=False, highlight=False)
+        missed = sum(not verdict.passed for verdict in verdicts)
+        console.print(f"{len(verdicts) - missed} of {len(verdicts)} required figures reached", markup=False)
+        return 1 if missed or not verdicts else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What must hold: the thresholds, one table, and the check of a result against it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from benchmarks.cases import FORWARD_BACKWARD
+from benchmarks.report import COMPILE, EAGER, Result, Row, make_rows
+
+AT_LEAST, AT_MOST = "at least", "at most"
+ONE_TENSOR = 1.05  # one tensor of the student's size; the rest is for attention maps, counts and scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Threshold:
+    """A figure that every row it names must reach, forward+backward, in both layouts."""
+
+    device: str
+    loss: str
+    shapes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    figure: str  # a name in FIGURES
+    relation: str
+    value: float
+
+
+FIGURES: dict[str, Callable[[Row], float | None]] = {
+    "x eager": lambda row: row.speedup(EAGER),
+    "x compile": lambda row: row.speedup(COMPILE),
+    "x better of eager and compile": lambda row: row.speedup_best,
+    "x floor": lambda row: row.x_floor(),
+    "share of copy bandwidth": lambda row: None if row.x_floor() is None else 1 / (row.x_floor() or 1),
+    "extra memory in student tensors": lambda row: row.memory(),
+}
+
+FEW = ("4x6x512x512", "2x19x512x512")
+MANY = ("1x150x512x512",)
+CAFD = ("4x512x64x64", "4x256x128x128")
+CAFD_16 = ("16x512x64x64", "16x256x128x128")
+TNKD_16 = ("16x6x512x512", "16x19x512x512", "16x150x512x512")
+SMALL = (("tnkd", "128x100x1x1"), ("cafd", "8x64x32x32"))
+
+THRESHOLDS = [
+    # 2-core CPU with AVX-512, fp32
+    Threshold("cpu", "tnkd", FEW, ("fp32",), "x eager", AT_LEAST, 15),
+    Threshold("cpu", "tnkd", FEW, ("fp32",), "x compile", AT_LEAST, 10),
+    Threshold("cpu", "tnkd", MANY, ("fp32",), "x eager", AT_LEAST, 40),
+    Threshold("cpu", "tnkd", MANY, ("fp32",), "x compile", AT_LEAST, 12),
+    Threshold("cpu", "tnkd", MANY, ("fp32",), "x floor", AT_MOST, 4),
+    Threshold("cpu", "tnkd", FEW + MANY, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
+    Threshold("cpu", "cafd", CAFD, ("fp32",), "x eager", AT_LEAST, 10),
+    Threshold("cpu", "cafd", CAFD, ("fp32",), "x compile", AT_LEAST, 4),
+    Threshold("cpu", "cafd", CAFD, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
+    # H100 and H200
+    *(
+        Threshold("cuda", "tnkd", FEW + MANY + TNKD_16, ("fp32", "bf16"), figure, relation, value)
+        for figure, relation, value in [
+            ("share of copy bandwidth", AT_LEAST, 0.85),
+            ("x eager", AT_LEAST, 8),
+            ("x compile", AT_LEAST, 2),
+            ("extra memory in student tensors", AT_MOST, ONE_TENSOR),
+        ]
+    ),
+    *(
+        Threshold("cuda", "cafd", CAFD + CAFD_16, ("fp32", "bf16"), figure, relation, value)
+        for figure, relation, value in [
+            ("share of copy bandwidth", AT_LEAST, 0.60),
+            ("x compile", AT_LEAST, 1.5),
+            ("extra memory in student tensors", AT_MOST, ONE_TENSOR),
+        ]
+    ),
+    # where overhead rules, on both
+    *(
+        Threshold(device, loss, (shape,), dtypes, "x better of eager and compile", AT_LEAST, 1)
+        for device, dtypes in (("cpu", ("fp32",)), ("cuda", ("fp32", "bf16")))
+        for loss, shape in SMALL
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    row: Row
+    threshold: Threshold
+    value: float | None  # None: nothing was measured, which is a miss
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return False
+        if self.threshold.relation == AT_LEAST:
+            return self.value >= self.threshold.value
+        return self.value <= self.threshold.value
+
+    def __str__(self) -> str:
+        row, threshold = self.row, self.threshold
+        value = "not measured" if self.value is None else f"{self.value:.2f}"
+        return (
+            f"{'pass' if self.passed else 'MISS'}  {row.loss} {row.shape} {row.layout} {row.dtype}: {threshold.figure} "
+            f"{value}, required {threshold.relation} {threshold.value:g}"
+        )
+
+
+def check(result: Result) -> list[Verdict]:
+    """One verdict per threshold and measured row it names. Rows that were not run are not judged."""
+    device = result["machine"]["device"]
+    return [
+        Verdict(row, threshold, FIGURES[threshold.figure](row))
+        for row in make_rows(result, [FORWARD_BACKWARD])
+        for threshold in THRESHOLDS
+        if threshold.device == device
+        and row.loss == threshold.loss
+        and row.shape in threshold.shapes
+        and row.dtype in threshold.dtypes
+    ]

@@ -1,0 +1,208 @@
+"""How it is timed: interleaved repeats on CPU and CUDA, peak extra memory, copy bandwidth."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gc
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import FORWARD_BACKWARD, Case, Inputs, make_inputs
+
+Loss = Callable[[Inputs], Tensor]
+
+MIN_SAMPLE_S = {"cpu": 1e-3, "cuda": 5e-3}  # shorter calls are repeated inside one sample up to this time
+MIN_SAMPLES, MIN_SAMPLES_SLOW, SLOW_S = 7, 3, 0.5  # a candidate slower than SLOW_S gets fewer
+MAX_SAMPLES = 60
+MAX_CALLS = 5000  # calls in one sample
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
+
+
+@dataclasses.dataclass
+class Timing:
+    """Quantiles of one candidate's samples; a sample is the mean of `calls` calls."""
+
+    samples: int
+    calls: int
+    min: float  # milliseconds per call, as all that follow
+    p10: float
+    p25: float
+    median: float
+    p75: float
+    p90: float
+    max: float
+
+    @staticmethod
+    def of(seconds: Sequence[float], calls: int) -> Timing:
+        ordered = sorted(second * 1e3 for second in seconds)
+
+        def quantile(share: float) -> float:
+            position = share * (len(ordered) - 1)
+            low = math.floor(position)
+            high = min(low + 1, len(ordered) - 1)
+            return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+        return Timing(len(ordered), calls, *(quantile(share) for share in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)))
+
+
+class Bench:
+    """One case on one device: its inputs, and the ways to run a loss on them."""
+
+    def __init__(self, case: Case, device: torch.device, upstream: float = 1.0):
+        self.case, self.device = case, device
+        self.upstream = None if upstream == 1.0 else torch.tensor(upstream, device=device)
+        self.inputs = [make_inputs(case, device)]
+        if device.type == "cuda":  # rotate over buffers bigger than L2, so that no call finds its input there
+            cache = cache_bytes(device)
+            copies = max(1, math.ceil(3 * cache / self.inputs[0].nbytes))
+            self.inputs += [make_inputs(case, device, seed) for seed in range(1, min(copies, 256))]
+        # gradients live as long as the rotation, or the allocator would hand out one L2-resident block each time
+        self._kept: collections.deque[Any] = collections.deque(maxlen=len(self.inputs))
+        self._turn = 0
+
+    def call(self, loss: Loss) -> Any:
+        """Forward, or forward and backward: what is timed."""
+        inputs = self.inputs[self._turn % len(self.inputs)]
+        self._turn += 1
+        if self.case.phase == FORWARD_BACKWARD:
+            return torch.autograd.grad(loss(inputs), inputs.differentiable, self.upstream)
+        with torch.no_grad():
+            return loss(inputs)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def first_call(self, loss: Loss) -> float:
+        """Seconds of the first call, compilation and all."""
+        self.synchronize()
+        start = time.perf_counter()
+        self.call(loss)
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def sample(self, function: Callable[[], Any], calls: int) -> float:
+        """Seconds per call, over `calls` calls in a row."""
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            return (time.perf_counter() - start) / calls
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        for _ in range(calls):
+            self._kept.append(function())
+        end_event.record()
+        end_event.synchronize()
+        self._kept.clear()
+        return start_event.elapsed_time(end_event) / 1e3 / calls
+
+    def time_interleaved(self, losses: dict[str, Loss], budget_s: float) -> dict[str, Timing]:
+        """Time all candidates, their samples interleaved, so that a noisy minute hurts all alike.
+
+        Includes a plain copy under the name "copy": the bandwidth of this very minute.
+        """
+        source = torch.zeros(COPY_BYTES[self.device.type], dtype=torch.uint8, device=self.device)
+        source, target = source.view(torch.float32), torch.ones_like(source).view(torch.float32)
+
+        def bind(loss: Loss) -> Callable[[], Any]:
+            return lambda: self.call(loss)
+
+        functions: dict[str, Callable[[], Any]] = {name: bind(loss) for name, loss in losses.items()}
+        functions["copy"] = lambda: target.copy_(source)
+
+        calls, wanted = {}, {}
+        for name, function in functions.items():
+            seconds = self._warm_up(function)
+            least = MIN_SAMPLE_S[self.device.type]
+            calls[name] = min(MAX_CALLS, max(1, math.ceil(least / seconds)))
+            per_sample = calls[name] * seconds
+            fewest = MIN_SAMPLES if seconds < SLOW_S else MIN_SAMPLES_SLOW
+            wanted[name] = min(MAX_SAMPLES, max(fewest, int(budget_s / len(functions) / per_sample)))
+        samples: dict[str, list[float]] = {name: [] for name in functions}
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for name in interleave(wanted):
+                samples[name].append(self.sample(functions[name], calls[name]))
+        finally:
+            if collecting:
+                gc.enable()
+        return {name: Timing.of(seconds, calls[name]) for name, seconds in samples.items()}
+
+    def _warm_up(self, function: Callable[[], Any], least_s: float = 0.05) -> float:
+        """Run until `least_s` has passed, at least twice unless one call takes SLOW_S; seconds of a warm call."""
+        spent, seconds, runs = 0.0, 0.0, 0
+        while spent < least_s or (runs < 2 and spent < SLOW_S):
+            self.synchronize()
+            seconds = self.sample(function, calls=max(1, min(20, runs)))
+            spent += seconds * max(1, min(20, runs))
+            runs += 1
+        return max(seconds, 1e-7)
+
+    def extra_memory(self, loss: Loss) -> int:
+        """Peak bytes allocated during one call over what was there before it."""
+        self.call(loss)  # nothing that is allocated once and kept is counted
+        if self.device.type == "cuda":
+            self.synchronize()
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.call(loss)
+            self.synchronize()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        return cpu_peak_bytes(lambda: self.call(loss))
+
+
+def interleave(wanted: dict[str, int]) -> list[str]:
+    """Spread each name's number of turns evenly over the whole run: {"a": 3, "b": 1} -> a, b, a, a or the like."""
+    turns = [((turn + 0.5) / count, name) for name, count in wanted.items() for turn in range(count)]
+    return [name for _, name in sorted(turns)]
+
+
+def cpu_peak_bytes(function: Callable[[], Any]) -> int:
+    """Peak of torch's CPU allocations during a call, less the start: running sum over the profiler's memory events.
+
+    Exact and repeatable, unlike the resident set. What a kernel mallocs behind torch's back is not in it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function()
+        del kept
+    handle, path = tempfile.mkstemp(suffix=".json")
+    os.close(handle)
+    try:
+        profiler.export_chrome_trace(path)
+        with open(path) as file:
+            events = json.load(file)["traceEvents"]
+    finally:
+        os.unlink(path)
+    memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    running = peak = 0
+    for event in sorted(memory, key=lambda event: event["ts"]):
+        running += event["args"]["Bytes"]
+        peak = max(peak, running)
+    return peak
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache (GPU: L2); 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
+            return int(file.read().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def copy_gb_s(timing: Timing, device: str) -> float:
+    """Copy bandwidth, bytes read plus bytes written."""
+    return 2 * COPY_BYTES[device] / timing.median / 1e6

@@ -1,0 +1,255 @@
+"""What comes out: rows with ratios from raw measurements, the rich table, the README's table, the charts."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, default_shapes
+
+Result = dict[str, Any]  # what the JSON file holds
+EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
+KEY = ("loss", "shape", "layout", "dtype", "phase")
+
+
+@dataclasses.dataclass
+class Row:
+    """One case with every candidate's measurement, and what follows from them."""
+
+    loss: str
+    shape: str
+    layout: str
+    dtype: str
+    phase: str
+    by_name: dict[str, dict[str, Any]]
+    ours_name: str | None  # the backend that "auto" picks, or the only one timed
+    cache_bytes: int
+
+    def ms(self, name: str | None) -> float | None:
+        measured = self.by_name.get(name or "", {})
+        return measured["ms"]["median"] if "ms" in measured else None
+
+    @property
+    def ours(self) -> float | None:
+        return self.ms(self.ours_name)
+
+    def speedup(self, baseline: str, name: str | None = None) -> float | None:
+        """How many times faster than `baseline` ours, or the candidate `name`, is."""
+        base, ours = self.ms(baseline), self.ms(name or self.ours_name)
+        return base / ours if base and ours else None
+
+    @property
+    def speedup_best(self) -> float | None:
+        """Over the better of eager and compile."""
+        ratios = [ratio for ratio in (self.speedup(EAGER), self.speedup(COMPILE)) if ratio is not None]
+        return min(ratios) if ratios else None
+
+    def _first(self) -> dict[str, Any]:
+        return next(iter(self.by_name.values()))
+
+    @property
+    def floor_ms(self) -> float:
+        first = self._first()
+        return first["floor_bytes"] / first["copy_gb_s"] / 1e6
+
+    @property
+    def in_cache(self) -> bool:
+        """On a CPU small inputs never leave the cache, and a floor made of memory bandwidth means nothing."""
+        return self._first()["device"] == "cpu" and self._first()["floor_bytes"] <= 2 * self.cache_bytes
+
+    def x_floor(self, name: str | None = None) -> float | None:
+        ours = self.ms(name or self.ours_name)
+        return None if ours is None or self.in_cache else ours / self.floor_ms
+
+    def gb_s(self, name: str | None = None) -> float | None:
+        ours = self.ms(name or self.ours_name)
+        return None if ours is None else self._first()["floor_bytes"] / ours / 1e6
+
+    def memory(self, name: str | None = None) -> float | None:
+        """Peak extra memory in student tensors."""
+        measured = self.by_name.get(name or self.ours_name or "", {})
+        extra = measured.get("extra_bytes")
+        return None if extra is None else extra / measured["student_bytes"]
+
+
+def make_rows(result: Result, phases: Iterable[str] | None = None) -> list[Row]:
+    rows: dict[tuple[str, ...], Row] = {}
+    for measured in result["measurements"]:
+        key = tuple(measured[name] for name in KEY)
+        if phases is not None and measured["phase"] not in phases:
+            continue
+        if key not in rows:
+            loss, shape, layout, dtype, phase = key
+            rows[key] = Row(loss, shape, layout, dtype, phase, {}, None, result["machine"]["cache_bytes"])
+        rows[key].by_name[measured["candidate"]] = measured
+    for row in rows.values():
+        backends = [name for name, m in row.by_name.items() if m["kind"] == "backend" and "ms" in m]
+        auto = next((m["auto"] for m in row.by_name.values()), None)
+        row.ours_name = auto if auto in backends else backends[0] if backends else None
+    return sorted(rows.values(), key=_order)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """The order of the defaults, whatever order the measurements came in; other shapes last."""
+    shapes = default_shapes(row.loss, "cuda", quick=False)
+    place = shapes.index(row.shape) if row.shape in shapes else len(shapes)
+    others = (LAYOUTS.index(row.layout), list(DTYPES).index(row.dtype), PHASES.index(row.phase))
+    return (LOSSES.index(row.loss), place, row.shape, *others)
+
+
+def number(value: float | None) -> str:
+    """Three figures, or a dash."""
+    if value is None:
+        return "-"
+    text = f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return text if value >= 0.1 or value == 0 else f"{value:.4f}"
+
+
+def timing(measured: dict[str, Any] | None) -> str:
+    """Median and half the interquartile range, in milliseconds."""
+    if measured is None:
+        return ""
+    if "ms" not in measured:
+        return "-"
+    ms = measured["ms"]
+    spread = (ms["p75"] - ms["p25"]) / 2 / ms["median"] if ms["median"] else 0
+    text = f"{ms['median']:.4f}" if ms["median"] < 1 else number(ms["median"])
+    return f"{text} ±{spread:.0%}"
+
+
+def print_tables(result: Result, console: Any) -> None:
+    """One rich table per loss; every backend timed gets its columns."""
+    from rich.table import Table
+
+    machine = result["machine"]
+    on_gpu = machine["device"] != "cpu"
+    for loss in LOSSES:
+        rows = [row for row in make_rows(result) if row.loss == loss]
+        if not rows:
+            continue
+        kinds = {name: m["kind"] for row in rows for name, m in row.by_name.items()}
+        baselines = [name for name, kind in kinds.items() if kind == "baseline"]
+        backends = [name for name in kinds if name not in baselines and any(row.ms(name) for row in rows)]
+        table = Table(title=f"{loss} on {machine['name']}, milliseconds: median ± half the interquartile range")
+        for column in ("shape", "layout", "dtype", "phase"):
+            table.add_column(column, no_wrap=True)
+        ratios = [f"x {baseline}" for baseline in baselines]
+        for column in [*baselines, *backends]:
+            table.add_column(column, justify="right", no_wrap=True)
+        for backend in backends:
+            suffix = f"\n{backend}" if len(backends) > 1 else ""
+            for column in [*ratios, *(["GB/s", "of copy"] if on_gpu else ["x floor"]), "memory"]:
+                table.add_column(column + suffix, justify="right")
+        for row in rows:
+            cells = [row.shape, row.layout, row.dtype, "fwd+bwd" if row.phase == FORWARD_BACKWARD else "fwd"]
+            cells += [timing(row.by_name.get(name)) for name in [*baselines, *backends]]
+            for backend in backends:
+                cells += [number(row.speedup(baseline, backend)) for baseline in baselines]
+                x_floor = row.x_floor(backend)
+                if on_gpu:
+                    cells += [number(row.gb_s(backend)), f"{1 / x_floor:.0%}" if x_floor else "-"]
+                else:
+                    cells.append("in cache" if row.in_cache and row.ms(backend) else number(x_floor))
+                cells.append(number(row.memory(backend)))
+            table.add_row(*cells)
+        console.print(table)
+        _print_ranges(rows, kinds, console)
+    copies = sorted(m["copy_gb_s"] for m in result["measurements"])
+    for line in (
+        f"copy bandwidth: {copies[0]:.1f} to {copies[-1]:.1f} GB/s, read + written, timed between the candidates: "
+        f"{result['settings']['copy']}",
+        "floor: bytes that must move / copy bandwidth: logits and labels read once, gradient written; "
+        "features read once forward, the student's read again and its gradient written backward",
+        f"memory: peak extra of forward+backward, in student tensors: {result['settings']['memory']}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_ranges(rows: list[Row], names: Iterable[str], console: Any) -> None:
+    """Under a table: memory of every candidate, first calls of what compiles, and why something was not timed."""
+    for name in names:
+        parts = []
+        memory = [value for row in rows if (value := row.memory(name)) is not None]
+        if memory:
+            parts.append(f"peak extra memory {number(min(memory))} to {number(max(memory))} student tensors")
+        entries = [row.by_name[name] for row in rows if name in row.by_name]
+        firsts = [m["first_call_s"] for m in entries if "first_call_s" in m]
+        if firsts and name in (COMPILE, "triton"):
+            parts.append(f"first call {min(firsts):.2f} to {max(firsts):.2f} s")
+        parts += [f"not timed: {reason}" for reason in sorted({m["reason"] for m in entries if "reason" in m})]
+        if parts:
+            console.print(f"{name}: {'; '.join(parts)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def markdown(result: Result) -> str:
+    """The README's table, forward+backward: figures in a README are generated, never typed."""
+    rows = make_rows(result, [FORWARD_BACKWARD])
+    machine = result["machine"]
+    header = [
+        "loss", "shape", "layout", "dtype", "eager ms", "mask-trick ms", "compile ms", "ours ms",
+        "x eager", "x compile", "x floor", "memory",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * 4 + ["---:"] * 8) + " |"]
+    for row in rows:
+        x_floor = "in cache" if row.in_cache and row.ours else number(row.x_floor())
+        cells = [row.loss, row.shape.replace("x", " x ").replace("+", " + "), row.layout, row.dtype]
+        cells += [number(row.ms(name)) for name in (EAGER, MASK_TRICK, COMPILE)]
+        cells += [number(row.ours), number(row.speedup(EAGER)), number(row.speedup(COMPILE)), x_floor]
+        cells.append(number(row.memory()))
+        lines.append("| " + " | ".join(cells) + " |")
+    copies = sorted(m["copy_gb_s"] for m in result["measurements"])
+    where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
+    backends = sorted({row.ours_name for row in rows if row.ours_name})
+    note = (
+        f"{where}, torch {machine['torch']}, {machine['date'][:10]}; ours: {', '.join(backends) or 'none'}; "
+        f"median of interleaved repeats; copy bandwidth {copies[0]:.0f} to {copies[-1]:.0f} GB/s in the same run; "
+        "x floor: times the time in which the bytes that must move could be copied; "
+        "memory: peak extra, in student tensors."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def draw_charts(result: Result, path: pathlib.Path) -> list[pathlib.Path]:
+    """One chart per loss: how many times faster, forward+backward, than each baseline. Several losses: PATH-LOSS."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    machine, paths = result["machine"], []
+    by_loss = {loss: [r for r in make_rows(result, [FORWARD_BACKWARD]) if r.loss == loss and r.ours] for loss in LOSSES}
+    losses = [loss for loss in LOSSES if by_loss[loss]]
+    colours = {EAGER: "#4477aa", MASK_TRICK: "#aabbcc", COMPILE: "#ee7733"}
+    for loss in losses:
+        rows = by_loss[loss]
+        baselines = [name for name in (EAGER, MASK_TRICK, COMPILE) if any(row.speedup(name) for row in rows)]
+        height = 1.1 + 0.24 * (len(baselines) + 0.8) * len(rows)
+        figure, axes = plt.subplots(figsize=(8.5, height), layout="constrained")
+        for place, row in enumerate(rows):
+            for turn, name in enumerate(baselines):
+                ratio = row.speedup(name)
+                if ratio is None:
+                    continue
+                y = place * (len(baselines) + 0.8) + turn
+                axes.barh(y, ratio, height=0.9, color=colours[name], label=f"over {name}" if place == 0 else None)
+                axes.annotate(
+                    f"{number(ratio)}x", (ratio, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+                )
+        centres = [place * (len(baselines) + 0.8) + (len(baselines) - 1) / 2 for place in range(len(rows))]
+        axes.set_yticks(centres, [f"{r.shape}\n{r.layout}, {r.dtype}".replace("+", "\n+ ") for r in rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xlim(right=max(row.speedup(name) or 1 for row in rows for name in baselines) * 1.5)
+        axes.set_xlabel("times faster, forward + backward (log scale)")
+        axes.set_title(f"{loss}: {machine['name']}, torch {machine['torch']}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+        target = path if len(losses) == 1 else path.with_name(f"{path.stem}-{loss}{path.suffix or '.png'}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=150)
+        plt.close(figure)
+        paths.append(target)
+    return paths

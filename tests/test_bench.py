@@ -1,0 +1,231 @@
+"""The benchmark's arithmetic, and one tiny run of it from end to end."""
+
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import candidates, cases, check, measure, report  # noqa: E402
+
+
+def case(loss="tnkd", shape="2x3x4x4", layout="contiguous", dtype="fp32", phase=cases.FORWARD_BACKWARD):
+    return cases.Case(loss, shape, layout, dtype, phase)
+
+
+def measured(of: cases.Case, name: str, ms: float, extra: int = 0, device: str = "cpu", copy_gb_s: float = 10.0):
+    """One entry of the JSON file, every quantile the same."""
+    return {
+        "loss": of.loss,
+        "shape": of.shape,
+        "layout": of.layout,
+        "dtype": of.dtype,
+        "phase": of.phase,
+        "device": device,
+        "candidate": name,
+        "kind": "backend" if name in candidates.BACKENDS else "baseline",
+        "auto": "native",
+        "floor_bytes": of.floor_bytes,
+        "student_bytes": of.student_bytes,
+        "extra_bytes": extra,
+        "copy_gb_s": copy_gb_s,
+        "ms": dict.fromkeys(("min", "p10", "p25", "median", "p75", "p90", "max"), ms),
+    }
+
+
+def result(measurements, device="cpu"):
+    machine = {
+        "device": device,
+        "name": "a machine",
+        "threads": 2,
+        "torch": "2",
+        "date": "2026-01-01T",
+        "cache_bytes": 1,
+    }
+    return {"machine": machine, "settings": {"copy": "copy_", "memory": "peak"}, "measurements": measurements}
+
+
+def test_floor_counts_what_must_move():
+    pixels, logits = 2 * 4 * 4, 2 * 3 * 4 * 4
+    assert case().floor_bytes == 3 * 4 * logits + 8 * pixels  # student, teacher, gradient; int64 labels
+    assert case(phase=cases.FORWARD).floor_bytes == 2 * 4 * logits + 8 * pixels
+    assert case(dtype="bf16").floor_bytes == 3 * 2 * logits + 8 * pixels
+    assert case("cafd").floor_bytes == 4 * 4 * logits  # the student is read again for its gradient
+    joined = case("dsct", "2x3x4x4+2x5x2x2")
+    assert joined.floor_bytes == case().floor_bytes + 4 * 4 * (2 * 5 * 2 * 2)
+    assert joined.student_bytes == 4 * (logits + 2 * 5 * 2 * 2)
+
+
+@pytest.mark.parametrize("text", ["4x6", "4x6x0x2", "ax6x2x2", "4x6x2x2+1x1x1x1+1x1x1x1", ""])
+def test_bad_shape_is_named(text):
+    with pytest.raises(ValueError, match="shape: expected"):
+        cases.parse_shape(text)
+
+
+def test_cases_asked_for():
+    full = cases.make_cases(cases.LOSSES, "cpu")
+    assert len(full) == len(set(full))
+    assert {c.shape for c in full if c.loss == "tnkd"} == set(cases.SHAPES["tnkd"])
+    assert {c.layout for c in full if c.shape == "128x100x1x1"} == {"contiguous"}
+    assert any(c.shape == "16x150x512x512" for c in cases.make_cases(["tnkd"], "cuda"))
+    only = cases.make_cases(["tnkd", "cafd"], "cpu", shapes=["2x3x4x4+1x1x2x2"])
+    assert only == []  # a pair of shapes fits dsct alone
+    quick = cases.make_cases(cases.LOSSES, "cpu", quick=True)
+    assert {(c.layout, c.dtype, c.phase) for c in quick} == {("contiguous", "fp32", cases.FORWARD_BACKWARD)}
+
+
+def test_inputs_have_the_layout_and_the_gradient_asked_for():
+    x = cases.make_inputs(case(layout="channels_last", dtype="bf16"), torch.device("cpu"))
+    assert x.student_logits.is_contiguous(memory_format=torch.channels_last) and not x.student_logits.is_contiguous()
+    assert x.student_logits.requires_grad and not x.teacher_logits.requires_grad
+    assert x.student_logits.dtype == torch.bfloat16
+    forward = cases.make_inputs(case(phase=cases.FORWARD), torch.device("cpu"))
+    assert not forward.student_logits.requires_grad
+
+
+def test_mask_trick_is_the_same_loss_where_it_is_safe():
+    x = cases.make_inputs(case(shape="2x5x8x8", dtype="fp64"), torch.device("cpu"))
+    got = candidates.mask_trick_dkd(x.student_logits, x.teacher_logits, x.target)
+    want = candidates.reference_loss("tnkd")(x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(loss, x.student_logits)[0] for loss in (got, want)]
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss,shape", [("tnkd", "2x5x8x8"), ("cafd", "2x5x8x8"), ("dsct", "2x5x8x8+2x4x4x4")])
+def test_baseline_and_public_function_compute_the_same(loss, shape):
+    x = cases.make_inputs(case(loss, shape, dtype="fp64"), torch.device("cpu"))
+    torch.testing.assert_close(candidates.backend_loss(loss, "reference")(x), candidates.reference_loss(loss)(x))
+
+
+def test_turns_are_spread_evenly():
+    turns = measure.interleave({"a": 8, "b": 2, "c": 1})
+    assert sorted(turns) == ["a"] * 8 + ["b"] * 2 + ["c"]
+    assert turns[:5].count("b") == 1 and turns.index("c") in (4, 5, 6)
+
+
+def test_quantiles():
+    timing = measure.Timing.of([0.004, 0.001, 0.002, 0.003, 0.005], calls=7)
+    assert (timing.samples, timing.calls) == (5, 7)
+    assert [timing.min, timing.p25, timing.median, timing.p75, timing.max] == pytest.approx([1, 2, 3, 4, 5])
+    assert timing.p10 == pytest.approx(1.4)
+
+
+def test_peak_memory_sees_what_is_alive_at_once():
+    x = torch.zeros(1 << 18)  # 1 MiB
+    slack = 1024
+    one = measure.cpu_peak_bytes(lambda: x + 1)
+    two = measure.cpu_peak_bytes(lambda: (x + 1) * 2)
+    assert x.nbytes <= one < x.nbytes + slack
+    assert 2 * x.nbytes <= two < 2 * x.nbytes + slack
+
+
+def test_peak_memory_of_the_reference_exceeds_its_gradient():
+    of = case(shape="2x6x32x32")
+    bench = measure.Bench(of, torch.device("cpu"))
+    assert bench.extra_memory(candidates.reference_loss("tnkd")) > 3 * of.student_bytes
+
+
+def test_forward_phase_builds_no_graph():
+    bench = measure.Bench(case(phase=cases.FORWARD), torch.device("cpu"))
+    assert not bench.call(candidates.reference_loss("tnkd")).requires_grad
+    gradient = measure.Bench(case(), torch.device("cpu")).call(candidates.reference_loss("tnkd"))
+    assert gradient[0].shape == (2, 3, 4, 4) and gradient[0].abs().sum() > 0
+
+
+def test_upstream_gradient_reaches_the_loss():
+    plain, scaled = (measure.Bench(case(), torch.device("cpu"), upstream) for upstream in (1.0, 0.5))
+    loss = candidates.reference_loss("tnkd")
+    torch.testing.assert_close(plain.call(loss)[0] * 0.5, scaled.call(loss)[0])
+
+
+def test_row_ratios():
+    of = case(shape="4x6x512x512")
+    floor_ms = of.floor_bytes / 10.0 / 1e6
+    entries = [("eager", 300.0, 10), ("mask-trick", 200.0, 9), ("compile", 50.0, 5), ("native", 10.0, 1)]
+    (row,) = report.make_rows(result([measured(of, name, ms, n * of.student_bytes) for name, ms, n in entries]))
+    assert row.ours_name == "native"
+    assert (row.speedup("eager"), row.speedup("compile"), row.speedup_best) == pytest.approx((30, 5, 5))
+    assert row.x_floor() == pytest.approx(10 / floor_ms)
+    assert (row.memory(), row.memory("eager")) == pytest.approx((1, 10))
+    small = result([measured(case(), "native", 1.0)])
+    small["machine"]["cache_bytes"] = 32 << 20
+    assert report.make_rows(small)[0].x_floor() is None  # in cache
+
+
+def full_result(ours_ms: float, extra: float = 1.0, device: str = "cpu"):
+    """Every case in the table of thresholds, floor 1 ms, eager 100 ms, compile 30 ms."""
+    measurements = []
+    for of in cases.make_cases(["tnkd", "cafd"], device, phases=[cases.FORWARD_BACKWARD]):
+        copy_gb_s = of.floor_bytes / 1e6
+        for name, ms in (("eager", 100.0), ("compile", 30.0), ("native", ours_ms)):
+            measurements.append(measured(of, name, ms, int(extra * of.student_bytes), device, copy_gb_s))
+    return result(measurements, device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_check_passes_and_misses(device):
+    verdicts = check.check(full_result(1.0, device=device))
+    assert verdicts and all(verdict.passed for verdict in verdicts)
+    assert {v.threshold for v in verdicts} == {t for t in check.THRESHOLDS if t.device == device}
+    slow = [v for v in check.check(full_result(31.0, device=device)) if not v.passed]
+    assert {v.threshold.figure for v in slow} >= {"x eager", "x compile", "x better of eager and compile"}
+    greedy = [v for v in check.check(full_result(1.0, extra=1.2, device=device)) if not v.passed]
+    assert {v.threshold.figure for v in greedy} == {"extra memory in student tensors"}
+
+
+def test_check_calls_a_missing_figure_a_miss():
+    verdicts = check.check(result([measured(case(shape="4x6x512x512"), "native", 1.0)]))  # no baselines timed
+    assert any(v.value is None and not v.passed for v in verdicts)
+
+
+def test_markdown_has_the_figures():
+    text = report.markdown(full_result(2.0))
+    lines = text.splitlines()
+    assert lines[0].startswith("| loss | shape | layout | dtype | eager ms | mask-trick ms | compile ms | ours ms |")
+    row = next(line for line in lines if "1 x 150 x 512 x 512 | contiguous | fp32" in line)
+    cells = [cell.strip() for cell in row.split("|")[5:-1]]
+    assert cells == ["100", "-", "30.0", "2.00", "50.0", "15.0", "2.00", "1.00"]
+
+
+def test_chart_is_drawn_for_each_loss(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = report.draw_charts(full_result(2.0), tmp_path / "chart.png")
+    assert [path.name for path in paths] == ["chart-tnkd.png", "chart-cafd.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def bench_losses(*arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_losses.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_tiny_run_from_end_to_end(tmp_path):
+    pytest.importorskip("rich")
+    path = tmp_path / "out.json"
+    options = ["--quick", "--only-shape", "2x3x4x4", "--budget", "0.05", "--baselines", "eager", "mask-trick"]
+    done = bench_losses(*options, "--loss", "tnkd", "cafd", "dsct", "--json", path)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(path.read_text())
+    assert {(m["loss"], m["candidate"]) for m in data["measurements"] if "ms" in m} >= {
+        ("tnkd", "eager"), ("tnkd", "mask-trick"), ("cafd", "eager"), ("dsct", "eager"),
+    }  # fmt: skip
+    for m in data["measurements"]:
+        assert "reason" in m or (0 < m["ms"]["min"] <= m["ms"]["median"] <= m["ms"]["max"] < math.inf)
+        assert m["copy_gb_s"] > 0
+    assert "torch" in data["machine"] and "build" in data["machine"]
+
+    again = bench_losses(*options, "--loss", "tnkd", "--dtype", "bf16", "--json", path, "--append")
+    assert again.returncode == 0, again.stderr
+    assert len(json.loads(path.read_text())["measurements"]) > len(data["measurements"])
+
+    table = bench_losses("--read", path, "--markdown")
+    assert table.returncode == 0 and "| tnkd | 2 x 3 x 4 x 4 | contiguous | bf16 |" in table.stdout
+    nothing = bench_losses("--read", path, "--check")
+    assert nothing.returncode == 1 and "0 of 0" in nothing.stdout  # no required shape was run: not a pass
