@@ -12,7 +12,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import candidates, cases, check, measure, report  # noqa: E402
+from benchmarks import bench_losses, candidates, cases, check, measure, report  # noqa: E402
 
 
 def case(loss="tnkd", shape="2x3x4x4", layout="contiguous", dtype="fp32", phase=cases.FORWARD_BACKWARD):
@@ -201,16 +201,12 @@ def test_chart_is_drawn_for_each_loss(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
-def bench_losses(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_losses.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_a_tiny_run_from_end_to_end(tmp_path):
+def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
     pytest.importorskip("rich")
     path = tmp_path / "out.json"
     options = ["--quick", "--only-shape", "2x3x4x4", "--budget", "0.05", "--baselines", "eager", "mask-trick"]
-    done = bench_losses(*options, "--loss", "tnkd", "cafd", "dsct", "--json", path)
+    command = [sys.executable, ROOT / "benchmarks" / "bench_losses.py", *options, "--json", path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # as users run it
     assert done.returncode == 0, done.stderr
     data = json.loads(path.read_text())
     assert {(m["loss"], m["candidate"]) for m in data["measurements"] if "ms" in m} >= {
@@ -221,11 +217,10 @@ def test_a_tiny_run_from_end_to_end(tmp_path):
         assert m["copy_gb_s"] > 0
     assert "torch" in data["machine"] and "build" in data["machine"]
 
-    again = bench_losses(*options, "--loss", "tnkd", "--dtype", "bf16", "--json", path, "--append")
-    assert again.returncode == 0, again.stderr
+    bench_losses.main([*options, "--loss", "tnkd", "--dtype", "bf16", "--json", str(path), "--append"])
     assert len(json.loads(path.read_text())["measurements"]) > len(data["measurements"])
-
-    table = bench_losses("--read", path, "--markdown")
-    assert table.returncode == 0 and "| tnkd | 2 x 3 x 4 x 4 | contiguous | bf16 |" in table.stdout
-    nothing = bench_losses("--read", path, "--check")
-    assert nothing.returncode == 1 and "0 of 0" in nothing.stdout  # no required shape was run: not a pass
+    capsys.readouterr()
+    assert bench_losses.main(["--read", str(path), "--markdown"]) == 0
+    assert "| tnkd | 2 x 3 x 4 x 4 | contiguous | bf16 |" in capsys.readouterr().out
+    assert bench_losses.main(["--read", str(path), "--check"]) == 1  # no required shape was run: not a pass
+    assert "0 of 0" in capsys.readouterr().out
