@@ -1,0 +1,53 @@
+"""torch.library.opcheck on every registered op: schema, fake kernel, autograd registration, torch.compile's tracing."""
+
+import pytest
+import torch
+
+from tests.helpers import strided_copy
+from tests.test_edge_cases import features, problem
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def op(name: str, backend: str):
+    if backend == "reference":
+        pytest.skip("plain PyTorch, no op of its own")
+    suffix = "_triton" if backend == "triton" else ""
+    return getattr(torch.ops.dsct_kernels, name + suffix).default
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_tnkd(device, backend, dtype, reduction, needs_grad):
+    student, teacher, target = problem(device, dtype=dtype)
+    target[0, 0] = 255
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.rand(5, dtype=acc, device=device)
+    for layout, labels, class_weight in (
+        ("contiguous", target, None),
+        ("channels_last", target.to(torch.uint8), weight),
+    ):
+        logits = strided_copy(student, layout).requires_grad_(needs_grad)
+        arguments = (logits, teacher, labels, class_weight, 0.5, 1.0, 2.0, 1.5, 255, reduction, True, needs_grad)
+        torch.library.opcheck(op("tnkd", backend), arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_cafd(device, backend, dtype, reduction, needs_grad):
+    student, teacher = features(device, dtype=dtype)
+    for layout in ("contiguous", "channels_last"):
+        leaf = strided_copy(student, layout).requires_grad_(needs_grad)
+        arguments = (leaf, teacher[:, :3, :4], 1.0, 0.5, reduction, needs_grad)
+        torch.library.opcheck(op("cafd", backend), arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_attention_map(device, backend, dtype):
+    x = features(device, dtype=dtype)[0]
+    torch.library.opcheck(op("attention_map", backend), (x.clone().requires_grad_(), 1.0, 0.5), test_utils=CHECKS)
+    attention, stats = op("attention_map", backend)(x, 1.0, 0.5)
+    arguments = (x, torch.randn_like(attention), stats, 1.0, 0.5)
+    torch.library.opcheck(op("attention_map_backward", backend), arguments, test_utils=CHECKS)
