@@ -11,7 +11,7 @@ INF = float("inf")
 
 
 def decouple(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """u = z_y - logsumexp_{j != y} z_j, (N, *spatial), and log softmax_{j != y}(z), (N, K, *spatial); z = logits / tau."""
+    """u = z_y - logsumexp_{j != y} z_j, (N, *spatial), and log softmax_{j != y}(z), (N, K, *spatial)."""
     z = logits / temperature
     z_target = z.masked_fill(~is_target, 0).sum(1)
     others = z.masked_fill(is_target, -INF)
