@@ -1,0 +1,459 @@
+// CAFD on CPU: what is split how, in which order, over torch's threads. The loops are in cafd_cpu_loops.h.
+//
+// Samples are taken in groups that fit into the last-level cache, so that the second read of a sample comes from there.
+// Within a sample the work is cut into blocks that depend on its shape alone, and their partial results are joined in
+// order: the result is bitwise the same for any number of threads.
+#include "cafd_cpu.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../common/cpu_isa.h"
+#include "cafd.h"
+
+namespace dsct {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kMinWork = 32 * 1024;  // elements below which another thread costs more than it does
+constexpr int64_t kMapChunk = 2048;      // positions of a map in one task; a multiple of every vector
+constexpr double kEps = 1e-6;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+Buffer allocate(size_t bytes) {
+  void* p = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer(static_cast<char*>(p));
+}
+
+const CafdKernels& kernels() {
+#ifdef DSCT_X86_ISAS
+  switch (cpu_isa()) {
+    case CpuIsa::kAvx512:
+      return cafd_kernels_avx512();
+    case CpuIsa::kAvx2:
+      return cafd_kernels_avx2();
+    default:
+      break;
+  }
+#endif
+  return cafd_kernels_default();
+}
+
+template <class F>
+void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, work_per_task));
+  torch::stable::parallel_for(0, tasks, grain, f);
+}
+
+FeatureType feature_type(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half:
+      return FeatureType::kHalf;
+    case ScalarType::BFloat16:
+      return FeatureType::kBFloat16;
+    case ScalarType::Float:
+      return FeatureType::kFloat;
+    case ScalarType::Double:
+      return FeatureType::kDouble;
+    default:
+      throw std::invalid_argument(std::string(name) + ": expected float16, bfloat16, float32 or float64, got " +
+                                  torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+Features features_of(const char* name, const Tensor& x) {
+  if (x.dim() != 4)
+    throw std::invalid_argument(std::string(name) + ": expected (N, C, H, W), got " + std::to_string(x.dim()) +
+                                " dimensions");
+  Features f{const_cast<void*>(x.const_data_ptr()),
+             x.size(0),
+             x.size(1),
+             x.size(2),
+             x.size(3),
+             x.stride(0),
+             x.stride(1),
+             x.stride(2),
+             x.stride(3)};
+  if (f.C < 1 || f.H < 1 || f.W < 1) throw std::invalid_argument(std::string(name) + ": C, H and W must be at least 1");
+  return f;
+}
+
+int64_t positions(const Features& x) { return x.H * x.W; }
+
+// Channels innermost: walk position by position. With a single position both hold, and this is the longer run.
+bool walk_positions(const Features& x) {
+  const bool rows = (x.W == 1 || x.stride_w == 1) && (x.H == 1 || x.stride_h == x.W);
+  return x.stride_c == 1 && x.C > 1 && (!rows || positions(x) == 1);
+}
+
+int64_t stats_row(const Features& x) { return 4 * x.C + 2 * positions(x) + 1; }
+
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+ScalarType acc_type(bool is_double) { return is_double ? ScalarType::Double : ScalarType::Float; }
+
+// Samples whose second read should still find them in cache.
+int64_t group_size(int64_t bytes_per_sample, int64_t samples) {
+  const int64_t cache = std::max<int64_t>(int64_t(16) << 20, (int64_t(3) << 20) * torch::stable::get_num_threads());
+  return std::clamp<int64_t>(cache / std::max<int64_t>(1, bytes_per_sample), 1, std::max<int64_t>(1, samples));
+}
+
+// A network on its way through the forward.
+struct Network {
+  Side side;
+  const CafdLoops* loops;
+  bool by_positions, mixed;
+  int64_t part_bytes;  // of one block
+  std::vector<double> strength;
+  Buffer parts;
+
+  Network(const char* name, const Tensor& x, double channel_temperature, double spatial_temperature, bool mixed_map)
+      : side{features_of(name, x), channel_temperature, spatial_temperature, nullptr, nullptr},
+        loops(&kernels().loops[static_cast<int>(feature_type(name, x))]),
+        by_positions(walk_positions(side.x)),
+        mixed(mixed_map),
+        strength(static_cast<size_t>(side.x.N * side.x.C)) {
+    side.strength = strength.data();
+    part_bytes = static_cast<int64_t>(loops->acc_size) *
+                 (by_positions ? 3 * loops->pitch(side.x.C) : 2 * loops->pitch(positions(side.x)));
+  }
+  int64_t elements() const { return side.x.C * positions(side.x); }
+  int64_t walked() const { return by_positions ? positions(side.x) : side.x.C; }
+  char* map(int64_t n, int64_t i) const {
+    return static_cast<char*>(side.stats) +
+           (n * stats_row(side.x) + 4 * side.x.C + i) * static_cast<int64_t>(loops->acc_size);
+  }
+};
+
+// The attention maps of every network, group by group: after(first, count) is called while a group is still in cache.
+// inside(n, chunk) is called for every kMapChunk positions of every sample once they are final.
+template <class Inside, class After>
+void attend(std::vector<Network*> networks, int64_t element_size, const Inside& inside, const After& after) {
+  const int64_t N = networks[0]->side.x.N;
+  int64_t elements = 0, bytes = 0, longest = 0;
+  size_t scratch_bytes = 0;
+  for (Network* net : networks) {
+    elements += net->elements();
+    longest = std::max(longest, positions(net->side.x));
+    scratch_bytes = std::max(scratch_bytes, net->loops->scratch(net->side.x));
+  }
+  bytes = elements * element_size;
+  const int64_t blocks = std::clamp<int64_t>(elements / (4 * kMinWork), 1, 8);
+  const int64_t chunks = (longest + kMapChunk - 1) / kMapChunk;
+  const int64_t group = group_size(bytes, N);
+  for (Network* net : networks) net->parts = allocate(static_cast<size_t>(net->part_bytes * blocks * group));
+
+  for (int64_t first = 0; first < N; first += group) {
+    const int64_t count = std::min(group, N - first);
+    const auto part = [&](const Network& net, int64_t n, int64_t block) {
+      return net.parts.get() + ((n - first) * blocks + block) * net.part_bytes;
+    };
+    parallel(count * blocks, elements / blocks, [&](int64_t begin, int64_t end) {
+      const Buffer scratch = allocate(scratch_bytes);
+      for (int64_t t = begin; t < end; t++) {
+        const int64_t n = first + t / blocks, block = t % blocks;
+        for (Network* net : networks) {
+          const int64_t from = net->walked() * block / blocks, to = net->walked() * (block + 1) / blocks;
+          if (net->by_positions)
+            net->loops->moments_positions(net->side, n, from, to, part(*net, n, block), scratch.get());
+          else
+            net->loops->moments_rows(net->side, n, from, to, scratch.get());
+        }
+      }
+    });
+    const int64_t nets = static_cast<int64_t>(networks.size());
+    parallel(count * nets, networks[0]->side.x.C * 8, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        const Network& net = *networks[static_cast<size_t>(t % nets)];
+        const int64_t n = first + t / nets;
+        if (net.by_positions) net.loops->join_moments(net.side, n, part(net, n, 0), blocks);
+        net.loops->weights(net.side, n);
+      }
+    });
+    parallel(count * blocks, elements / blocks, [&](int64_t begin, int64_t end) {
+      const Buffer scratch = allocate(scratch_bytes);
+      for (int64_t t = begin; t < end; t++) {
+        const int64_t n = first + t / blocks, block = t % blocks;
+        for (Network* net : networks) {
+          const int64_t from = net->walked() * block / blocks, to = net->walked() * (block + 1) / blocks;
+          if (net->by_positions)
+            net->loops->attend_positions(net->side, n, from, to, net->mixed, scratch.get());
+          else
+            net->loops->attend_rows(net->side, n, from, to, net->mixed, part(*net, n, block), scratch.get());
+        }
+      }
+    });
+    parallel(count * chunks, kMapChunk * 8, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++) {
+        const int64_t n = first + t / chunks, chunk = t % chunks;
+        for (Network* net : networks) {
+          const int64_t from = chunk * kMapChunk, to = std::min(from + kMapChunk, positions(net->side.x));
+          if (!net->by_positions && from < to)
+            net->loops->join_maps(net->side, n, from, to, net->mixed, part(*net, n, 0), blocks);
+        }
+        inside(n, chunk);
+      }
+    });
+    after(first, count);
+  }
+}
+
+// --- maps of unequal sizes ---
+
+// Output cell o of adaptive average pooling covers [start, stop): cells may overlap.
+int64_t bin_start(int64_t o, int64_t out, int64_t in) { return o * in / out; }
+int64_t bin_stop(int64_t o, int64_t out, int64_t in) { return ((o + 1) * in + out - 1) / out; }
+
+struct Grid {
+  int64_t H, W;
+};
+
+// adaptive_avg_pool2d, rescaled to sum 1; returns the sum before that.
+template <class S>
+double pool(const S* map, Grid in, Grid out, double* pooled) {
+  double total = 0;
+  for (int64_t oh = 0; oh < out.H; oh++)
+    for (int64_t ow = 0; ow < out.W; ow++) {
+      const int64_t h0 = bin_start(oh, out.H, in.H), h1 = bin_stop(oh, out.H, in.H);
+      const int64_t w0 = bin_start(ow, out.W, in.W), w1 = bin_stop(ow, out.W, in.W);
+      double sum = 0;
+      for (int64_t h = h0; h < h1; h++)
+        for (int64_t w = w0; w < w1; w++) sum += static_cast<double>(map[h * in.W + w]);
+      sum /= static_cast<double>((h1 - h0) * (w1 - w0));
+      pooled[oh * out.W + ow] = sum;
+      total += sum;
+    }
+  for (int64_t i = 0; i < out.H * out.W; i++) pooled[i] /= total;
+  return total;
+}
+
+// From grad = dloss/d pooled to dloss/d map.
+template <class S>
+void pool_backward(const double* grad, const double* pooled, double total, Grid in, Grid out, S* grad_map) {
+  double along = 0;
+  for (int64_t i = 0; i < out.H * out.W; i++) along += grad[i] * pooled[i];
+  std::vector<double> sum(static_cast<size_t>(in.H * in.W), 0.0);
+  for (int64_t oh = 0; oh < out.H; oh++)
+    for (int64_t ow = 0; ow < out.W; ow++) {
+      const int64_t h0 = bin_start(oh, out.H, in.H), h1 = bin_stop(oh, out.H, in.H);
+      const int64_t w0 = bin_start(ow, out.W, in.W), w1 = bin_stop(ow, out.W, in.W);
+      const double share = (grad[oh * out.W + ow] - along) / (total * static_cast<double>((h1 - h0) * (w1 - w0)));
+      for (int64_t h = h0; h < h1; h++)
+        for (int64_t w = w0; w < w1; w++) sum[static_cast<size_t>(h * in.W + w)] += share;
+    }
+  for (int64_t i = 0; i < in.H * in.W; i++) grad_map[i] = static_cast<S>(sum[static_cast<size_t>(i)]);
+}
+
+double pool_any(const Network& net, int64_t n, Grid out, double* pooled) {
+  const Grid in{net.side.x.H, net.side.x.W};
+  const void* map = net.map(n, 0);
+  return net.loops->acc_size == 8 ? pool(static_cast<const double*>(map), in, out, pooled)
+                                  : pool(static_cast<const float*>(map), in, out, pooled);
+}
+
+double divergence_on_common_grid(const Network& student, const Network& teacher, int64_t n, double scale,
+                                 void* grad_map) {
+  const Features &s = student.side.x, &t = teacher.side.x;
+  const Grid grid{std::min(s.H, t.H), std::min(s.W, t.W)}, in{s.H, s.W};
+  const int64_t count = grid.H * grid.W;
+  std::vector<double> a(static_cast<size_t>(count)), b(a), grad(a);
+  pool_any(teacher, n, grid, a.data());
+  const double total = pool_any(student, n, grid, b.data());
+  const double loss = kernels().divergence(a.data(), true, b.data(), true, count, count, scale,
+                                           grad_map == nullptr ? nullptr : grad.data(), true);
+  if (grad_map == nullptr) return loss;
+  if (student.loops->acc_size == 8)
+    pool_backward(grad.data(), b.data(), total, in, grid, static_cast<double*>(grad_map) + n * positions(s));
+  else
+    pool_backward(grad.data(), b.data(), total, in, grid, static_cast<float*>(grad_map) + n * positions(s));
+  return loss;
+}
+
+// Fresh memory of this size comes from the kernel page by page; in 4 KiB pages that takes longer than the backward.
+void want_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20, kPage = 4096;
+  if (bytes < 2 * kHuge) return;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a hint: failure costs time only
+#endif
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, const Tensor& teacher_features,
+                                            double channel_temperature, double spatial_temperature, int64_t reduction,
+                                            bool needs_grad) {
+  Network student("student_features", student_features, channel_temperature, spatial_temperature, needs_grad);
+  Network teacher("teacher_features", teacher_features, channel_temperature, spatial_temperature, false);
+  const Features &s = student.side.x, &t = teacher.side.x;
+  if (s.N != t.N)
+    throw std::invalid_argument("teacher_features: expected a batch of " + std::to_string(s.N) + ", got " +
+                                std::to_string(t.N));
+  const bool student_double = is_double(student_features), teacher_double = is_double(teacher_features);
+  const ScalarType acc = acc_type(student_double);
+
+  Tensor stats = torch::stable::new_empty(student_features, {s.N, stats_row(s)}, acc);
+  Tensor grad_map = needs_grad ? torch::stable::new_empty(student_features, {s.N, s.H, s.W}, acc)
+                               : torch::stable::new_empty(student_features, {0}, acc);
+  const ScalarType loss_type = acc_type(student_double || teacher_double);
+  Tensor loss = reduction == 0 ? torch::stable::new_empty(student_features, {s.N}, loss_type)
+                               : torch::stable::new_empty(student_features, {}, loss_type);
+  student.side.stats = stats.mutable_data_ptr();
+  const Buffer teacher_stats = allocate(static_cast<size_t>(t.N * stats_row(t)) * teacher.loops->acc_size);
+  teacher.side.stats = teacher_stats.get();
+
+  const double scale = reduction == 1 ? 1 / static_cast<double>(std::max<int64_t>(1, s.N)) : 1;
+  char* grad = needs_grad ? static_cast<char*>(grad_map.mutable_data_ptr()) : nullptr;
+  const bool same_grid = s.H == t.H && s.W == t.W;
+  const int64_t chunks = same_grid ? (positions(s) + kMapChunk - 1) / kMapChunk : 1;
+  std::vector<double> losses(static_cast<size_t>(s.N * chunks));
+  const int64_t size = std::max(student_features.element_size(), teacher_features.element_size());
+  if (s.N > 0)
+    attend(
+        {&student, &teacher}, size,
+        [&](int64_t n, int64_t chunk) {
+          if (!same_grid) return;
+          const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(s) - i);
+          char* to =
+              grad == nullptr ? nullptr : grad + (n * positions(s) + i) * static_cast<int64_t>(student.loops->acc_size);
+          losses[static_cast<size_t>(n * chunks + chunk)] =
+              kernels().divergence(teacher.map(n, i), teacher_double, student.map(n, i), student_double, count,
+                                   positions(s), scale, to, student_double);
+        },
+        [&](int64_t first, int64_t count) {
+          if (same_grid) return;
+          parallel(count, 8 * (positions(s) + positions(t)), [&](int64_t begin, int64_t end) {
+            for (int64_t n = first + begin; n < first + end; n++)
+              losses[static_cast<size_t>(n)] = divergence_on_common_grid(student, teacher, n, scale, grad);
+          });
+        });
+
+  double total = 0;
+  for (int64_t n = 0; n < s.N; n++) {
+    double sample = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) sample += losses[static_cast<size_t>(n * chunks + chunk)];
+    total += sample;
+    if (reduction != 0) continue;
+    if (loss_type == ScalarType::Double)
+      static_cast<double*>(loss.mutable_data_ptr())[n] = sample;
+    else
+      static_cast<float*>(loss.mutable_data_ptr())[n] = static_cast<float>(sample);
+  }
+  if (reduction != 0) {
+    if (loss_type == ScalarType::Double)
+      *static_cast<double*>(loss.mutable_data_ptr()) = total * scale;
+    else
+      *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total * scale);
+  }
+  return {loss, grad_map, stats};
+}
+
+std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double channel_temperature,
+                                             double spatial_temperature) {
+  Network net("features", features, channel_temperature, spatial_temperature, true);
+  const Features& x = net.side.x;
+  const ScalarType acc = acc_type(is_double(features));
+  Tensor stats = torch::stable::new_empty(features, {x.N, stats_row(x)}, acc);
+  Tensor map = torch::stable::new_empty(features, {x.N, x.H, x.W}, acc);
+  net.side.stats = stats.mutable_data_ptr();
+  char* to = static_cast<char*>(map.mutable_data_ptr());
+  const int64_t bytes = static_cast<int64_t>(net.loops->acc_size);
+  if (x.N > 0)
+    attend(
+        {&net}, static_cast<int64_t>(features.element_size()),
+        [&](int64_t n, int64_t chunk) {
+          const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(x) - i);
+          std::memcpy(to + (n * positions(x) + i) * bytes, net.map(n, i), static_cast<size_t>(count * bytes));
+        },
+        [](int64_t, int64_t) {});
+  return {map, stats};
+}
+
+Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
+                                  double channel_temperature, double spatial_temperature) {
+  const CafdLoops& loops = kernels().loops[static_cast<int>(feature_type("features", features))];
+  Side side{features_of("features", features), channel_temperature, spatial_temperature,
+            const_cast<void*>(stats.const_data_ptr()), nullptr};
+  const Features& x = side.x;
+  const ScalarType acc = acc_type(is_double(features));
+  if (grad_map.dim() != 3 || grad_map.size(0) != x.N || grad_map.size(1) != x.H || grad_map.size(2) != x.W ||
+      grad_map.scalar_type() != acc)
+    throw std::invalid_argument("grad_map: expected (N, H, W) of features, float32 (float64 for float64)");
+  if (stats.numel() != x.N * stats_row(x) || stats.scalar_type() != acc || !stats.is_contiguous())
+    throw std::invalid_argument("stats: expected what the forward returned for these features");
+  Tensor grad = torch::stable::empty_like(features);
+  if (x.N == 0) return grad;
+  Features out{grad.mutable_data_ptr(), x.N,           x.C, x.H, x.W, grad.stride(0), grad.stride(1),
+               grad.stride(2),          grad.stride(3)};
+  want_huge_pages(out.data, static_cast<size_t>(grad.numel()) * grad.element_size());
+
+  const int64_t count = positions(x), acc_size = static_cast<int64_t>(loops.acc_size);
+  const int64_t map_bytes = loops.pitch(count) * acc_size, channel_bytes = loops.pitch(x.C) * acc_size;
+  const bool by_positions = walk_positions(x) && (x.C == 1 || out.stride_c == 1);
+  const int64_t elements = x.C * count;
+  const int64_t blocks = std::clamp<int64_t>(elements / (2 * kMinWork), 1, by_positions ? 8 : x.C);
+  const int64_t group = group_size(2 * elements * static_cast<int64_t>(features.element_size()), x.N);
+  const size_t scratch_bytes = loops.scratch(x);
+  const char* d = static_cast<const char*>(grad_map.const_data_ptr());
+  const Buffer centred = allocate(static_cast<size_t>(map_bytes * x.N));
+  std::vector<Shared> shared(static_cast<size_t>(x.N));
+  parallel(x.N, 8 * count, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      loops.centre(side, n, d + n * grad_map.stride(0) * acc_size, grad_map.stride(1), grad_map.stride(2),
+                   centred.get() + n * map_bytes, &shared[static_cast<size_t>(n)]);
+  });
+  const auto per_block = [&](int64_t first, int64_t samples, const auto& work) {
+    parallel(samples * blocks, elements / blocks, [&](int64_t begin, int64_t end) {
+      const Buffer scratch = allocate(scratch_bytes);
+      for (int64_t task = begin; task < end; task++) {
+        const int64_t n = first + task / blocks, block = task % blocks, walked = by_positions ? count : x.C;
+        work(n, block, walked * block / blocks, walked * (block + 1) / blocks, scratch.get());
+      }
+    });
+  };
+  if (!by_positions) {
+    per_block(0, x.N, [&](int64_t n, int64_t, int64_t from, int64_t to, void* scratch) {
+      loops.backward_rows(side, n, from, to, centred.get() + n * map_bytes, shared[static_cast<size_t>(n)], out,
+                          scratch);
+    });
+    return grad;
+  }
+  const Buffer parts = allocate(static_cast<size_t>(channel_bytes * blocks * group));
+  const Buffer rho = allocate(static_cast<size_t>(channel_bytes * group));
+  for (int64_t first = 0; first < x.N; first += group) {
+    const int64_t samples = std::min(group, x.N - first);
+    per_block(first, samples, [&](int64_t n, int64_t block, int64_t from, int64_t to, void* scratch) {
+      loops.rho_positions(side, n, from, to, centred.get() + n * map_bytes,
+                          parts.get() + ((n - first) * blocks + block) * channel_bytes, scratch);
+    });
+    for (int64_t n = first; n < first + samples; n++)
+      loops.join_rho(side, n, parts.get() + (n - first) * blocks * channel_bytes, blocks,
+                     rho.get() + (n - first) * channel_bytes);
+    per_block(first, samples, [&](int64_t n, int64_t, int64_t from, int64_t to, void* scratch) {
+      loops.backward_positions(side, n, from, to, centred.get() + n * map_bytes,
+                               rho.get() + (n - first) * channel_bytes, shared[static_cast<size_t>(n)], out, scratch);
+    });
+  }
+  return grad;
+}
+
+}  // namespace dsct

@@ -1,0 +1,10 @@
+// CAFD's CPU loops for AVX-512.
+#if defined(__x86_64__)
+#define DSCT_ISA_AVX512
+#include "../common/vec.h"
+#include "cafd_cpu_loops.h"
+
+namespace dsct {
+const CafdKernels& cafd_kernels_avx512() { return DSCT_ISA::kernels; }
+}  // namespace dsct
+#endif
