@@ -1,5 +1,6 @@
 """Where the tests run: on `cuda` where there is a GPU, else on CPU with Triton's kernels under its interpreter."""
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_configure() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        from tests.interpreter import round_to_nearest
+
+        round_to_nearest()
 
 
 def backends_on(device: str) -> list[str]:

@@ -1,5 +1,355 @@
+"""CAFD on Triton (triton_kernels.py): four launches forward, one backward where the positions are adjacent, else three.
+
+Forward, both networks in each launch: maximum, sum of exponentials and sum of magnitudes of every channel; the weights
+of the channels; the attention map (the second read of the features, meant to hit L2); the divergence and its gradient
+with respect to the map. Backward takes that gradient to the features. Every sum has a fixed order.
+
+Variants: one of each kernel for a combination of dtypes, layouts and power-of-two size classes (of C, H*W) that a
+process uses: a training run uses one per stage at most.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
+from . import autograd
 
-def why_not(*tensors: Tensor) -> str | None:
-    return "the Triton kernels have not landed yet"
+__all__ = ["attention_map", "cafd", "why_not"]
+
+LONGEST_ROW = 16384  # positions that one program holds in registers in the one-launch backward
+ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: more splits gain nothing
+
+# ---------------------------------------------------------------------------------------------- launch choices
+
+
+@dataclass(frozen=True)
+class Tile:
+    channels: int
+    positions: int
+    warps: int
+    unroll: int = 1  # tiles loaded together
+
+
+@dataclass(frozen=True)
+class Config:
+    stats: Tile  # row_stats_kernel, rho_kernel
+    maps: Tile
+    write: Tile
+    rows: int  # channels a program of row_backward_kernel takes, one after the other
+
+
+def _fit(tile: Tile, channels: int, positions: int, positions_adjacent: bool) -> Tile:
+    """The tile no larger than the tensor; what one dimension leaves free goes to the other."""
+    c, p, size = tile.channels, tile.positions, tile.channels * tile.positions
+    most_c, most_p = next_power_of_2(channels), max(16 if positions_adjacent else 1, next_power_of_2(positions))
+    if positions_adjacent:
+        p = min(p, most_p)
+        c = min(size // p, most_c)
+    else:
+        c = min(c, most_c)
+        p = min(size // c, most_p)
+    return Tile(c, p, tile.warps, tile.unroll)
+
+
+def choose(channels: int, positions: int, itemsize: int, positions_adjacent: bool) -> Config:
+    """The launches for (N, C, H*W) features: lanes along positions (NCHW) or along channels (channels_last, tokens)."""
+    wide = max(1, 4 // itemsize)  # two-byte values: twice as many in a 16-byte load
+    if positions_adjacent:
+        stats = Tile(1, 512 * wide, 4, unroll=4)
+        maps = Tile(32, 32 * wide, 4, unroll=2)
+        write = Tile(1, 1024 * wide, 4)
+    else:
+        stats = Tile(64 * wide, 16, 4, unroll=2)
+        maps = Tile(64 * wide, 16, 4, unroll=2)
+        write = Tile(64 * wide, 32, 4)
+    rows = 1 if positions <= 1024 else 4
+    stats, maps, write = (_fit(t, channels, positions, positions_adjacent) for t in (stats, maps, write))
+    return Config(stats, maps, write, rows)
+
+
+def candidates(channels: int, positions: int, itemsize: int, positions_adjacent: bool) -> list[Config]:
+    """Every launch that tuning may try."""
+    base = choose(channels, positions, itemsize, positions_adjacent)
+    found = [base]
+    for warps in (4, 8):
+        for size in (512, 1024, 2048, 4096):
+            for unroll in (1, 2, 4):
+                for lanes in (32, 64, 128, 256, 512, 1024):
+                    tile = Tile(size // lanes, lanes, warps, unroll)
+                    if not positions_adjacent:
+                        tile = Tile(lanes, size // lanes, warps, unroll)
+                    tile = _fit(tile, channels, positions, positions_adjacent)
+                    for rows in (1, 2, 4, 8):
+                        found.append(Config(tile, tile, Tile(tile.channels, tile.positions, warps), rows))
+    return list(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------------------------------------- the launches
+
+
+class _Network:
+    """One network's features as the kernels see them: sizes, strides, tiles."""
+
+    def __init__(self, x: Tensor, config: Config | None) -> None:
+        self.features = x
+        self.samples, self.channels, height, self.width = x.shape
+        self.positions = height * self.width
+        s_n, s_c, s_h, s_w = x.stride()
+        self.flat = height == 1 or self.width == 1 or s_h == s_w * self.width
+        if self.width == 1:
+            s_w = s_h
+        self.strides = (s_n, s_c, s_h, s_w)
+        self.adjacent = self.flat and (s_w == 1 or self.positions == 1)
+        self.config = config or choose(self.channels, self.positions, x.element_size(), self.adjacent)
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.row = stats_row(self.channels, self.positions)
+        # positions are split over programs until there are enough of them
+        tile = self.config.stats
+        step = tile.positions * tile.unroll
+        blocks = -(-self.channels // tile.channels)
+        wanted = -(-ENOUGH_PROGRAMS // max(1, blocks * self.samples))
+        self.splits = max(1, min(wanted, -(-self.positions // step), 64))
+        self.span = -(-self.positions // (self.splits * step)) * step
+        self.splits = -(-self.positions // self.span)
+        self.stats_programs = self.samples * blocks * self.splits
+        self.maps_programs = self.samples * -(-self.positions // self.config.maps.positions)
+
+    def acc(self) -> Any:
+        import triton.language as tl
+
+        return tl.float64 if self.dtype == torch.float64 else tl.float32
+
+    def constants(self, tile: Tile, which: str) -> dict[str, Any]:
+        return {
+            f"CHANNELS_{which}": tile.channels,
+            f"POSITIONS_{which}": tile.positions,
+            f"UNROLL_{which}": tile.unroll,
+            f"FLAT_{which}": self.flat,
+            f"ACC_{which}": self.acc(),
+        }
+
+
+def stats_row(channels: int, positions: int) -> int:
+    """Numbers a sample of `stats` takes (triton_kernels.py), a multiple of 16 so that every row is aligned."""
+    return -(-(2 * positions + 4 * channels + 2) // 16) * 16
+
+
+def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: bool) -> tuple[list[Tensor], list[Any]]:
+    """stats of each network (A is its first part) and, if `maps`, the maps by themselves: three launches for both."""
+    from . import triton_kernels as kernels
+
+    s, t = networks[0], networks[-1]
+    both = len(networks) == 2
+    partial = [x.features.new_empty([x.samples, x.splits, 3, x.channels], dtype=x.dtype) for x in networks]
+    stats = [x.features.new_empty([x.samples, x.row], dtype=x.dtype) for x in networks]
+    out = [x.features.new_empty([x.samples, *x.features.shape[2:]], dtype=x.dtype) if maps else None for x in networks]
+    launch(
+        kernels.row_stats_kernel, sum(x.stats_programs for x in networks), max(x.config.stats.warps for x in networks),
+        s.features, t.features if both else None, partial[0], partial[-1] if both else None, s.stats_programs,
+        spatial_t,
+        s.channels, s.positions, s.width, *s.strides, s.splits, s.span,
+        t.channels, t.positions, t.width, *t.strides, t.splits, t.span,
+        **s.constants(s.config.stats, "S"), **t.constants(t.config.stats, "T"), BOTH=both)  # fmt: skip
+    launch(
+        kernels.channel_weights_kernel, sum(x.samples for x in networks), 4,
+        partial[0], partial[-1] if both else None, stats[0], stats[-1] if both else None, s.samples, channel_t,
+        spatial_t,
+        s.row, s.channels, s.positions, s.splits, t.row, t.channels, t.positions, t.splits,
+        BLOCK_S=max(16, next_power_of_2(s.channels)), ACC_S=s.acc(), BLOCK_T=max(16, next_power_of_2(t.channels)),
+        ACC_T=t.acc(), BOTH=both)  # fmt: skip
+    launch(
+        kernels.maps_kernel, sum(x.maps_programs for x in networks), max(x.config.maps.warps for x in networks),
+        s.features, t.features if both else None, stats[0], stats[-1] if both else None, out[0],
+        out[-1] if both else None, s.maps_programs, spatial_t,
+        s.row, s.channels, s.positions, s.width, *s.strides, t.row, t.channels, t.positions, t.width, *t.strides,
+        **s.constants(s.config.maps, "S"), **t.constants(t.config.maps, "T"), BOTH=both)  # fmt: skip
+    return stats, out
+
+
+def _pooling(size: int, to: int, like: Tensor) -> Tensor:
+    """(to, size) matrix that averages as adaptive_avg_pool does."""
+    i = torch.arange(size, device=like.device)
+    o = torch.arange(to, device=like.device).unsqueeze(1)
+    first, last = o * size // to, ((o + 1) * size + to - 1) // to
+    inside = (i >= first) & (i < last)
+    return inside.to(torch.float64) / (last - first)
+
+
+def forward(
+    student: Tensor,  # (N, C, H, W)
+    teacher: Tensor,  # (N, C', H', W')
+    channel_temperature: float,
+    spatial_temperature: float,
+    reduction: int,
+    needs_grad: bool,
+    configs: tuple[Config, Config] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op: loss, grad_map, stats (docs/ops.md). `configs` replaces the table's choice for the two networks."""
+    from . import triton_kernels as kernels
+
+    loss, grad_map, stats = _fake_cafd(
+        student, teacher, channel_temperature, spatial_temperature, reduction, needs_grad
+    )
+    samples = student.shape[0]
+    if samples == 0:
+        return loss.zero_(), grad_map, stats
+    factor = 1.0 / samples if reduction == 1 else 1.0
+    per_sample = loss if reduction == 0 else loss.new_empty([samples])
+    same = student.shape[2:] == teacher.shape[2:]
+    with on_device(student):
+        s = _Network(student, configs[0] if configs else None)
+        t = _Network(teacher, configs[1] if configs else None)
+        (stats, stats_t), maps = _attend([s, t], channel_temperature, spatial_temperature, maps=not same)
+        map_s, map_t, row_s, row_t = stats, stats_t, s.row, t.row
+        positions, pooled_grad = s.positions, grad_map if needs_grad else None
+        if not same:  # the maps are tiny: pooled in float64 by matrix products, both ways in a fixed order
+            size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])]
+            positions = row_s = row_t = size[0] * size[1]
+            down = [[_pooling(x, to, student) for x, to in zip(m.shape[1:], size)] for m in maps]
+            pooled = [rows @ m.double() @ columns.T for m, (rows, columns) in zip(maps, down)]
+            sums = [m.sum((1, 2), keepdim=True) for m in pooled]
+            map_s, map_t = ((m / total).to(loss.dtype).contiguous() for m, total in zip(pooled, sums))
+            pooled_grad = torch.empty_like(map_s) if needs_grad else None
+        block = min(4096, max(16, next_power_of_2(positions)))
+        launch(
+            kernels.kl_kernel, samples, 8 if block > 512 else 1,
+            map_s, map_t, per_sample, pooled_grad, row_s, row_t, positions, factor, NEEDS_GRAD=needs_grad, BLOCK=block,
+            ACC=kernels.tl.float64 if loss.dtype == torch.float64 else kernels.tl.float32)  # fmt: skip
+        if needs_grad and not same:
+            assert pooled_grad is not None
+            g = pooled_grad.double()
+            g = (g - (g * map_s).sum((1, 2), keepdim=True)) / sums[0]
+            rows, columns = down[0]
+            grad_map.copy_(rows.T @ g @ columns)
+        if reduction != 0:
+            torch.sum(per_sample, 0, out=loss)
+            if reduction == 1 and samples > 1:
+                loss.mul_(factor)
+    return loss, grad_map, stats
+
+
+def map_forward(features: Tensor, channel_temperature: float, spatial_temperature: float,
+                config: Config | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op attention_map: map, stats."""
+    if features.shape[0] == 0:
+        return _fake_map(features, channel_temperature, spatial_temperature)
+    with on_device(features):
+        stats, maps = _attend([_Network(features, config)], channel_temperature, spatial_temperature, maps=True)
+    return maps[0], stats[0]
+
+
+def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temperature: float,
+                 spatial_temperature: float, config: Config | None = None) -> Tensor:  # fmt: skip
+    """The op attention_map_backward: the gradient of the features from that of the map."""
+    from . import triton_kernels as kernels
+
+    grad = torch.empty_like(features)
+    if features.shape[0] == 0:
+        return grad
+    x, g = _Network(features, config), _Network(grad, config)
+    grad_map = grad_map.contiguous()
+    with on_device(features):
+        if x.adjacent and g.adjacent and x.positions <= LONGEST_ROW:
+            block = max(16, next_power_of_2(x.positions))
+            groups = -(-x.channels // x.config.rows)
+            launch(
+                kernels.row_backward_kernel, x.samples * groups, max(1, min(16, block // 1024)),
+                features, grad_map, stats, grad, x.row, x.channels, x.positions, *x.strides[:2], *g.strides[:2], groups,
+                channel_temperature, spatial_temperature, ROWS=x.config.rows, BLOCK=block, ACC=x.acc())  # fmt: skip
+            return grad
+        partial = stats.new_empty([x.samples, x.splits, x.channels])
+        factors = stats.new_empty([x.samples, 2, x.channels])
+        tile, acc = x.config.stats, x.acc()
+        launch(
+            kernels.rho_kernel, x.stats_programs, tile.warps,
+            features, grad_map, stats, partial, x.row, x.channels, x.positions, x.width, *x.strides, x.splits, x.span,
+            spatial_temperature, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll, FLAT=x.flat,
+            ACC=acc)  # fmt: skip
+        launch(
+            kernels.channel_gradient_kernel, x.samples, 4,
+            partial, stats, factors, x.row, x.channels, x.positions, x.splits, channel_temperature,
+            BLOCK=max(16, next_power_of_2(x.channels)), ACC=acc)  # fmt: skip
+        tile = x.config.write
+        blocks = -(-x.positions // tile.positions)
+        launch(
+            kernels.write_kernel, x.samples * -(-x.channels // tile.channels) * blocks, tile.warps,
+            features, grad_map, stats, factors, grad, x.row, x.channels, x.positions, x.width, *x.strides, *g.strides,
+            blocks, spatial_temperature, CHANNELS=tile.channels, POSITIONS=tile.positions, FLAT=x.flat,
+            GRAD_FLAT=g.flat, ACC=acc)  # fmt: skip
+    return grad
+
+
+# ------------------------------------------------------------------------------------------------- the ops
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_stats(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.new_empty([n, stats_row(c, h * w)], dtype=_acc(x))
+
+
+def _fake_cafd(student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int,
+               needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    n, _, h, w = student.shape
+    loss = student.new_empty([n] if reduction == 0 else [], dtype=torch.promote_types(_acc(student), _acc(teacher)))
+    return loss, student.new_empty([n, h, w] if needs_grad else [0], dtype=_acc(student)), _fake_stats(student)
+
+
+def _fake_map(features: Tensor, channel_t: float, spatial_t: float) -> tuple[Tensor, Tensor]:
+    n, _, h, w = features.shape
+    return features.new_empty([n, h, w], dtype=_acc(features)), _fake_stats(features)
+
+
+def _fake_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_t: float, spatial_t: float) -> Tensor:
+    return torch.empty_like(features)
+
+
+for _name, _arguments, _run, _fake in (
+    (
+        "cafd_triton",
+        "(Tensor student_features, Tensor teacher_features, float channel_temperature, float spatial_temperature, "
+        "int reduction, bool needs_grad) -> (Tensor loss, Tensor grad_map, Tensor stats)",
+        forward,
+        _fake_cafd,
+    ),
+    (
+        "attention_map_triton",
+        "(Tensor features, float channel_temperature, float spatial_temperature) -> (Tensor map, Tensor stats)",
+        map_forward,
+        _fake_map,
+    ),
+    (
+        "attention_map_backward_triton",
+        "(Tensor features, Tensor grad_map, Tensor stats, float channel_temperature, float spatial_temperature) "
+        "-> Tensor",
+        map_backward,
+        _fake_backward,
+    ),
+):
+    LIBRARY.define(_name + _arguments, tags=TAGS)
+    LIBRARY.impl(_name, _run, "CUDA")
+    LIBRARY.impl(_name, _run, "CPU")  # only the interpreter runs it
+    torch.library.register_fake(f"dsct_kernels::{_name}", _fake)
+
+_cafd = torch.ops.dsct_kernels.cafd_triton.default
+_map = torch.ops.dsct_kernels.attention_map_triton.default
+_backward = torch.ops.dsct_kernels.attention_map_backward_triton.default
+autograd.register("dsct_kernels::cafd_triton", "dsct_kernels::attention_map_triton", _backward)
+
+
+def cafd(
+    student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
+) -> Tensor:
+    """The loss of one stage; the arguments are reference.cafd's."""
+    return autograd.call(_cafd, _backward, student, teacher, channel_temperature, spatial_temperature, reduction)
+
+
+def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
+    """A, (N, H, W), differentiable."""
+    return _map(features, channel_temperature, spatial_temperature)[0]

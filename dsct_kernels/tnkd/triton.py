@@ -1,5 +1,238 @@
+"""TNKD (and the pixel cross-entropy) on Triton: loss and gradient in one pass over the logits (triton_kernels.py).
+
+Three launches: count the valid pixels from the labels alone (only where an average needs it), the pass over the logits,
+and one program that adds the partial sums in a fixed order. Nothing is atomic and nothing comes back to the host.
+
+With `resident`, a program holds all the classes of its pixels in registers, as a tuple of tiles, and reads each logit
+once. Otherwise it walks the classes twice, and the second read comes from L1 or L2.
+
+Variants: one kernel is compiled for each K (resident) and combination of dtypes, layout and flags that a process uses:
+a training run uses one or two.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from ..triton_common import LIBRARY, TAGS, fold, launch, next_power_of_2, on_device, product, why_not
+from . import autograd
 
-def why_not(*tensors: Tensor) -> str | None:
-    return "the Triton kernels have not landed yet"
+__all__ = ["scale_in_place", "tnkd", "why_not"]
+
+NONE, MEAN, SUM = 0, 1, 2
+COUNT_PROGRAMS = 256  # upper bound, and the length of the vector in which every program adds the counts up
+COUNT_BLOCK = 4096
+PIXEL_RANK = 4  # pixel dimensions that may stay after folding: three for the program, one for the lanes
+
+
+# ---------------------------------------------------------------------------------------------- launch choices
+
+
+@dataclass(frozen=True)
+class Config:
+    pixels: int  # pixels of a tile
+    classes: int  # classes of a tile
+    warps: int
+    resident: bool  # all the classes in registers; else two walks over them
+    unroll: int = 1  # tiles loaded together in a walk
+
+
+def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int) -> Config:
+    """The launch for K classes whose widest vector load holds 16 / itemsize values.
+
+    pixels_adjacent: NCHW, lanes along pixels; else channels_last, lanes along classes. inner: pixels of a row.
+    """
+    if pixels_adjacent:
+        row = 32 * max(1, 16 // itemsize)  # the pixels that a warp covers with one 16-byte load a lane
+        if num_classes <= 8:
+            config = Config(pixels=2 * row, classes=1, warps=2, resident=True)
+        elif num_classes <= 32:
+            config = Config(pixels=row, classes=4, warps=4, resident=True)
+        elif num_classes <= 80:
+            config = Config(pixels=row, classes=8, warps=8, resident=True)
+        else:
+            config = Config(pixels=row // 2, classes=8, warps=4, resident=False, unroll=4)
+    elif num_classes <= 8:
+        config = Config(pixels=64, classes=2, warps=4, resident=True)
+    elif num_classes <= 32:
+        config = Config(pixels=32, classes=4, warps=4, resident=True)
+    elif num_classes <= 256:
+        config = Config(pixels=16, classes=32, warps=4, resident=True)
+    else:
+        config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
+    pixels = max(16 if pixels_adjacent else 1, min(config.pixels, next_power_of_2(inner)))
+    return Config(pixels, config.classes, config.warps, config.resident, config.unroll)
+
+
+def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
+    """Every launch that tuning may try for K classes."""
+    found = []
+    for resident in (True, False):
+        for classes in (1, 2, 4, 8, 16, 32, 64):
+            for pixels in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
+                for warps in (1, 2, 4, 8, 16):
+                    tile = classes * pixels
+                    vector = max(1, 16 // itemsize) if pixels_adjacent else 1
+                    held = 2 * -(-num_classes // classes) * tile // (32 * warps)  # logits a thread holds
+                    if tile < 32 * warps * vector or tile > 32 * warps * 16 or classes > next_power_of_2(num_classes):
+                        continue
+                    if resident and held <= 192:
+                        found.append(Config(pixels, classes, warps, True))
+                    elif not resident and num_classes > 16 and classes > 1:
+                        found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (1, 2, 4))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- the launches
+
+
+def _pixel_strides(x: Tensor) -> list[int]:
+    return [x.stride(0), *x.stride()[2:]]
+
+
+def forward(
+    student: Tensor,  # (N, K, *spatial)
+    teacher: Tensor,  # (N, K, *spatial)
+    target: Tensor | None,  # (N, *spatial)
+    class_weight: Tensor | None,  # (K,)
+    ce_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    temperature: float,
+    ignore_index: int | None,
+    reduction: int,
+    with_ce: bool,
+    needs_grad: bool,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice."""
+    from . import triton_kernels as kernels
+
+    loss, parts, grad, grad_scale = autograd.fake(
+        student, teacher, target, class_weight, ce_weight, tckd_weight, nckd_weight, temperature, ignore_index,
+        reduction, with_ce, needs_grad)  # fmt: skip
+    num_classes, num_pixels = student.shape[1], product(student.shape) // student.shape[1]
+    if num_pixels == 0:
+        return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
+    shape = [student.shape[0], *student.shape[2:]]
+    student_strides = _pixel_strides(student)
+    folded = fold(shape, [
+        student_strides,
+        _pixel_strides(teacher),
+        list(target.stride()) if target is not None else student_strides,  # what isn't there must not hinder merging
+        _pixel_strides(grad) if needs_grad else student_strides,
+        list(loss.stride()) if reduction == NONE else student_strides,
+    ], PIXEL_RANK)  # fmt: skip
+    if folded is None:  # more than PIXEL_RANK dimensions with strides that do not merge: make them merge
+        loss, parts, copied, grad_scale = forward(
+            student.contiguous(), teacher.contiguous(), None if target is None else target.contiguous(), class_weight,
+            ce_weight, tckd_weight, nckd_weight, temperature, ignore_index, reduction, with_ce, needs_grad, config
+        )  # fmt: skip
+        return loss, parts, grad.copy_(copied), grad_scale
+    sizes, (s, t, y, g, m) = folded
+
+    if config is None:
+        itemsize = min(student.element_size(), teacher.element_size())
+        config = choose(num_classes, itemsize, s[-1] == 1, sizes[-1])
+    blocks = -(-sizes[-1] // config.pixels)
+    programs = blocks * product(sizes[:-1])
+    mean = reduction == MEAN
+    has_ignore = target is not None and ignore_index is not None
+    weighted = class_weight is not None and with_ce
+    # without ignored pixels and class weights the count is known from the shape, and the labels are read once
+    counted = mean and target is not None and (has_ignore or weighted)
+    weight = class_weight if weighted else None
+    ignore = ignore_index if has_ignore else 0
+    acc = kernels.tl.float64 if loss.dtype == torch.float64 else kernels.tl.float32
+    flags: dict[str, Any] = {
+        "NONE_": reduction == NONE,
+        "MEAN_": mean,
+        "FOLD": student.dtype != torch.float16,  # float16 gradients / count would underflow before a GradScaler acts
+        "HAS_COUNT": counted,
+        "HAS_WEIGHT": weighted,
+        "WITH_CE": with_ce,
+        "COUNTS": COUNT_PROGRAMS,
+        "ACC": acc,
+    }
+
+    partial = loss.new_empty([3, programs])
+    counts = weights = None
+    num_counts = 0
+    with on_device(student):
+        if counted:
+            assert target is not None
+            counts, weights = _count(target, weight, num_classes, ignore, has_ignore, loss)
+            num_counts = counts.numel()
+        launch(
+            kernels.tnkd_kernel, programs, config.warps,
+            student, teacher, target, weight, counts, weights, grad if needs_grad else None,
+            loss if reduction == NONE else None, partial, num_classes, num_pixels, num_counts, programs,
+            sizes[1], sizes[2], sizes[3], blocks, student.stride(1), *s, teacher.stride(1), *t,
+            grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, tckd_weight, nckd_weight, ce_weight, ignore,
+            CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
+            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, HAS_TARGET=target is not None,
+            HAS_IGNORE=has_ignore, NEEDS_GRAD=needs_grad, **flags)  # fmt: skip
+        block = min(4096, max(16, next_power_of_2(programs)))
+        launch(
+            kernels.finish_kernel, 1, 8 if block > 512 else 1,
+            partial, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels, tckd_weight,
+            nckd_weight, ce_weight, BLOCK=block, **flags)  # fmt: skip
+    return loss, parts, grad, grad_scale
+
+
+def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore: int | None, has_ignore: bool,
+           like: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Valid labels, and their class weights added up, in up to COUNT_PROGRAMS partial sums."""
+    from . import triton_kernels as kernels
+
+    folded = fold(target.shape, [list(target.stride())], PIXEL_RANK)
+    if folded is None:
+        return _count(target.contiguous(), class_weight, num_classes, ignore, has_ignore, like)
+    sizes, (strides,) = folded
+    block = min(COUNT_BLOCK, max(16, next_power_of_2(sizes[-1])))
+    blocks = -(-sizes[-1] // block)
+    total = blocks * product(sizes[:-1])
+    programs = min(total, COUNT_PROGRAMS)
+    counts = torch.empty(programs, dtype=torch.int64, device=target.device)
+    weights = like.new_empty(programs) if class_weight is not None else None
+    launch(
+        kernels.count_kernel, programs, 4,
+        target, class_weight, counts, weights, sizes[1], sizes[2], sizes[3], blocks, total, num_classes, *strides,
+        ignore, HAS_IGNORE=has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block,
+        ACC=kernels.tl.float64 if like.dtype == torch.float64 else kernels.tl.float32)  # fmt: skip
+    return counts, weights
+
+
+def scale_in_place(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, a scalar on grad's device: one launch, which ends at once where the factor is exactly 1.
+
+    grad must be dense, in any memory format: its storage is walked from end to end.
+    """
+    from . import triton_kernels as kernels
+
+    total = grad.numel()
+    if total == 0:
+        return
+    block = min(2048, max(16, next_power_of_2(total)))
+    with on_device(grad):
+        launch(kernels.scale_kernel, -(-total // block), 4, grad, factor, total, BLOCK=block)
+
+
+LIBRARY.define(
+    "tnkd_triton(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, float ce_weight, "
+    "float tckd_weight, float nckd_weight, float temperature, int? ignore_index, int reduction, bool with_ce, "
+    "bool needs_grad) -> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)",
+    tags=TAGS,
+)
+LIBRARY.impl("tnkd_triton", forward, "CUDA")
+LIBRARY.impl("tnkd_triton", forward, "CPU")  # only the interpreter runs it
+torch.library.register_fake("dsct_kernels::tnkd_triton", autograd.fake)
+autograd.register("dsct_kernels::tnkd_triton", scale_in_place)
+_op = torch.ops.dsct_kernels.tnkd_triton.default
+
+
+def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(loss, parts); the arguments are reference.tnkd's."""
+    return autograd.call(_op, scale_in_place, student_logits, *args)

@@ -1,0 +1,457 @@
+"""TNKD (and the pixel cross-entropy) in Triton: the kernels that triton.py launches.
+
+For every pixel, with d_j = logit_j - max_{k != y} logit_k, e_j = exp(d_j / tau) and e_y left out:
+
+    u    = d_y / tau - log(sum e)            b = sigmoid(u)
+    TCKD = b^T (softplus(-u^S) - softplus(-u^T)) + (1 - b^T) (softplus(u^S) - softplus(u^T))
+    NCKD = sum e^T (d^T - d^S) / (tau sum e^T) - log(sum e^T) + log(sum e^S)
+
+A tile is CLASSES x PIXELS, at any strides. Differences are taken before they are divided by tau: they are exact where
+the logits are close, whatever their magnitude.
+"""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softplus_tail(u):
+    """log(1 + exp(-|u|)), to the last digit where exp(-|u|) is tiny."""
+    e = tl.exp(-tl.abs(u))
+    one_more = 1.0 + e
+    return tl.where(one_more == 1.0, e, tl.log(one_more) * (e / (one_more - 1.0)))
+
+
+@triton.jit
+def _sigmoids(u):
+    """sigmoid(u), sigmoid(-u): each exact near 0."""
+    e = tl.exp(-tl.abs(u))
+    near_one = 1.0 / (1.0 + e)
+    near_zero = e * near_one
+    return tl.where(u >= 0, near_one, near_zero), tl.where(u >= 0, near_zero, near_one)
+
+
+@triton.jit
+def _finite_max(m):
+    """A maximum that may be subtracted: -inf (nothing there) becomes 0."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _weighted(weight, part):
+    """A part with weight 0 takes no part: 0 * inf would be NaN."""
+    return tl.where(weight == 0, 0.0, weight * part)
+
+
+@triton.jit
+def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, tckd_weight, nckd_weight, ce_factor, mean_factor,
+           WITH_CE: tl.constexpr):  # fmt: skip
+    """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
+
+    top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
+    cross: sum of e^T_j (d^T_j - d^S_j). Gradient: by_s * e^S_j + by_t * e^T_j + by_1 * e1_j, and at_y for the target.
+    """
+    none_s = sum_s == 0  # every other class absent: the target has all the mass
+    none_t = sum_t == 0
+    u_s = tl.where(none_s, float("inf"), (y_s - top_s) / tau - tl.log(sum_s))
+    u_t = tl.where(none_t, float("inf"), (y_t - top_t) / tau - tl.log(sum_t))
+    b_s, not_s = _sigmoids(u_s)
+    b_t, not_t = _sigmoids(u_t)
+    tail = _softplus_tail(u_s) - _softplus_tail(u_t)
+    # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
+    hit = tl.where(b_t == 0, 0.0, b_t * (tl.maximum(-u_s, 0.0) - tl.maximum(-u_t, 0.0) + tail))
+    miss = tl.where(not_t == 0, 0.0, not_t * (tl.maximum(u_s, 0.0) - tl.maximum(u_t, 0.0) + tail))
+    tckd = tl.where((u_s != u_s) | (u_t != u_t), u_s + u_t, hit + miss)
+    gap = tl.where(u_t > 0, not_t - not_s, b_s - b_t)  # b^S - b^T without the cancellation next to 1
+
+    over_s = tl.where(none_s, 0.0, 1.0 / sum_s)
+    over_t = tl.where(none_t, 0.0, 1.0 / sum_t)
+    nckd = cross * over_t / tau - tl.log(sum_t) + tl.log(sum_s)
+    nckd = tl.where(none_s, float("inf"), nckd)
+    nckd = tl.where(none_t, 0.0, nckd)
+
+    by_s = tau * (nckd_weight - tckd_weight * gap) * over_s * mean_factor
+    by_t = -tau * nckd_weight * over_t * mean_factor
+    at_y = tau * tckd_weight * gap * mean_factor
+    ce = gap * 0.0
+    by_1 = ce
+    if WITH_CE:
+        u_1 = tl.where(none_s, float("inf"), (y_s - top_s) - tl.log(sum_1))
+        _, not_1 = _sigmoids(u_1)
+        ce = tl.maximum(-u_1, 0.0) + _softplus_tail(u_1)
+        by_1 = ce_factor * not_1 * tl.where(none_s, 0.0, 1.0 / sum_1)
+        at_y -= ce_factor * not_1
+    return ce, tckd, nckd, by_s, by_t, by_1, at_y
+
+
+@triton.jit
+def count_kernel(target, class_weight, counts, weights, size_1, size_2, inner, blocks, total_blocks, num_classes,
+                  stride_0, stride_1, stride_2, stride_p, ignore,
+                  HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+                  ACC: tl.constexpr):  # fmt: skip
+    """counts[program] = its valid labels, weights[program] = their class weights added up."""
+    count = tl.zeros([BLOCK], tl.int64)
+    weight = tl.zeros([BLOCK], ACC)
+    for block in range(tl.program_id(0), total_blocks, tl.num_programs(0)):
+        row = (block // blocks).to(tl.int64)
+        at = row % size_2 * stride_2 + row // size_2 % size_1 * stride_1 + row // size_2 // size_1 * stride_0
+        p = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
+        inside = p < inner
+        label = tl.load(target + at + p.to(tl.int64) * stride_p, mask=inside, other=0).to(tl.int64)
+        valid = inside
+        if HAS_IGNORE:
+            valid = inside & (label != ignore)
+        count += valid.to(tl.int64)
+        if HAS_WEIGHT:
+            known = valid & (label >= 0) & (label < num_classes)
+            weight += tl.load(class_weight + label, mask=known, other=0.0)
+    tl.store(counts + tl.program_id(0), tl.sum(count, 0))
+    if HAS_WEIGHT:
+        tl.store(weights + tl.program_id(0), tl.sum(weight, 0))
+
+
+@triton.jit
+def _totals(counts, weights, num_counts, num_pixels, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+            COUNTS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The number of valid pixels and the sum of their class weights, added in the same order by everyone who asks."""
+    i = tl.arange(0, COUNTS)
+    count = tl.full([], num_pixels, ACC)
+    if HAS_COUNT:
+        count = tl.sum(tl.load(counts + i, mask=i < num_counts, other=0), 0).to(ACC)
+    weight = count
+    if HAS_WEIGHT:
+        weight = tl.sum(tl.load(weights + i, mask=i < num_counts, other=0.0), 0)
+    return count, weight
+
+
+@triton.jit
+def _factors(counts, weights, num_counts, num_pixels, ce_weight, MEAN_: tl.constexpr, FOLD: tl.constexpr,
+             HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
+    """What the gradient of the TNKD terms and of CE is multiplied by: 1/count and ce_weight/weights, or, where the
+    normaliser is left to grad_scale, both times count."""
+    ce_factor = tl.full([], ce_weight, ACC)
+    mean_factor = tl.full([], 1.0, ACC)
+    if MEAN_ and (FOLD or (WITH_CE and HAS_WEIGHT)):
+        count, weight = _totals(counts, weights, num_counts, num_pixels, HAS_COUNT, HAS_WEIGHT, COUNTS, ACC)
+        if FOLD:
+            mean_factor = tl.where(count > 0, 1.0 / count, 0.0)
+            ce_factor = tl.where(weight > 0, ce_factor / weight, 0.0)
+        else:
+            ce_factor = tl.where(weight > 0, ce_factor * (count / weight), 0.0)
+    return ce_factor, mean_factor
+
+
+@triton.jit
+def _labels(target, class_weight, at, inside, num_classes, ignore, HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr,
+            HAS_WEIGHT: tl.constexpr, found, ACC: tl.constexpr):  # fmt: skip
+    """Label, whether the pixel counts, whether the label is a class, its weight. `found`: the teacher's argmax."""
+    valid = inside
+    if HAS_TARGET:
+        label = tl.load(target + at, mask=inside, other=0).to(tl.int64)
+        if HAS_IGNORE:
+            valid = inside & (label != ignore)
+    else:
+        label = found.to(tl.int64)
+    known = (label >= 0) & (label < num_classes)
+    weight = tl.where(valid, 1.0, 0.0).to(ACC)
+    if HAS_WEIGHT:
+        weight = tl.load(class_weight + label, mask=valid & known, other=0.0)
+    return tl.where(known, label, -1).to(tl.int32), valid, known, weight
+
+
+@triton.jit
+def tnkd_kernel(
+    student, teacher, target, class_weight, counts, weights, grad, loss_map, partial,
+    num_classes, num_pixels, num_counts, num_programs, size_1, size_2, inner, blocks,
+    s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
+    y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
+    tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64, ce_weight_: tl.float64, ignore,
+    CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr,
+    RESIDENT: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr,
+    MEAN_: tl.constexpr, FOLD: tl.constexpr, COUNTS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    tau = tl.full([], tau_, ACC)
+    tckd_weight = tl.full([], tckd_weight_, ACC)
+    nckd_weight = tl.full([], nckd_weight_, ACC)
+    to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(d / tau) = exp2(d * to_2 / tau)
+    to_2_tau = to_2 / tau
+
+    # ---- which pixels: a row (three folded dimensions) and a block of its inner dimension
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    i_2 = row % size_2
+    i_1 = row // size_2 % size_1
+    i_0 = row // size_2 // size_1
+    p32 = (program % blocks) * PIXELS + tl.arange(0, PIXELS)
+    inside = p32 < inner
+    p = p32.to(tl.int64)
+    k = tl.arange(0, CLASSES)
+    k_wide = k.to(tl.int64)[:, None]
+    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2) + (k_wide * s_k + (p * s_p)[None, :])
+    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2) + (k_wide * t_k + (p * t_p)[None, :])
+    y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + p * y_p
+    s_step = tl.full([], CLASSES, tl.int64) * s_k
+    t_step = tl.full([], CLASSES, tl.int64) * t_k
+    low = float("-inf")
+
+    ce_factor, mean_factor = _factors(counts, weights, num_counts, num_pixels, ce_weight_, MEAN_, FOLD, HAS_COUNT,
+                                      HAS_WEIGHT, WITH_CE, COUNTS, ACC)  # fmt: skip
+
+    top_s = tl.full([CLASSES, PIXELS], low, ACC)
+    top_t = tl.full([CLASSES, PIXELS], low, ACC)
+    y_s = tl.zeros([CLASSES, PIXELS], ACC)
+    y_t = tl.zeros([CLASSES, PIXELS], ACC)
+    sum_s = tl.zeros([CLASSES, PIXELS], ACC)
+    sum_t = tl.zeros([CLASSES, PIXELS], ACC)
+    sum_1 = tl.zeros([CLASSES, PIXELS], ACC)
+    cross = tl.zeros([CLASSES, PIXELS], ACC)
+    if RESIDENT:
+        # ---- every logit of the tile, once
+        s_tiles = ()
+        t_tiles = ()
+        for c in tl.static_range(CHUNKS):
+            there = inside[None, :] & (c * CLASSES + k < num_classes)[:, None]
+            s_tiles += (tl.load(s_at + c * s_step, mask=there, other=low),)
+            t_tiles += (tl.load(t_at + c * t_step, mask=there, other=low),)
+        found = p32
+        if not HAS_TARGET:
+            best = tl.full([CLASSES, PIXELS], low, ACC)
+            for c in tl.static_range(CHUNKS):
+                best = tl.maximum(best, t_tiles[c].to(ACC))
+            best = tl.max(best, 0)[None, :]
+            first = tl.full([CLASSES, PIXELS], 2147483647, tl.int32)
+            for c in tl.static_range(CHUNKS):
+                index = tl.where(t_tiles[c].to(ACC) == best, (c * CLASSES + k)[:, None], 2147483647)
+                first = tl.minimum(first, index)
+            found = tl.min(first, 0)
+        y, valid, known, weight = _labels(target, class_weight, y_at, inside, num_classes, ignore, HAS_TARGET,
+                                          HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
+
+        # ---- the target's logit aside, the maximum of the others
+        s_others = ()
+        t_others = ()
+        for c in tl.static_range(CHUNKS):
+            is_y = (c * CLASSES + k)[:, None] == y[None, :]
+            s = s_tiles[c].to(ACC)
+            t = t_tiles[c].to(ACC)
+            y_s += tl.where(is_y, s, 0.0)
+            y_t += tl.where(is_y, t, 0.0)
+            s_others += (tl.where(is_y, low, s),)
+            t_others += (tl.where(is_y, low, t),)
+            top_s = tl.maximum(top_s, s_others[c])
+            top_t = tl.maximum(top_t, t_others[c])
+        m_s = _finite_max(tl.max(top_s, 0))
+        m_t = _finite_max(tl.max(top_t, 0))
+
+        # ---- exponentials, kept for the gradient, and their sums
+        e_s = ()
+        e_t = ()
+        e_1 = ()
+        for c in tl.static_range(CHUNKS):
+            d_s = s_others[c] - m_s[None, :]
+            d_t = t_others[c] - m_t[None, :]
+            e_s += (tl.exp2(d_s * to_2_tau),)
+            e_t += (tl.exp2(d_t * to_2_tau),)
+            sum_s += e_s[c]
+            sum_t += e_t[c]
+            cross += tl.where(e_t[c] == 0, 0.0, e_t[c] * (d_t - d_s))
+            if WITH_CE:
+                e_1 += (tl.exp2(d_s * to_2),)
+                sum_1 += e_1[c]
+        total_s = tl.sum(sum_s, 0)
+        total_t = tl.sum(sum_t, 0)
+        total_1 = total_s
+        if WITH_CE:
+            total_1 = tl.sum(sum_1, 0)
+    else:
+        span = UNROLL * CLASSES
+        found = p32
+        if not HAS_TARGET:
+            best = tl.full([CLASSES, PIXELS], low, ACC)
+            first = tl.zeros([CLASSES, PIXELS], tl.int32)
+            at = t_at
+            for start in range(0, num_classes, CLASSES):
+                index = (start + k)[:, None]
+                t = tl.load(at, mask=inside[None, :] & (index < num_classes), other=low).to(ACC)
+                first = tl.where(t > best, index, first)
+                best = tl.maximum(best, t)
+                at += t_step
+            found = tl.min(tl.where(best == tl.max(best, 0)[None, :], first, 2147483647), 0)
+        y, valid, known, weight = _labels(target, class_weight, y_at, inside, num_classes, ignore, HAS_TARGET,
+                                          HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
+
+        # ---- first walk: maximum and sum of every lane's own classes, rescaled once per UNROLL tiles
+        s_ptr = s_at
+        t_ptr = t_at
+        for start in range(0, num_classes, span):
+            s_new = ()
+            t_new = ()
+            for c in tl.static_range(UNROLL):
+                there = inside[None, :] & (start + c * CLASSES + k < num_classes)[:, None]
+                s_new += (tl.load(s_ptr + c * s_step, mask=there, other=low),)
+                t_new += (tl.load(t_ptr + c * t_step, mask=there, other=low),)
+            new_s = top_s
+            new_t = top_t
+            s_others = ()
+            t_others = ()
+            for c in tl.static_range(UNROLL):
+                is_y = (start + c * CLASSES + k)[:, None] == y[None, :]
+                s = s_new[c].to(ACC)
+                t = t_new[c].to(ACC)
+                y_s += tl.where(is_y, s, 0.0)
+                y_t += tl.where(is_y, t, 0.0)
+                s_others += (tl.where(is_y, low, s),)
+                t_others += (tl.where(is_y, low, t),)
+                new_s = tl.maximum(new_s, s_others[c])
+                new_t = tl.maximum(new_t, t_others[c])
+            base_s = _finite_max(new_s)
+            base_t = _finite_max(new_t)
+            sum_s *= tl.exp2((top_s - base_s) * to_2_tau)
+            sum_t *= tl.exp2((top_t - base_t) * to_2_tau)
+            if WITH_CE:
+                sum_1 *= tl.exp2((top_s - base_s) * to_2)
+            for c in tl.static_range(UNROLL):
+                sum_s += tl.exp2((s_others[c] - base_s) * to_2_tau)
+                sum_t += tl.exp2((t_others[c] - base_t) * to_2_tau)
+                if WITH_CE:
+                    sum_1 += tl.exp2((s_others[c] - base_s) * to_2)
+            top_s = new_s
+            top_t = new_t
+            s_ptr += UNROLL * s_step
+            t_ptr += UNROLL * t_step
+        m_s = _finite_max(tl.max(top_s, 0))
+        m_t = _finite_max(tl.max(top_t, 0))
+        total_s = tl.sum(sum_s * tl.exp2((top_s - m_s[None, :]) * to_2_tau), 0)
+        total_t = tl.sum(sum_t * tl.exp2((top_t - m_t[None, :]) * to_2_tau), 0)
+        total_1 = total_s
+        if WITH_CE:
+            total_1 = tl.sum(sum_1 * tl.exp2((top_s - m_s[None, :]) * to_2), 0)
+
+    target_s = tl.sum(y_s, 0)
+    target_t = tl.sum(y_t, 0)
+    nan = float("nan")
+    target_s = tl.where(known, target_s, nan)  # a bad label: NaN spreads to the loss and to every factor below
+
+    g_step = tl.full([], CLASSES, tl.int64) * g_k
+    out = student.dtype.element_ty
+    if RESIDENT:
+        ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
+            m_s, m_t, total_s, total_t, total_1, target_s, target_t, tl.sum(cross, 0), tau, tckd_weight, nckd_weight,
+            ce_factor * weight, mean_factor, WITH_CE)  # fmt: skip
+        if NEEDS_GRAD:
+            g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2) + (k_wide * g_k + (p * g_p)[None, :])
+            for c in tl.static_range(CHUNKS):
+                index = (c * CLASSES + k)[:, None]
+                g = by_s[None, :] * e_s[c] + by_t[None, :] * e_t[c]
+                if WITH_CE:
+                    g += by_1[None, :] * e_1[c]
+                g = tl.where(index == y[None, :], at_y[None, :], g)
+                g = tl.where(valid[None, :], g, 0.0)
+                tl.store(g_at + c * g_step, g.to(out), mask=inside[None, :] & (index < num_classes))
+    else:
+        # ---- second walk: the same tiles, from cache
+        _, _, _, by_s, by_t, by_1, at_y = _pixel(
+            m_s, m_t, total_s, total_t, total_1, target_s, target_t, target_s * 0.0, tau, tckd_weight, nckd_weight,
+            ce_factor * weight, mean_factor, WITH_CE)  # fmt: skip
+        g_at = s_at
+        if NEEDS_GRAD:
+            g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2) + (k_wide * g_k + (p * g_p)[None, :])
+        for start in range(0, num_classes, span):
+            s_new = ()
+            t_new = ()
+            for c in tl.static_range(UNROLL):
+                there = inside[None, :] & (start + c * CLASSES + k < num_classes)[:, None]
+                s_new += (tl.load(s_at + c * s_step, mask=there, other=low),)
+                t_new += (tl.load(t_at + c * t_step, mask=there, other=low),)
+            for c in tl.static_range(UNROLL):
+                index = (start + c * CLASSES + k)[:, None]
+                is_y = index == y[None, :]
+                d_s = tl.where(is_y, low, s_new[c].to(ACC)) - m_s[None, :]
+                d_t = tl.where(is_y, low, t_new[c].to(ACC)) - m_t[None, :]
+                e_s_c = tl.exp2(d_s * to_2_tau)
+                e_t_c = tl.exp2(d_t * to_2_tau)
+                cross += tl.where(e_t_c == 0, 0.0, e_t_c * (d_t - d_s))
+                if NEEDS_GRAD:
+                    g = by_s[None, :] * e_s_c + by_t[None, :] * e_t_c
+                    if WITH_CE:
+                        g += by_1[None, :] * tl.exp2(d_s * to_2)
+                    g = tl.where(is_y, at_y[None, :], g)
+                    g = tl.where(valid[None, :], g, 0.0)
+                    tl.store(g_at + c * g_step, g.to(out), mask=inside[None, :] & (index < num_classes))
+            s_at += UNROLL * s_step
+            t_at += UNROLL * t_step
+            g_at += UNROLL * g_step
+        ce, tckd, nckd, _, _, _, _ = _pixel(
+            m_s, m_t, total_s, total_t, total_1, target_s, target_t, tl.sum(cross, 0), tau, tckd_weight, nckd_weight,
+            ce_factor * weight, mean_factor, WITH_CE)  # fmt: skip
+
+    # ---- sums of this block; an ignored pixel's NaN is dropped by selection, never by multiplication
+    if WITH_CE:
+        ce = tl.where(valid & (known == 0), nan, tl.where(weight == 0, 0.0, ce * weight))
+        tl.store(partial + program, tl.sum(ce, 0))
+    tckd = tl.where(valid, tckd * tau * tau, 0.0)
+    nckd = tl.where(valid, nckd * tau * tau, 0.0)
+    nckd = tl.where(valid & (known == 0), nan, nckd)
+    if NONE_:
+        value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
+        if WITH_CE:
+            value += _weighted(tl.full([], ce_weight_, ACC), ce)
+        l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2) + p * l_p
+        tl.store(l_at, value, mask=inside)
+    tl.store(partial + num_programs + program, tl.sum(tckd, 0))
+    tl.store(partial + 2 * num_programs + program, tl.sum(nckd, 0))
+
+
+@triton.jit
+def finish_kernel(partial, counts, weights, loss, parts, grad_scale, num_programs, num_counts, num_pixels,
+                   tckd_weight_: tl.float64, nckd_weight_: tl.float64, ce_weight_: tl.float64,
+                   NONE_: tl.constexpr, MEAN_: tl.constexpr, FOLD: tl.constexpr, HAS_COUNT: tl.constexpr,
+                   HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+                   ACC: tl.constexpr):  # fmt: skip
+    """One program: the partial sums in a fixed order, the averages, the weighted loss."""
+    ce = tl.zeros([BLOCK], ACC)
+    tckd = tl.zeros([BLOCK], ACC)
+    nckd = tl.zeros([BLOCK], ACC)
+    for start in range(0, num_programs, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        there = i < num_programs
+        if WITH_CE:
+            ce += tl.load(partial + i, mask=there, other=0.0)
+        tckd += tl.load(partial + num_programs + i, mask=there, other=0.0)
+        nckd += tl.load(partial + 2 * num_programs + i, mask=there, other=0.0)
+    ce = tl.sum(ce, 0)
+    tckd = tl.sum(tckd, 0)
+    nckd = tl.sum(nckd, 0)
+    scale = tl.full([], 1.0, ACC)
+    if MEAN_:
+        count, weight = _totals(counts, weights, num_counts, num_pixels, HAS_COUNT, HAS_WEIGHT, COUNTS, ACC)
+        over = tl.where(count > 0, 1.0 / count, 0.0)
+        tckd *= over
+        nckd *= over
+        ce *= tl.where(weight > 0, 1.0 / weight, 0.0)
+        if not FOLD:
+            scale = over
+    if not NONE_:
+        value = _weighted(tl.full([], tckd_weight_, ACC), tckd) + _weighted(tl.full([], nckd_weight_, ACC), nckd)
+        if WITH_CE:
+            value += _weighted(tl.full([], ce_weight_, ACC), ce)
+        tl.store(loss, value)
+    tl.store(parts, ce)
+    tl.store(parts + 1, tckd)
+    tl.store(parts + 2, nckd)
+    tl.store(grad_scale, scale)
+
+
+@triton.jit
+def scale_kernel(grad, factor, total, BLOCK: tl.constexpr):
+    """grad *= factor; a factor of exactly 1 is seen on the device, and nothing else is read or written."""
+    by = tl.load(factor)
+    if by != 1.0:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        there = i < total
+        value = tl.load(grad + i, mask=there)
+        tl.store(grad + i, (value.to(by.dtype) * by).to(value.dtype), mask=there)

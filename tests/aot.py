@@ -1,0 +1,138 @@
+"""Compiles Triton kernels ahead of time, with no GPU, and reads what the machine code does.
+
+A launch is taken down as it would be made (`recorded`), turned into the signature that Triton's launcher would compile
+it for, and compiled for an architecture; `report` reads registers, spills, shared memory and the width of every global
+access from the cubin.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+NAMES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass
+class Launch:
+    kernel: Any
+    programs: int
+    warps: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@contextmanager
+def recorded(*modules: Any) -> Iterator[list[Launch]]:
+    """Launches made through these modules' `launch` are listed instead of run."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, warps: int, *args: Any, **constants: Any) -> None:
+        launches.append(Launch(kernel, programs, warps, args, constants))
+
+    before = [module.launch for module in modules]
+    for module in modules:
+        module.launch = record
+    try:
+        yield launches
+    finally:
+        for module, launch in zip(modules, before, strict=True):
+            module.launch = launch
+
+
+def plain(function: Callable[..., Any]) -> JITFunction:
+    """The compilable function behind a kernel, also where TRITON_INTERPRET made it an interpreted one."""
+    return function if isinstance(function, JITFunction) else JITFunction(function.fn)
+
+
+def source(launch: Launch) -> ASTSource:
+    """The specialisation that Triton's launcher makes of these arguments: 1 and None are constants, 16 | n is noted."""
+    kernel = plain(launch.kernel)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    values = [*launch.args, *(launch.constants[p.name] for p in kernel.params[len(launch.args) :])]
+    for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.annotation_type:
+            signature[parameter.name] = parameter.annotation_type
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+@dataclass
+class Report:
+    name: str
+    arch: int
+    registers: int
+    spills: int  # bytes of local memory a thread
+    shared: int
+    loads: dict[int, int] = field(default_factory=dict)  # bytes -> instructions
+    stores: dict[int, int] = field(default_factory=dict)
+    instructions: int = 0
+    sass: str = ""
+
+    def row(self) -> str:
+        def widths(counts: dict[int, int]) -> str:
+            return " ".join(f"{bytes_}Bx{count}" for bytes_, count in sorted(counts.items(), reverse=True)) or "-"
+
+        return (
+            f"{self.name:<44} sm_{self.arch:<4} {self.registers:>4} registers {self.spills:>4} B spilt "
+            f"{self.shared:>6} B shared  {self.instructions:>5} instructions  loads {widths(self.loads)}  "
+            f"stores {widths(self.stores)}"
+        )
+
+
+WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")
+BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+def report(name: str, launch: Launch, arch: int) -> Report:
+    """Compile for sm_`arch` and read the machine code."""
+    compiled = compile(source(launch), target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run([BIN / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    text = usage.stdout + usage.stderr
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    result = Report(name, arch, found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared, sass=sass)
+    for line in sass.splitlines():
+        match = re.search(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
+        if not match or "." in line.strip()[:1]:
+            continue
+        opcode = match.group(1)
+        result.instructions += 1
+        kind = opcode.split(".")[0]
+        if kind in ("LDG", "STG"):
+            width = WIDTH.search(opcode)
+            counts = result.loads if kind == "LDG" else result.stores
+            bytes_ = BYTES[width.group(1)] if width else 4
+            counts[bytes_] = counts.get(bytes_, 0) + 1
+    return result
