@@ -15,9 +15,9 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 def pytest_configure() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-        from tests.interpreter import round_to_nearest
+        from tests.interpreter import compute_bfloat16_as_a_gpu_does
 
-        round_to_nearest()
+        compute_bfloat16_as_a_gpu_does()
 
 
 def backends_on(device: str) -> list[str]:

@@ -134,8 +134,9 @@ def _channel_weights(partial, stats, n, row, channels, positions, splits, channe
     tl.store(out + channels + c, 1.0 / z, mask=there)
     tl.store(out + 2 * channels + c, w, mask=there)
     tl.store(out + 3 * channels + c, r, mask=there)
-    tl.store(out + 4 * channels, mean)
-    tl.store(out + 4 * channels + 1, tl.sum(tl.where(there, w * r, 0.0), 0))
+    last = tl.arange(0, 32)  # the two numbers of the sample, and zeros up to the end of its row
+    numbers = tl.where(last == 0, mean, tl.where(last == 1, tl.sum(tl.where(there, w * r, 0.0), 0), 0.0))
+    tl.store(out + 4 * channels + last, numbers, mask=2 * positions + 4 * channels + last < row)
 
 
 @triton.jit
