@@ -1,0 +1,436 @@
+"""The run: train the teacher, train the student once per arm with everything else the same, evaluate, report.
+
+`train` is the loop to read. A run folder holds all there is to go on from: config.json, one model folder per finished
+phase, results.json, metrics.jsonl and, while a phase is under way, checkpoint.pt.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dsct_kernels import dsct_loss
+
+from . import data, models
+from .config import Config, Loss, arm_loss, phase_folder
+
+PARTS = ("total", "ce", "tckd", "nckd", "cafd")
+
+
+class Interrupted(Exception):
+    """Ctrl-C came and the checkpoint is written."""
+
+
+def classes_of(cfg: Config) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours of the classes."""
+    if cfg.data == "dubai":
+        return data.DUBAI_CLASSES, data.DUBAI_PALETTE
+    return data.scenes.CLASSES, data.scenes.PALETTE
+
+
+def load_tiles(cfg: Config) -> list[data.Tile]:
+    return data.dubai(cfg.root) if cfg.data == "dubai" else data.synthetic(cfg.scenes, cfg.scene_size)
+
+
+def load_pixels(cfg: Config, device: torch.device) -> tuple[data.Pixels, data.Pixels]:
+    """Training tiles, on the device if they fit the cache, and validation tiles."""
+    train, val = data.split(load_tiles(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    return data.Pixels(train, cfg.cache_mb, device), data.Pixels(val, cfg.cache_mb)
+
+
+def make_accelerator(cfg: Config):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    cuda = torch.cuda.is_available() and cfg.device != "cpu"
+    if cfg.device == "cuda" and not cuda:
+        raise data.DataError("--device cuda: torch sees no CUDA device here")
+    precision = cfg.precision if cfg.precision != "auto" else ("bf16" if cuda else "no")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads that a loaded model may not use
+    return Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=[unused])
+
+
+class Run:
+    """One run folder on one set of tiles."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        folder: Path,
+        progress: Any = None,
+        pixels: tuple[data.Pixels, data.Pixels] | None = None,
+    ):
+        self.cfg, self.folder, self.progress = cfg, folder, progress
+        self.accelerator = make_accelerator(cfg)
+        self.device = self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.classes, self.palette = classes_of(cfg)
+        self.train_pixels, self.val_pixels = pixels or load_pixels(cfg, self.device)
+        self.stop = False  # set by Ctrl-C, looked at between two steps
+        self.writer: Any = None
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            cfg.save(folder / "config.json")
+        self.checkpoint = folder / "checkpoint.pt"
+        self.saved: dict[str, Any] | None = None
+        if self.checkpoint.is_file():
+            self.saved = torch.load(self.checkpoint, map_location="cpu", weights_only=False)
+        results = folder / "results.json"
+        self.results: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.is_file() else {}
+
+    # ------------------------------------------------------------------------------------------- the whole run
+
+    def phases(self) -> list[str]:
+        return ["teacher", *self.cfg.arms]
+
+    def all(self) -> dict[str, nn.Module]:
+        """Every phase in turn; phases that an earlier process finished are read from their folders."""
+        trained = {}
+        teacher = None
+        for phase in self.phases():
+            model = self.phase(phase, teacher)
+            teacher = teacher or model
+            trained[phase] = model
+        return trained
+
+    def phase(self, phase: str, teacher: nn.Module | None) -> nn.Module:
+        cfg, is_teacher = self.cfg, phase == "teacher"
+        folder = self.folder / phase_folder(phase)
+        if phase in self.results:
+            return models.load(folder, self.classes).to(self.device)
+        seed = cfg.teacher_seed if is_teacher else cfg.seed  # every student: same weights, same crops
+        seed_everything(seed)
+        model = models.build(cfg.teacher if is_teacher else cfg.student, self.classes).to(self.device)
+        started = time.perf_counter()
+        steps = cfg.teacher_steps if is_teacher else cfg.student_steps
+        if not (is_teacher and cfg.teacher not in models.PRESETS):  # a teacher loaded from a folder is ready
+            seed_everything(seed)
+            loss = None if is_teacher else arm_loss(phase, cfg.loss)
+            lr = cfg.teacher_lr if is_teacher else cfg.student_lr
+            model = self.train(phase, model, teacher, loss, steps, lr, seed)
+        self.finish(phase, model, folder, time.perf_counter() - started)
+        return model
+
+    def finish(self, phase: str, model: nn.Module, folder: Path, seconds: float) -> None:
+        result = self.evaluate(model)
+        result["parameters"], result["gflops"] = models.parameters(model), models.gflops(model, self.cfg.crop)
+        result["images_per_s"] = images_per_second(model, self.cfg, self.device)
+        result["train_seconds"] = round(seconds, 1)
+        self.results[phase] = result
+        if self.main:
+            models.save(model, folder)
+            replace_file(self.folder / "results.json", json.dumps(self.results, indent=2).encode())
+            self.checkpoint.unlink(missing_ok=True)
+        self.saved = None
+        self.say(f"{phase}: mIoU {result['miou']:.3f} in {seconds:.0f} s")
+
+    # ------------------------------------------------------------------------------------------- training
+
+    def train(
+        self,
+        phase: str,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        loss: Loss | None,
+        steps: int,
+        lr: float,
+        seed: int,
+    ) -> nn.Module:
+        """Train one network. `loss` without distillation weights, or None, is plain cross-entropy."""
+        cfg, acc = self.cfg, self.accelerator
+        crops = data.Crops(
+            self.train_pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, acc.process_index
+        )
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=self.device.type == "cuda"
+        )
+        model, optimizer = acc.prepare(model, optimizer)
+        distil = loss is not None and teacher is not None and (loss.tnkd_weight > 0 or loss.cafd_weight > 0)
+        strides = loss.strides if distil and loss.cafd_weight > 0 else ()
+        if distil:
+            teacher.eval().requires_grad_(False)
+        start, sums = self.restore(phase, model, optimizer)
+        bar = self.bar(phase, start, steps)
+        model.train()
+
+        for step, batch in enumerate(crops.loader(start, steps), start):
+            images, target = self.inputs(batch)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step, steps)
+            with acc.autocast():
+                student_out = models.forward(model, images, strides)
+            if distil:
+                with acc.autocast(), torch.no_grad():
+                    teacher_out = models.forward(teacher, images, strides)
+                losses = distillation(student_out, teacher_out, target, loss, cfg.backend)
+            else:
+                losses = (cross_entropy(student_out.logits, target),)
+            acc.backward(losses[0])
+            acc.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            sums[: len(losses)] += torch.stack([part.detach().float() for part in losses])
+            done = step + 1
+            if done % cfg.log_every == 0 or done == steps:
+                self.log(phase, done, steps, sums / ((done - 1) % cfg.log_every + 1), lr * schedule(step, steps), bar)
+                sums.zero_()
+            if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
+                self.record(phase, done, {"miou": self.evaluate(acc.unwrap_model(model))["miou"]})
+                model.train()
+            stop = self.should_stop()
+            if done < steps and (stop or done % cfg.checkpoint_every == 0):
+                self.save(phase, done, model, optimizer, sums)
+            if stop:
+                self.close()
+                raise Interrupted
+        return acc.unwrap_model(model).eval()
+
+    def inputs(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 3, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8, both views of one NHWC buffer."""
+        pixels, gain, shift = (part.to(self.device, non_blocking=True) for part in batch)
+        images = pixels[..., :3].permute(0, 3, 1, 2).float() / 255
+        images = (images - 0.5) * gain[:, :, None, None] + 0.5 + shift[:, :, None, None]
+        return images, pixels[..., 3]
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        """IoU over the validation tiles, each process its share of them."""
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        model.eval()
+        confusion = MulticlassConfusionMatrix(len(self.classes), ignore_index=data.IGNORE).to(self.device)
+        for i in range(self.accelerator.process_index, len(self.val_pixels.tiles), self.accelerator.num_processes):
+            tile = self.val_pixels.tiles[i]
+            label = self.val_pixels.window(i, 0, 0, tile.height, tile.width)[..., 3].to(self.device).long()
+            confusion.update(self.predict(model, i)[None], label[None])
+        matrix = confusion.compute().double()
+        hit = matrix.diag()
+        iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN for a class that is nowhere
+        return {
+            "miou": float(iou.nanmean()),
+            "iou": [None if math.isnan(v) else v for v in iou.tolist()],
+            "accuracy": float(hit.sum() / matrix.sum()),
+        }
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, i: int) -> torch.Tensor:
+        """Class map of a whole validation tile: windows overlap by a quarter and their probabilities are averaged."""
+        tile, size = self.val_pixels.tiles[i], self.cfg.window
+        scores = torch.zeros(len(self.classes), tile.height, tile.width, device=self.device)
+        for y in window_starts(tile.height, size):
+            for x in window_starts(tile.width, size):
+                pixels = self.val_pixels.window(i, y, x, size, size)[..., :3].to(self.device)
+                h, w = pixels.shape[:2]
+                image = pixels.permute(2, 0, 1)[None].float() / 255
+                image = F.pad(image, (0, -w % 32, 0, -h % 32), mode="replicate")
+                with self.accelerator.autocast():
+                    logits = models.forward(model, image).logits
+                logits = F.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
+                scores[:, y : y + h, x : x + w] += logits[0, :, :h, :w].softmax(0)
+        return scores.argmax(0)
+
+    # ------------------------------------------------------------------------------------------- checkpoint
+
+    def save(self, phase: str, step: int, model: nn.Module, optimizer: Any, sums: torch.Tensor) -> None:
+        """Everything the next step depends on. Written beside and renamed, so a kill never leaves half a file."""
+        import io
+
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "phase": phase,
+            "step": step,
+            "model": self.accelerator.unwrap_model(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "sums": sums,
+            "rng": rng_state(),
+            "metrics_bytes": self.metrics_size(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        replace_file(self.checkpoint, buffer.getvalue())
+
+    def restore(self, phase: str, model: nn.Module, optimizer: Any) -> tuple[int, torch.Tensor]:
+        """Step to start at and the loss sums of an unfinished log line."""
+        saved = self.saved
+        if saved is None or saved["phase"] != phase:
+            self.open_logs(phase, 0, None)
+            return 0, torch.zeros(len(PARTS), device=self.device)
+        self.accelerator.unwrap_model(model).load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.open_logs(phase, saved["step"], saved["metrics_bytes"])
+        set_rng_state(saved["rng"])
+        return saved["step"], saved["sums"].to(self.device)
+
+    def should_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop
+        flag = torch.tensor(float(self.stop), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    # ------------------------------------------------------------------------------------------- logs
+
+    def metrics_size(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return path.stat().st_size if path.is_file() else 0
+
+    def open_logs(self, phase: str, step: int, metrics_bytes: int | None) -> None:
+        """Drop what was logged after the checkpoint: those steps are made again."""
+        if not self.main:
+            return
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_bytes()
+            if metrics_bytes is None:  # the phase starts afresh
+                lines = b"".join(x for x in lines.splitlines(True) if json.loads(x)["phase"] != phase)
+            path.write_bytes(lines[:metrics_bytes])
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close()
+        self.writer = SummaryWriter(str(self.folder / "tensorboard" / phase_folder(phase)), purge_step=step + 1)
+
+    def record(self, phase: str, step: int, values: dict[str, float]) -> None:
+        if not self.main:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def log(self, phase: str, step: int, steps: int, parts: torch.Tensor, lr: float, bar: Any) -> None:
+        values = dict(zip(PARTS, parts.tolist(), strict=True))
+        if "alone" in phase or phase == "teacher":  # plain cross-entropy has no other parts
+            values = {"total": values["total"]}
+        self.record(phase, step, {**values, "lr": lr})
+        if self.progress is not None and self.main:
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+            self.progress.update(bar, completed=step, losses=shown)
+            if not self.progress.console.is_terminal and (step == steps or step % (10 * self.cfg.log_every) == 0):
+                self.say(f"{phase} {step}/{steps}  {shown}")
+
+    def bar(self, phase: str, start: int, steps: int) -> Any:
+        return self.progress and self.progress.add_task(phase, total=steps, completed=start, losses="")
+
+    def say(self, text: str) -> None:
+        if self.progress is not None and self.main:
+            self.progress.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def stop_on_ctrl_c(self) -> None:
+        """The first Ctrl-C stops after the step under way; a second one kills at once."""
+
+        def handler(_signal: int, _frame: Any) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.say("stopping after this step, checkpoint follows (Ctrl-C again: stop at once)")
+
+        signal.signal(signal.SIGINT, handler)
+
+
+# ----------------------------------------------------------------------------------------------- losses and helpers
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
+    valid = (target != data.IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits, target.long(), ignore_index=data.IGNORE, reduction="sum") / valid
+
+
+def distillation(student: models.Output, teacher: models.Output, target: torch.Tensor, loss: Loss, backend: str):
+    with_cafd = loss.cafd_weight > 0
+    return dsct_loss(
+        student.logits,
+        teacher.logits,
+        target,
+        student.features if with_cafd else None,
+        teacher.features if with_cafd else None,
+        ce_weight=loss.ce_weight,
+        tnkd_weight=loss.tnkd_weight,
+        cafd_weight=loss.cafd_weight,
+        alpha=loss.alpha,
+        beta=loss.beta,
+        temperature=loss.temperature,
+        channel_temperature=loss.channel_temperature,
+        spatial_temperature=loss.spatial_temperature,
+        ignore_index=data.IGNORE,
+        backend=backend,
+    )
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over the first 5%, then a cosine down to 1%."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def window_starts(length: int, size: int) -> list[int]:
+    """Evenly spread starts of windows that cover `length` and overlap by at least a quarter."""
+    if length <= size:
+        return [0]
+    count = math.ceil((length - size) / (0.75 * size)) + 1
+    return [round(k * (length - size) / (count - 1)) for k in range(count)]
+
+
+def seed_everything(seed: int) -> None:
+    from accelerate.utils import set_seed
+
+    set_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def images_per_second(model: nn.Module, cfg: Config, device: torch.device, seconds: float = 0.5) -> float:
+    """Forward throughput on batches of crops, in the precision the model is stored in."""
+    images = torch.zeros(cfg.batch, 3, cfg.crop, cfg.crop, device=device)
+    model.eval()
+    models.forward(model, images)
+    count, start = 0, time.perf_counter()
+    while True:
+        float(models.forward(model, images).logits.flatten()[0])  # waits for the device
+        count += cfg.batch
+        spent = time.perf_counter() - start
+        if spent > seconds:
+            return count / spent

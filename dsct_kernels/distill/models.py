@@ -1,0 +1,173 @@
+"""Teachers and students: transformers models by preset name or by folder, and what the losses read from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .data import DataError
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _segformer(depths, widths, decoder: int):
+    def build(**labels) -> nn.Module:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+        return SegformerForSemanticSegmentation(
+            SegformerConfig(depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=decoder, **labels)
+        )
+
+    return build
+
+
+def _upernet(depths, widths, hidden: int):
+    def build(**labels) -> nn.Module:
+        from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+        stages = [f"stage{i + 1}" for i in range(len(depths))]
+        backbone = ResNetConfig(
+            embedding_size=widths[0],
+            hidden_sizes=list(widths),
+            depths=list(depths),
+            layer_type="basic",
+            out_features=stages,
+        )
+        config = UperNetConfig(backbone_config=backbone, hidden_size=hidden, use_auxiliary_head=False, **labels)
+        return UperNetForSemanticSegmentation(config)
+
+    return build
+
+
+def _mobilenet(depth: float):
+    def build(**labels) -> nn.Module:
+        from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+
+        config = MobileNetV2Config(depth_multiplier=depth, output_stride=8, finegrained_output=False, **labels)
+        return MobileNetV2ForSemanticSegmentation(config)
+
+    return build
+
+
+PRESETS = {
+    "segformer-tiny": _segformer((2, 2, 2, 2), (24, 48, 96, 128), 96),
+    "segformer-b0": _segformer((2, 2, 2, 2), (32, 64, 160, 256), 256),
+    "segformer-b1": _segformer((2, 2, 2, 2), (64, 128, 320, 512), 256),
+    "segformer-b2": _segformer((3, 4, 6, 3), (64, 128, 320, 512), 768),
+    "upernet-tiny": _upernet((1, 1, 1, 1), (8, 16, 32, 64), 16),
+    "upernet-small": _upernet((1, 1, 1, 1), (16, 32, 64, 128), 32),
+    "upernet-18": _upernet((2, 2, 2, 2), (64, 128, 256, 512), 128),
+    "mobilenet-0.25": _mobilenet(0.25),
+    "mobilenet-0.5": _mobilenet(0.5),
+}
+
+
+def build(name: str, classes: tuple[str, ...]) -> nn.Module:
+    """A preset with fresh weights, or a folder saved by `save_pretrained`. Input normalisation rides along."""
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+    if name in PRESETS:
+        return with_normalisation(PRESETS[name](**labels), *IMAGENET)
+    if not (Path(name) / "config.json").is_file():
+        raise DataError(f"{name}: neither a model folder (no config.json in it) nor one of {', '.join(PRESETS)}")
+    return load(name, classes)
+
+
+def load(folder: str | Path, classes: tuple[str, ...]) -> nn.Module:
+    import json
+
+    from transformers import AutoModelForSemanticSegmentation
+
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here; all of them are about this folder
+        raise DataError(f"{folder}: cannot be loaded as a semantic segmentation model ({error})") from error
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    unnamed = all(n == f"LABEL_{i}" for i, n in enumerate(names))
+    if len(names) != len(classes) or not (unnamed or names == tuple(classes)):
+        raise DataError(
+            f"{folder}: its classes are {', '.join(names)} ({len(names)}), "
+            f"but the data has {', '.join(classes)} ({len(classes)})"
+        )
+    mean, std = IMAGENET
+    preprocessor = Path(folder) / "preprocessor_config.json"
+    if preprocessor.is_file():
+        saved = json.loads(preprocessor.read_text())
+        mean, std = saved.get("image_mean", mean), saved.get("image_std", std)
+    return with_normalisation(model, mean, std)
+
+
+def with_normalisation(model: nn.Module, mean, std) -> nn.Module:
+    """Non-persistent buffers, so that they follow the model to its device and stay out of its folder's weights."""
+    model.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+    model.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+    return model
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    import json
+
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "image_processor_type": "SegformerImageProcessor",
+                "do_resize": False,
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": model.pixel_mean.flatten().tolist(),
+                "image_std": model.pixel_std.flatten().tolist(),
+            },
+            indent=2,
+        )
+    )
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor  # (N, K, h, w), any resolution
+    features: list[torch.Tensor]  # one (N, C, h, w) per stride asked for
+
+
+def forward(model: nn.Module, images: torch.Tensor, strides: tuple[int, ...] = ()) -> Output:
+    """images: (N, 3, H, W) in 0..1. For each stride the deepest hidden state at (about) that stride is a feature map."""
+    inner = getattr(model, "module", model)  # under DistributedDataParallel
+    out = model(pixel_values=(images - inner.pixel_mean) / inner.pixel_std, output_hidden_states=bool(strides))
+    features = []
+    if strides:
+        maps = [m for m in (_as_map(h, images.shape) for h in out.hidden_states) if m is not None]
+        if not maps:
+            raise DataError(f"{type(inner).__name__}: no hidden state is a feature map, so CAFD has nothing to match")
+        for stride in strides:
+            wanted = images.shape[-1] / stride
+            nearest = min(abs(m.shape[-1] - wanted) for m in maps)
+            features.append([m for m in maps if abs(m.shape[-1] - wanted) == nearest][-1])
+    return Output(out.logits, features)
+
+
+def _as_map(hidden: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
+    """A hidden state as (N, C, h, w): tokens (N, L, C), with or without a class token, are viewed, not copied."""
+    if hidden.dim() == 4:
+        return hidden
+    for patch in (4, 8, 14, 16, 32):
+        h, w = shape[-2] // patch, shape[-1] // patch
+        if hidden.dim() == 3 and hidden.shape[1] in (h * w, h * w + 1):
+            return hidden[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
+    return None
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def gflops(model: nn.Module, size: int) -> float:
+    """Forward multiply-adds, counted as two, of one size x size image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    counter = FlopCounterMode(display=False)
+    with counter:
+        forward(model.eval(), torch.zeros(1, 3, size, size, device=device))
+    return counter.get_total_flops() / 1e9

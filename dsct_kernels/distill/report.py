@@ -1,0 +1,156 @@
+"""What a run leaves to look at: the table, training curves, predictions side by side, and the attention maps."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import nn
+
+from dsct_kernels import channel_attention_map
+
+from . import data, models
+from .config import arm_loss
+
+PARTS_SHOWN = ("total", "ce", "tckd", "nckd", "cafd")
+
+
+def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: int, batch: int) -> Table:
+    out = Table(title="Validation tiles", caption=f"GFLOPs and images/s: forward, {crop} x {crop}, batches of {batch}")
+    out.add_column("")
+    for name in ("mIoU", *classes, "parameters", "GFLOPs", "images/s"):
+        out.add_column(name, justify="right")
+    best = max((r["miou"] for name, r in results.items() if name != "teacher"), default=0)
+    for name, r in results.items():
+        miou = f"{r['miou']:.3f}"
+        out.add_row(
+            label(name),
+            f"[bold green]{miou}[/]" if r["miou"] == best and name != "teacher" else miou,
+            *("-" if v is None else f"{v:.3f}" for v in r["iou"]),
+            f"{r['parameters']:,}",
+            f"{r['gflops']:.2f}",
+            f"{r['images_per_s']:.0f}",
+        )
+    return out
+
+
+def label(phase: str) -> str:
+    if phase == "teacher":
+        return "teacher"
+    name, _, rest = phase.partition(":")
+    named = {"alone": "student alone", "cafd": "student + CAFD", "tnkd": "student + TNKD", "dsct": "student + DSCT"}[
+        name
+    ]
+    return f"{named} ({rest})" if rest else named
+
+
+def curves(folder: Path) -> None:
+    """training_curves.png: one panel per part of the loss, and validation mIoU where it was taken on the way."""
+    plt = pyplot()
+    series: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key in (*PARTS_SHOWN, "miou"):
+            if key in row:
+                series[key][row["phase"]].append((row["step"], row[key]))
+    if "total" in series:  # plain cross-entropy is both the total and the cross-entropy of its phase
+        for phase, points in series["total"].items():
+            series["ce"].setdefault(phase, points)
+    keys = [k for k in (*PARTS_SHOWN, "miou") if series.get(k)]
+    figure, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 3.2), squeeze=False, layout="constrained")
+    names = {"total": "loss", "ce": "cross-entropy", "tckd": "TCKD", "nckd": "NCKD", "cafd": "CAFD", "miou": "mIoU"}
+    for axis, key in zip(axes[0], keys, strict=True):
+        for k, phase in enumerate(series["total"]):
+            if phase in series[key]:
+                axis.plot(*np.array(series[key][phase]).T, label=label(phase), color=f"C{k}", linewidth=1.2)
+        axis.set_title(names[key])
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(folder / "training_curves.png", dpi=110)
+    plt.close(figure)
+
+
+def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
+    """predictions.png: image, label and every network's class map on validation tiles."""
+    plt = pyplot()
+    from matplotlib.patches import Patch
+
+    palette = np.array([*run.palette, (0, 0, 0)], np.uint8)
+    tiles = sample_tiles(run, rows)
+    titles = ["image", "label", *map(label, trained)]
+    figure, axes = plt.subplots(
+        len(tiles), len(titles), figsize=(2.9 * len(titles), 2.9 * len(tiles)), squeeze=False, layout="constrained"
+    )
+    for row, i in zip(axes, tiles, strict=True):
+        tile = run.val_pixels.tiles[i]
+        pixels = run.val_pixels.window(i, 0, 0, tile.height, tile.width).numpy()
+        truth = pixels[..., 3]
+        pictures = [pixels[..., :3], palette[np.where(truth == data.IGNORE, len(run.classes), truth)]]
+        pictures += [palette[run.predict(model, i).cpu().numpy()] for model in trained.values()]
+        for axis, picture, title in zip(row, pictures, titles, strict=True):
+            axis.imshow(picture)
+            axis.set_title(title if i == tiles[0] else "", fontsize=10)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(tile.name, fontsize=8)
+    handles = [Patch(color=palette[k] / 255, label=name) for k, name in enumerate(run.classes)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(run.folder / "predictions.png", dpi=90)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
+    """attention.png: the maps that CAFD compares, one column per network, one row per tile and stride."""
+    plt = pyplot()
+    loss = arm_loss(list(trained)[-1], run.cfg.loss)
+    grid = [(i, stride) for i in sample_tiles(run, rows) for stride in loss.strides]
+    titles = ["image", *map(label, trained)]
+    figure, axes = plt.subplots(
+        len(grid), len(titles), figsize=(2.6 * len(titles), 2.6 * len(grid)), squeeze=False, layout="constrained"
+    )
+    for row, (i, stride) in zip(axes, grid, strict=True):
+        size = run.cfg.window // 32 * 32
+        pixels = run.val_pixels.window(i, 0, 0, size, size)[..., :3].to(run.device)
+        h, w = (v // 32 * 32 for v in pixels.shape[:2])
+        image = pixels[:h, :w].permute(2, 0, 1)[None].float() / 255
+        maps = []
+        for model in trained.values():
+            features = models.forward(model.eval(), image, (stride,)).features[0]
+            maps.append(
+                channel_attention_map(
+                    features,
+                    channel_temperature=loss.channel_temperature,
+                    spatial_temperature=loss.spatial_temperature,
+                )[0]
+                .float()
+                .cpu()
+            )
+        row[0].imshow(image[0].permute(1, 2, 0).cpu())
+        row[0].set_ylabel(f"stride {stride}", fontsize=9)
+        for axis, values in zip(row[1:], maps, strict=True):
+            axis.imshow(values, cmap="magma")
+        for axis, title in zip(row, titles, strict=True):
+            axis.set_title(title if (i, stride) == grid[0] else "", fontsize=10)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.savefig(run.folder / "attention.png", dpi=90)
+    plt.close(figure)
+
+
+def sample_tiles(run: Any, count: int) -> list[int]:
+    tiles = len(run.val_pixels.tiles)
+    return sorted({round(k * (tiles - 1) / max(1, count - 1)) for k in range(count)})
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
