@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import data
+from . import data, models
 from .cli import config_from, parser
 from .config import Config, phase_folder
 
@@ -49,7 +49,6 @@ def run_one(job: "Job", threads: int) -> dict[str, Any]:
     import torch
     from transformers.utils import logging
 
-    from . import models
     from .loop import Run
 
     logging.disable_progress_bar()
@@ -82,7 +81,9 @@ def jobs_of(cfg: Config, out: Path, folds: list[tuple[str, ...]], seeds: int, te
         name = "+".join(fold).replace(" ", "-")
         here = replace(cfg, val_tiles=fold, pictures=False)
         teacher = (teachers or out) / name / "teacher"
-        if not (teacher / "config.json").is_file():
+        if cfg.teacher not in models.PRESETS:
+            teacher = Path(cfg.teacher)
+        elif not (teacher / "config.json").is_file():
             teacher = out / name / "teacher"
         if teacher.parent == out / name:
             jobs.append(Job(name, "teacher", -1, here, out / name, teacher))
@@ -134,7 +135,7 @@ def write(out: Path, rows: list[dict[str, Any]], cfg: Config, command: list[str]
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m dsct_kernels.distill.ablate", description=__doc__, add_help=True)
+    p = argparse.ArgumentParser(prog="python -m dsct_kernels.distill.ablate", description=__doc__, allow_abbrev=False)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the GPU or the cores")

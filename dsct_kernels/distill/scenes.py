@@ -41,7 +41,9 @@ class _Canvas:
         points = [tuple(p) for p in points]
         for picture, fill in ((self.image, colour), (self.label, label)):
             draw = ImageDraw.Draw(picture)
-            draw.line(points, fill=fill, width=width, joint="curve")
+            draw.line(points, fill=fill, width=width)
+            for x, y in points:  # round joints, else wide bends show cracks
+                draw.ellipse((x - width / 2, y - width / 2, x + width / 2 - 1, y + width / 2 - 1), fill=fill)
 
     def shadow(self, points, reach: float) -> None:
         """Darken the hull swept by a shape of some height."""
@@ -87,9 +89,9 @@ def _blob(rng, centre, radius: float) -> np.ndarray:
 def _water(c: _Canvas) -> None:
     rng = c.rng
     if rng.random() < 0.5:
-        c.line(_curve(rng, c.size, 0.08), int(rng.integers(14, 36)), WATER, c.colour(WATER_COLOURS))
+        c.line(_curve(rng, c.size, 0.08), int(rng.integers(24, 60)), WATER, c.colour(WATER_COLOURS))
     for _ in range(int(rng.integers(0, 3))):
-        c.shape(_blob(rng, rng.uniform(0, c.size, 2), rng.uniform(0.05, 0.14) * c.size), WATER, c.colour(WATER_COLOURS))
+        c.shape(_blob(rng, rng.uniform(0, c.size, 2), rng.uniform(0.08, 0.2) * c.size), WATER, c.colour(WATER_COLOURS))
 
 
 def _tree(c: _Canvas, centre, radius: float) -> None:
@@ -101,26 +103,26 @@ def _tree(c: _Canvas, centre, radius: float) -> None:
 def _trees(c: _Canvas) -> None:
     rng = c.rng
     for _ in range(int(rng.integers(4, 9))):  # groves and lone trees
-        centre, spread = rng.uniform(0, c.size, 2), rng.uniform(6, 36)
-        for _ in range(int(rng.integers(2, 22))):
-            _tree(c, rng.normal(centre, spread), rng.uniform(3, 8))
+        centre, spread = rng.uniform(0, c.size, 2), rng.uniform(10, 50)
+        for _ in range(int(rng.integers(3, 26))):
+            _tree(c, rng.normal(centre, spread), rng.uniform(5, 13))
 
 
 def _buildings(c: _Canvas, roads: list[np.ndarray]) -> None:
     rng = c.rng
     for road in roads:
-        for k in range(4, len(road) - 4, int(rng.integers(2, 5))):
-            if rng.random() < 0.45:
+        for k in range(4, len(road) - 4, int(rng.integers(3, 6))):
+            if rng.random() < 0.3:
                 continue
             along = road[k + 1] - road[k]
             along = along / max(np.hypot(*along), 1e-6)
             across = np.array([-along[1], along[0]]) * rng.choice([-1, 1])
-            length, depth = rng.uniform(5, 14, 2)
-            centre = road[k] + across * (depth + rng.uniform(8, 16))
+            length, depth = rng.uniform(8, 20, 2)
+            centre = road[k] + across * (depth + rng.uniform(11, 22))
             corners = [
                 centre + along * length * i + across * depth * j for i, j in ((1, 1), (1, -1), (-1, -1), (-1, 1))
             ]
-            c.shadow(corners, rng.uniform(4, 10))
+            c.shadow(corners, rng.uniform(5, 14))
             roof = c.colour(ROOF_COLOURS)
             c.shape(corners, BUILDING, roof)
             if rng.random() < 0.5:  # a ridge: one half of the roof lies in the sun
@@ -136,11 +138,11 @@ def draw_scene(seed: int, size: int = 384) -> tuple[np.ndarray, np.ndarray]:
     _water(c)
     roads = [_curve(rng, size, rng.uniform(0, 0.06)) for _ in range(int(rng.integers(2, 5)))]
     for road in roads:
-        c.line(road, int(rng.integers(5, 10)), ROAD, c.colour(ROAD_COLOURS))
+        c.line(road, int(rng.integers(8, 17)), ROAD, c.colour(ROAD_COLOURS))
     _trees(c)
     _buildings(c, roads)
     image = np.asarray(c.image.filter(ImageFilter.GaussianBlur(0.7)), np.float32)
-    haze = rng.uniform(0.85, 1.15, 3) * rng.uniform(0.75, 1.2)
+    haze = rng.uniform(0.94, 1.06, 3) * rng.uniform(0.75, 1.2)
     y, x = np.mgrid[:size, :size] / size
     light = 1 + rng.uniform(-0.15, 0.15) * (x - 0.5) + rng.uniform(-0.15, 0.15) * (y - 0.5)
     grain = rng.normal(0, 7, (size // 2, size // 2, 3)).repeat(2, 0).repeat(2, 1) + rng.normal(0, 6, (size, size, 3))
