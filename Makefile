@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 .PHONY: demo test lint bench package abi clean
 
 demo: $(VENV)/.built
-	$(RUN) -m dsct_kernels.distill --data synthetic --out runs/demo
+	$(RUN) -m dsct_kernels.distill --data synthetic
 
 test: lint
 	$(RUN) -m pytest

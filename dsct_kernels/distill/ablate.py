@@ -112,7 +112,7 @@ def summary(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> str:
         per_seed = [[v for (_, s), v in mine.items() if s == seed] for seed in seeds]
         whole = [statistics.fmean(v) for v in per_seed if len(v) == len(folds)]
         spread = f"{statistics.stdev(whole):.3f}" if len(whole) > 1 else "-"
-        paired = [v - score["alone", *key] for key, v in mine.items() if ("alone", *key) in score]
+        paired = [v - score[("alone", *key)] for key, v in mine.items() if ("alone", *key) in score]
         against, better = "-", "-"
         if arm not in ("teacher", "alone") and paired:
             error = statistics.stdev(paired) / len(paired) ** 0.5 if len(paired) > 1 else float("nan")

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         folder, cfg = resume, Config.load(resume / "config.json")
     else:
         folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        if (folder / "config.json").exists():
+        if any((folder / name).exists() for name in ("results.json", "checkpoint.pt")):
             p.error(f"--out {folder} holds a run already; go on with --resume {folder}, or name another folder")
         try:
             cfg = config_from(given)

@@ -60,7 +60,7 @@ class Config:
     def load(path: Path) -> "Config":
         saved: dict[str, Any] = json.loads(path.read_text())
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        loss = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.pop("loss").items()}
+        loss: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.pop("loss").items()}
         return Config(**saved, loss=Loss(**loss))
 
 
@@ -84,7 +84,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "alone": {"tnkd_weight": 0.0, "cafd_weight": 0.0},
     "cafd": {"tnkd_weight": 0.0},
     "tnkd": {"cafd_weight": 0.0},
@@ -104,7 +104,8 @@ def arm_loss(arm: str, base: Loss) -> Loss:
             raise ValueError(
                 f"arm {arm!r}: no loss setting {key!r}; there are: {', '.join(f.name for f in fields(Loss))}"
             )
-        loss = replace(loss, **{key: tuple(map(int, value.split("+"))) if key == "strides" else float(value)})
+        parsed: Any = tuple(map(int, value.split("+"))) if key == "strides" else float(value)
+        loss = replace(loss, **{key: parsed})
     return loss
 
 

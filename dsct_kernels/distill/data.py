@@ -8,6 +8,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ _DUBAI_CODES = [(int(_code(np.array(c))), k) for k, c in enumerate(DUBAI_PALETTE
 _DUBAI_CODES += [(int(_code(np.array(c))), IGNORE) for c in DUBAI_IGNORED]
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
@@ -172,7 +173,7 @@ def split(tiles: list[Tile], val_tiles: list[str] | None) -> tuple[list[Tile], l
 
 
 class Pixels:
-    """The pixels of some tiles: decoded once into one flat uint8 buffer if they fit the budget, else read by windows."""
+    """Pixels of some tiles: decoded once into one flat uint8 buffer if they fit the budget, else read by windows."""
 
     def __init__(self, tiles: list[Tile], cache_mb: float, device: str | torch.device = "cpu"):
         self.tiles = tiles
@@ -249,7 +250,7 @@ class Boxes:
 
 
 class Crops(Dataset):
-    """Item i is the batch of training step i: a function of (seed, step, process) alone, so any step can be made again."""
+    """Item i is the batch of step i, a function of (seed, step, process) alone: any step can be made again."""
 
     def __init__(self, pixels: Pixels, size: int, batch: int, seed: int, scale: float, colour: float, rank: int = 0):
         self.pixels, self.size, self.batch, self.seed, self.rank = pixels, size, batch, seed, rank
@@ -266,9 +267,9 @@ class Crops(Dataset):
         side = np.ceil(self.size * scale).astype(int)
         y = (rng.random(n) * (np.maximum(height - side, 0) + 1)).astype(int)
         x = (rng.random(n) * (np.maximum(width - side, 0) + 1)).astype(int)
-        flips = rng.random((3, n)) < 0.5
+        flip_y, flip_x, turn = rng.random((3, n)) < 0.5
         gain = np.exp(rng.normal(0, self.colour, (n, 1)) + rng.normal(0, self.colour / 2, (n, 3)))
-        return Boxes(tile, y, x, scale, *flips, gain=gain, shift=rng.normal(0, self.colour / 2, (n, 1)))
+        return Boxes(tile, y, x, scale, flip_y, flip_x, turn, gain, rng.normal(0, self.colour / 2, (n, 1)))
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pixels (batch, size, size, 4) uint8, colour gain (batch, 3) and brightness shift (batch, 1)."""
@@ -278,9 +279,13 @@ class Crops(Dataset):
 
     def loader(self, start: int, stop: int) -> DataLoader:
         """Batches of the steps start..stop-1, in order. Windowed reads run in worker processes."""
-        workers = 0 if self.pixels.flat is not None else min(4, os.cpu_count() or 1)
         return DataLoader(
-            self, batch_size=None, sampler=range(start, stop), num_workers=workers, worker_init_fn=_ignore_ctrl_c
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=0 if self.pixels.flat is not None else min(4, os.cpu_count() or 1),
+            worker_init_fn=_ignore_ctrl_c,
+            generator=torch.Generator(),  # else starting it would draw from the global one, and resuming would differ
         )
 
 

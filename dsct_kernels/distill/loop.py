@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsct_kernels import dsct_loss
+from dsct_kernels import DSCTLosses, dsct_loss
 
 from . import data, models
 from .config import Config, Loss, arm_loss, phase_folder
@@ -47,7 +47,7 @@ def load_pixels(cfg: Config, device: torch.device) -> tuple[data.Pixels, data.Pi
     return data.Pixels(train, cfg.cache_mb, device), data.Pixels(val, cfg.cache_mb)
 
 
-def make_accelerator(cfg: Config):
+def make_accelerator(cfg: Config) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
@@ -114,7 +114,9 @@ class Run:
         steps = cfg.teacher_steps if is_teacher else cfg.student_steps
         if not (is_teacher and cfg.teacher not in models.PRESETS):  # a teacher loaded from a folder is ready
             seed_everything(seed)
-            loss = None if is_teacher else arm_loss(phase, cfg.loss)
+            loss = arm_loss("alone" if is_teacher else phase, cfg.loss)
+            if loss.tnkd_weight == 0 and loss.cafd_weight == 0:
+                teacher = None
             lr = cfg.teacher_lr if is_teacher else cfg.student_lr
             model = self.train(phase, model, teacher, loss, steps, lr, seed)
         self.finish(phase, model, folder, time.perf_counter() - started)
@@ -140,12 +142,12 @@ class Run:
         phase: str,
         model: nn.Module,
         teacher: nn.Module | None,
-        loss: Loss | None,
+        loss: Loss,
         steps: int,
         lr: float,
         seed: int,
     ) -> nn.Module:
-        """Train one network. `loss` without distillation weights, or None, is plain cross-entropy."""
+        """Train one network: with the DSCT loss if it has a teacher, else with cross-entropy."""
         cfg, acc = self.cfg, self.accelerator
         crops = data.Crops(
             self.train_pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, acc.process_index
@@ -154,9 +156,8 @@ class Run:
             model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=self.device.type == "cuda"
         )
         model, optimizer = acc.prepare(model, optimizer)
-        distil = loss is not None and teacher is not None and (loss.tnkd_weight > 0 or loss.cafd_weight > 0)
-        strides = loss.strides if distil and loss.cafd_weight > 0 else ()
-        if distil:
+        strides = loss.strides if teacher is not None and loss.cafd_weight > 0 else ()
+        if teacher is not None:
             teacher.eval().requires_grad_(False)
         start, sums = self.restore(phase, model, optimizer)
         bar = self.bar(phase, start, steps)
@@ -168,10 +169,10 @@ class Run:
                 group["lr"] = lr * schedule(step, steps)
             with acc.autocast():
                 student_out = models.forward(model, images, strides)
-            if distil:
+            if teacher is not None:
                 with acc.autocast(), torch.no_grad():
                     teacher_out = models.forward(teacher, images, strides)
-                losses = distillation(student_out, teacher_out, target, loss, cfg.backend)
+                losses: tuple[torch.Tensor, ...] = distillation(student_out, teacher_out, target, loss, cfg.backend)
             else:
                 losses = (cross_entropy(student_out.logits, target),)
             acc.backward(losses[0])
@@ -193,7 +194,7 @@ class Run:
             if stop:
                 self.close()
                 raise Interrupted
-        return acc.unwrap_model(model).eval()
+        return acc.unwrap_model(model, keep_fp32_wrapper=False).eval()
 
     def inputs(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8, both views of one NHWC buffer."""
@@ -356,7 +357,9 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, target.long(), ignore_index=data.IGNORE, reduction="sum") / valid
 
 
-def distillation(student: models.Output, teacher: models.Output, target: torch.Tensor, loss: Loss, backend: str):
+def distillation(
+    student: models.Output, teacher: models.Output, target: torch.Tensor, loss: Loss, backend: str
+) -> DSCTLosses:
     with_cafd = loss.cafd_weight > 0
     return dsct_loss(
         student.logits,
@@ -400,15 +403,17 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
+    """Of all the generators that a model may draw from (dropout, stochastic depth)."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
+    numpy = np.random.get_state()  # noqa: NPY002
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     random.setstate(state["python"])
 
 

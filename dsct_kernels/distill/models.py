@@ -1,18 +1,22 @@
 """Teachers and students: transformers models by preset name or by folder, and what the losses read from them."""
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .data import DataError
 
+Builder = Callable[..., nn.Module]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _segformer(depths, widths, decoder: int):
-    def build(**labels) -> nn.Module:
+def _segformer(depths: Sequence[int], widths: Sequence[int], decoder: int) -> Builder:
+    def build(**labels: Any) -> nn.Module:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
         return SegformerForSemanticSegmentation(
@@ -22,12 +26,12 @@ def _segformer(depths, widths, decoder: int):
     return build
 
 
-def _upernet(depths, widths, hidden: int):
-    def build(**labels) -> nn.Module:
+def _upernet(depths: Sequence[int], widths: Sequence[int], hidden: int) -> Builder:
+    def build(**labels: Any) -> nn.Module:
         from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 
         stages = [f"stage{i + 1}" for i in range(len(depths))]
-        backbone = ResNetConfig(
+        backbone = ResNetConfig(  # type: ignore[call-arg,unused-ignore]
             embedding_size=widths[0],
             hidden_sizes=list(widths),
             depths=list(depths),
@@ -40,8 +44,8 @@ def _upernet(depths, widths, hidden: int):
     return build
 
 
-def _mobilenet(depth: float):
-    def build(**labels) -> nn.Module:
+def _mobilenet(depth: float) -> Builder:
+    def build(**labels: Any) -> nn.Module:
         from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
 
         config = MobileNetV2Config(depth_multiplier=depth, output_stride=8, finegrained_output=False, **labels)
@@ -74,8 +78,6 @@ def build(name: str, classes: tuple[str, ...]) -> nn.Module:
 
 
 def load(folder: str | Path, classes: tuple[str, ...]) -> nn.Module:
-    import json
-
     from transformers import AutoModelForSemanticSegmentation
 
     try:
@@ -97,7 +99,7 @@ def load(folder: str | Path, classes: tuple[str, ...]) -> nn.Module:
     return with_normalisation(model, mean, std)
 
 
-def with_normalisation(model: nn.Module, mean, std) -> nn.Module:
+def with_normalisation(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     """Non-persistent buffers, so that they follow the model to its device and stay out of its folder's weights."""
     model.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
     model.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -105,9 +107,8 @@ def with_normalisation(model: nn.Module, mean, std) -> nn.Module:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    import json
-
-    model.save_pretrained(folder)
+    pretrained: Any = model
+    pretrained.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
         json.dumps(
             {
@@ -116,8 +117,8 @@ def save(model: nn.Module, folder: Path) -> None:
                 "do_rescale": True,
                 "rescale_factor": 1 / 255,
                 "do_normalize": True,
-                "image_mean": model.pixel_mean.flatten().tolist(),
-                "image_std": model.pixel_std.flatten().tolist(),
+                "image_mean": model.get_buffer("pixel_mean").flatten().tolist(),
+                "image_std": model.get_buffer("pixel_std").flatten().tolist(),
             },
             indent=2,
         )
@@ -131,9 +132,10 @@ class Output:
 
 
 def forward(model: nn.Module, images: torch.Tensor, strides: tuple[int, ...] = ()) -> Output:
-    """images: (N, 3, H, W) in 0..1. For each stride the deepest hidden state at (about) that stride is a feature map."""
+    """images: (N, 3, H, W) in 0..1. A feature map is the deepest hidden state at (about) the stride asked for."""
     inner = getattr(model, "module", model)  # under DistributedDataParallel
-    out = model(pixel_values=(images - inner.pixel_mean) / inner.pixel_std, output_hidden_states=bool(strides))
+    images = (images - inner.get_buffer("pixel_mean")) / inner.get_buffer("pixel_std")
+    out = model(pixel_values=images, output_hidden_states=bool(strides))
     features = []
     if strides:
         maps = [m for m in (_as_map(h, images.shape) for h in out.hidden_states) if m is not None]

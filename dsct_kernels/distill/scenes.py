@@ -1,9 +1,13 @@
 """Procedural aerial scenes with exact labels: the embedded data set, drawn from a seed, nothing to download."""
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+
+Colour = tuple[int, ...]
+Points = Any  # (n, 2) as an array or a list of pairs
 
 CLASSES = ("Field", "Road", "Building", "Tree", "Water")
 PALETTE = ((214, 190, 110), (110, 110, 120), (200, 60, 50), (40, 120, 50), (60, 120, 210))
@@ -26,18 +30,18 @@ class _Canvas:
         angle = rng.uniform(0, 2 * math.pi)
         self.sun = np.array([math.cos(angle), math.sin(angle)])
 
-    def colour(self, colours, spread: float = 12) -> tuple[int, ...]:
+    def colour(self, colours: tuple[Colour, ...], spread: float = 12) -> Colour:
         base = np.array(colours[self.rng.integers(len(colours))])
         return tuple(
             int(v) for v in np.clip(base + self.rng.normal(0, spread / 2) + self.rng.normal(0, spread / 2, 3), 0, 255)
         )
 
-    def shape(self, points, label: int, colour) -> None:
+    def shape(self, points: Points, label: int, colour: Colour) -> None:
         points = [tuple(p) for p in points]
         ImageDraw.Draw(self.image).polygon(points, fill=colour)
         ImageDraw.Draw(self.label).polygon(points, fill=label)
 
-    def line(self, points, width: int, label: int, colour) -> None:
+    def line(self, points: Points, width: int, label: int, colour: Colour) -> None:
         points = [tuple(p) for p in points]
         for picture, fill in ((self.image, colour), (self.label, label)):
             draw = ImageDraw.Draw(picture)
@@ -45,7 +49,7 @@ class _Canvas:
             for x, y in points:  # round joints, else wide bends show cracks
                 draw.ellipse((x - width / 2, y - width / 2, x + width / 2 - 1, y + width / 2 - 1), fill=fill)
 
-    def shadow(self, points, reach: float) -> None:
+    def shadow(self, points: Points, reach: float) -> None:
         """Darken the hull swept by a shape of some height."""
         points = np.asarray(points, float)
         mask = Image.new("L", self.image.size)
@@ -71,7 +75,7 @@ def _fields(c: _Canvas) -> None:
     c.image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
 
 
-def _curve(rng, size: int, bend: float) -> np.ndarray:
+def _curve(rng: np.random.Generator, size: int, bend: float) -> np.ndarray:
     """A bent line from one side of the scene to the other."""
     angle, middle = rng.uniform(0, math.pi), rng.uniform(0.15, 0.85, 2) * size
     along, across = np.array([math.cos(angle), math.sin(angle)]), np.array([-math.sin(angle), math.cos(angle)])
@@ -80,9 +84,9 @@ def _curve(rng, size: int, bend: float) -> np.ndarray:
     return middle + along * t * size + across * wave
 
 
-def _blob(rng, centre, radius: float) -> np.ndarray:
+def _blob(rng: np.random.Generator, centre: np.ndarray, radius: float) -> np.ndarray:
     angle = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-    wave = sum(rng.uniform(0, 0.25 / k) * np.sin(k * angle + rng.uniform(0, 6)) for k in (1, 2, 3, 5))
+    wave = np.sum([rng.uniform(0, 0.25 / k) * np.sin(k * angle + rng.uniform(0, 6)) for k in (1, 2, 3, 5)], axis=0)
     return np.asarray(centre) + (radius * (1 + wave))[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
@@ -94,7 +98,7 @@ def _water(c: _Canvas) -> None:
         c.shape(_blob(rng, rng.uniform(0, c.size, 2), rng.uniform(0.08, 0.2) * c.size), WATER, c.colour(WATER_COLOURS))
 
 
-def _tree(c: _Canvas, centre, radius: float) -> None:
+def _tree(c: _Canvas, centre: np.ndarray, radius: float) -> None:
     crown = _blob(c.rng, centre, radius)
     c.shadow(crown, radius * 0.9)
     c.shape(crown, TREE, c.colour(TREE_COLOURS))

@@ -1,0 +1,229 @@
+"""The whole run at toy size: what it leaves, resuming, Ctrl-C, model folders."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dsct_kernels.distill import ablate, cli, data, loop, models
+from dsct_kernels.distill.config import Config, Loss, arm_loss
+
+TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
+TINY += ["--teacher-steps=4", "--student-steps=5"]
+CLASSES = data.scenes.CLASSES
+
+
+@pytest.fixture(autouse=True)
+def _keep_sigint():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    assert cli.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bitwise the same weights, the same log and the same scores."""
+    for name in ("teacher", "student-alone", "student-dsct"):
+        one, two = weights(a / name), weights(b / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[k], two[k]) for k in one), f"{name} differs"
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    one, two = (json.loads((folder / "results.json").read_text()) for folder in (a, b))
+    assert {k: v["iou"] for k, v in one.items()} == {k: v["iou"] for k, v in two.items()}
+
+
+def test_a_run_leaves_everything(finished, capsys):
+    for name in ("config.json", "metrics.jsonl", "training_curves.png", "predictions.png", "attention.png"):
+        assert (finished / name).stat().st_size > 0, name
+    assert not (finished / "checkpoint.pt").exists()
+    assert len(list((finished / "tensorboard").glob("*/events*"))) == 3
+    results = json.loads((finished / "results.json").read_text())
+    assert list(results) == ["teacher", "alone", "dsct"]
+    for result in results.values():
+        assert 0 <= result["miou"] <= 1 and len(result["iou"]) == len(CLASSES)
+        assert result["parameters"] > 0 and result["gflops"] > 0 and result["images_per_s"] > 0
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["phase"] == "dsct"] == [2, 4, 5]
+    last = rows[-1]
+    loss = Loss()
+    parts = last["ce"] + loss.alpha * last["tckd"] + loss.beta * last["nckd"] + last["cafd"]
+    assert last["total"] == pytest.approx(parts, rel=1e-4) and min(last["tckd"], last["nckd"], last["cafd"]) > 0
+
+
+def test_both_students_start_from_the_same_weights_and_see_the_same_crops(tmp_path):
+    command = [*TINY, "--no-pictures", "--student-steps", "1", "--log-every", "1", "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    alone, dsct = rows[-2:]
+    assert (alone["phase"], dsct["phase"]) == ("alone", "dsct")
+    assert alone["total"] == pytest.approx(dsct["ce"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("phase", "step"), [("teacher", 1), ("alone", 3), ("dsct", 2)])
+def test_resume_gives_the_numbers_of_an_uninterrupted_run(finished, tmp_path, monkeypatch, phase, step):
+    folder = tmp_path / "run"
+    should_stop = loop.Run.should_stop
+    steps: dict[str, int] = {}
+
+    def stop_there(run: loop.Run) -> bool:
+        under_way = next(p for p in run.phases() if p not in run.results)
+        steps[under_way] = steps.get(under_way, 0) + 1
+        return steps.get(phase) == step or should_stop(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "should_stop", stop_there)
+        assert cli.main([*TINY, "--out", str(folder)]) == cli.INTERRUPTED
+    state = torch.load(folder / "checkpoint.pt", weights_only=False)
+    assert (state["phase"], state["step"]) == (phase, step)
+    assert not list(folder.glob("*.tmp"))
+    assert cli.main(["--resume", str(folder)]) == 0
+    assert_same_run(finished, folder)
+
+
+def test_resume_drops_what_was_logged_after_the_checkpoint(finished, tmp_path, monkeypatch):
+    """A killed run: the checkpoint is older than the log."""
+    folder = tmp_path / "run"
+
+    def killed(run: loop.Run, phase: str, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.Run, "finish", killed)
+        cli.main([*TINY, "--checkpoint-every", "3", "--out", str(folder)])
+    assert torch.load(folder / "checkpoint.pt", weights_only=False)["step"] == 3
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert cli.main(["--resume", str(folder)]) == 0
+    assert_same_run(finished, folder)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "dsct_kernels.distill", *TINY, "--no-pictures", "--arms", "alone"]
+    command += ["--teacher-steps", "100000", "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "metrics.jsonl").is_file() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == cli.INTERRUPTED, output
+    assert f"dsct-distill --resume {folder}" in output.replace("\n", "")
+    state = torch.load(folder / "checkpoint.pt", weights_only=False)
+    assert state["phase"] == "teacher" and state["step"] >= 2
+    cfg = replace(Config.load(folder / "config.json"), teacher_steps=state["step"] + 1)
+    cfg.save(folder / "config.json")
+    assert cli.main(["--resume", str(folder)]) == 0
+
+
+def test_student_folder_opens_with_from_pretrained(finished):
+    from transformers import AutoModelForSemanticSegmentation
+
+    student = AutoModelForSemanticSegmentation.from_pretrained(finished / "student-dsct", local_files_only=True)
+    assert tuple(student.config.id2label.values()) == CLASSES
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in weights(finished / "student-dsct").items())
+    assert student.eval()(pixel_values=torch.zeros(1, 3, 64, 64)).logits.shape[:2] == (1, len(CLASSES))
+    assert json.loads((finished / "student-dsct/preprocessor_config.json").read_text())["do_normalize"]
+
+
+def test_a_teacher_is_loaded_and_used_as_it_is(finished, tmp_path):
+    folder = tmp_path / "run"
+    arms = "tnkd,cafd:strides=8+32:spatial_temperature=2"
+    command = [*TINY, "--no-pictures", "--teacher", str(finished / "teacher"), "--arms", arms, "--out", str(folder)]
+    assert cli.main(command) == 0
+    one, two = weights(finished / "teacher"), weights(folder / "teacher")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["teacher"]["iou"] == json.loads((finished / "results.json").read_text())["teacher"]["iou"]
+    assert list(results) == ["teacher", *arms.split(",")]
+
+
+@pytest.mark.parametrize("preset", ["segformer-tiny", "upernet-tiny", "mobilenet-0.25"])
+def test_features_come_at_the_strides_asked_for(preset):
+    model = models.build(preset, CLASSES).eval()
+    strides = (8,) if preset.startswith("mobilenet") else (8, 16, 32)  # this one stays at stride 8
+    out = models.forward(model, torch.rand(2, 3, 64, 64), strides)
+    assert [f.shape[-1] for f in out.features] == [64 // s for s in strides]
+
+
+def test_tokens_are_viewed_as_maps():
+    tokens = torch.rand(2, 1 + 4 * 6, 8)
+    view = models._as_map(tokens, torch.Size((2, 3, 64, 96)))
+    assert view.shape == (2, 8, 4, 6) and view.data_ptr() == tokens[:, 1:].data_ptr()
+    assert torch.equal(view[1, :, 2, 5], tokens[1, 1 + 2 * 6 + 5])
+    assert models._as_map(torch.rand(2, 11, 8), torch.Size((2, 3, 64, 96))) is None
+
+
+@pytest.mark.parametrize("classes", [("A", "B"), ("Road", "Field", "Building", "Tree", "Water")])
+def test_a_model_with_other_classes_is_refused(finished, classes):
+    with pytest.raises(data.DataError, match=re.escape(str(finished / "teacher")) + ".*its classes are Field, Road"):
+        models.load(finished / "teacher", classes)
+
+
+def test_errors_name_what_is_wrong(finished, tmp_path, capsys):
+    def failed(*arguments: str) -> str:
+        assert cli.main([*TINY, "--out", str(tmp_path / "run"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "nowhere: no such folder" in failed("--data", "dubai", "--root", str(tmp_path / "nowhere"))
+    assert "no/such/model: neither a model folder" in failed("--teacher", "no/such/model")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((finished / "teacher/config.json").read_text())
+    (broken / "model.safetensors").write_bytes((finished / "teacher/model.safetensors").read_bytes()[:5000])
+    assert f"{broken}: cannot be loaded" in failed("--teacher", str(broken)).replace("\n", "")
+    with pytest.raises(SystemExit):
+        cli.main(["--arms", "dsct:temprature=3"])
+    assert "temprature" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--out", str(finished)])
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_arms():
+    base = Loss(tnkd_weight=2.0, cafd_weight=3.0)
+    assert arm_loss("dsct", base) == base
+    assert (arm_loss("alone", base).tnkd_weight, arm_loss("alone", base).cafd_weight) == (0, 0)
+    assert (arm_loss("tnkd", base).tnkd_weight, arm_loss("tnkd", base).cafd_weight) == (2, 0)
+    assert (arm_loss("cafd", base).tnkd_weight, arm_loss("cafd", base).cafd_weight) == (0, 3)
+    changed = arm_loss("dsct:temperature=4:strides=8+16", base)
+    assert changed.temperature == 4 and changed.strides == (8, 16)
+
+
+def test_ablation_goes_on_where_it_was_cut(tmp_path, capsys):
+    command = [*TINY, "--out", str(tmp_path / "ablation"), "--seeds", "2", "--folds", "0,1", "--arms", "alone,dsct"]
+    assert ablate.main(command) == 0
+    table = (tmp_path / "ablation/ablation.md").read_text()
+    rows = json.loads((tmp_path / "ablation/ablation.json").read_text())["runs"]
+    assert len(rows) == 2 + 2 * 2 * 2 and "of 4" in table
+    score = {(r["arm"], r["fold"], r["seed"]): r["miou"] for r in rows}
+    differences = [score[("dsct", *k[1:])] - v for k, v in score.items() if k[0] == "alone"]
+    assert f"{sum(differences) / 4:+.4f}" in table
+    stamp = {p: p.stat().st_mtime_ns for p in (tmp_path / "ablation").glob("*/*/student*/model.safetensors")}
+    assert len(stamp) == 8
+    assert ablate.main(command) == 0
+    assert (tmp_path / "ablation/ablation.md").read_text() == table
+    assert stamp == {p: p.stat().st_mtime_ns for p in stamp}
