@@ -1,0 +1,133 @@
+// The CAFD ops on CUDA: what the kernels of cafd_kernels.cuh need to know of torch's tensors.
+#include "../common/cuda_tensor.h"
+#include "cafd_cuda.h"
+#include "cafd_kernels.cuh"
+
+namespace dsct {
+namespace {
+
+using cuda::CafdPlan;
+using cuda::Features;
+
+Features features_of(const Tensor& tensor, const char* name) {
+  Features f{};
+  f.data = tensor.const_data_ptr();
+  f.dtype = cuda::dtype_of(tensor, name);
+  f.samples = tensor.size(0), f.channels = tensor.size(1), f.height = tensor.size(2), f.width = tensor.size(3);
+  for (int d = 0; d < 4; ++d) f.stride[d] = tensor.stride(d);
+  STD_TORCH_CHECK(f.positions() <= std::numeric_limits<int32_t>::max(), name, ": more than 2^31 positions a sample");
+  return f;
+}
+
+ScalarType acc_of(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename A>
+constexpr ScalarType scalar_type() {
+  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename A>
+A* data_of(const Tensor& tensor) {
+  return static_cast<A*>(tensor.mutable_data_ptr());
+}
+
+int64_t stats_size(const Features& f) { return 4 * f.channels + 2 * f.positions() + 1; }
+
+// Statistics of one network, (samples, stats_size), and the map in a tensor of its own where one is given.
+template <typename A>
+Tensor run_map(const Tensor& tensor, const Features& f, double channel_temperature, double spatial_temperature, A* map,
+               const cuda::Device& device, cudaStream_t stream) {
+  const CafdPlan plan = cuda::cafd_plan(f, nullptr, device);
+  const Tensor stats = make_empty(tensor, {f.samples, stats_size(f)}, scalar_type<A>());
+  const Tensor workspace = make_empty(tensor, {cuda::map_workspace(f, plan)}, scalar_type<A>());
+  cuda::map_run<A>(f, plan, channel_temperature, spatial_temperature, data_of<A>(stats), map, data_of<A>(workspace),
+                   stream);
+  return stats;
+}
+
+template <typename SA, typename TA>
+std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor& teacher, double channel_temperature,
+                                            double spatial_temperature, int64_t reduction, bool needs_grad,
+                                            const cuda::Device& device, cudaStream_t stream) {
+  using A = std::common_type_t<SA, TA>;
+  const Features s = features_of(student, "student_features"), t = features_of(teacher, "teacher_features");
+  const Tensor s_stats = run_map<SA>(student, s, channel_temperature, spatial_temperature, nullptr, device, stream);
+  const Tensor t_stats = run_map<TA>(teacher, t, channel_temperature, spatial_temperature, nullptr, device, stream);
+  const ScalarType acc = scalar_type<A>();
+  const bool none = reduction == 0;
+  const Tensor loss = none ? make_empty(student, {s.samples}, acc) : make_empty(student, {}, acc);
+  const Tensor grad_map = needs_grad ? make_empty(student, {s.samples, s.height, s.width}, scalar_type<SA>())
+                                     : make_empty(student, {0}, scalar_type<SA>());
+  cuda::Comparison<A> comparison{};
+  auto grid = [](const Features& f) { return cuda::Grid{static_cast<int>(f.height), static_cast<int>(f.width)}; };
+  comparison.student = grid(s), comparison.teacher = grid(t);
+  comparison.common = {std::min(comparison.student.height, comparison.teacher.height),
+                       std::min(comparison.student.width, comparison.teacher.width)};
+  const int64_t positions = static_cast<int64_t>(comparison.common.height) * comparison.common.width;
+  // 16 bytes for the ticket, the losses of the samples, and the pooled maps.
+  const Tensor workspace =
+      make_empty(student, {16 / static_cast<int64_t>(sizeof(A)) + s.samples * (1 + 3 * positions)}, acc);
+  comparison.ticket = static_cast<unsigned*>(workspace.mutable_data_ptr());
+  comparison.losses = none ? data_of<A>(loss) : data_of<A>(workspace) + 16 / sizeof(A);
+  comparison.pooled = data_of<A>(workspace) + 16 / sizeof(A) + s.samples;
+  comparison.samples = s.samples;
+  comparison.norm = reduction == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
+  comparison.loss = none ? nullptr : data_of<A>(loss);
+  cuda::compare_run<A, SA, TA>(comparison, data_of<SA>(s_stats), s, data_of<TA>(t_stats), t,
+                               needs_grad ? data_of<SA>(grad_map) : nullptr, stream);
+  return {loss, grad_map, s_stats};
+}
+
+template <typename A>
+Tensor run_backward(const Tensor& features, const Tensor& grad_map, const Tensor& stats, double channel_temperature,
+                    double spatial_temperature, const cuda::Device& device, cudaStream_t stream) {
+  const Tensor grad = empty_like(features);
+  const Features f = features_of(features, "features"), out = features_of(grad, "grad");
+  const CafdPlan plan = cuda::cafd_plan(f, &out, device);
+  const Tensor workspace = make_empty(features, {cuda::backward_workspace(f, plan)}, scalar_type<A>());
+  cuda::backward_run<A>(f, out, plan, channel_temperature, spatial_temperature, data_of<A>(stats), data_of<A>(grad_map),
+                        data_of<A>(workspace), stream);
+  return grad;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, const Tensor& teacher_features,
+                                             double channel_temperature, double spatial_temperature, int64_t reduction,
+                                             bool needs_grad) {
+  const torch::stable::accelerator::DeviceGuard guard(student_features.get_device_index());
+  const cuda::Device device = cuda::device_of(student_features.get_device_index());
+  const bool s = acc_of(student_features) == ScalarType::Double, t = acc_of(teacher_features) == ScalarType::Double;
+  auto run = s ? (t ? run_cafd<double, double> : run_cafd<double, float>)
+               : (t ? run_cafd<float, double> : run_cafd<float, float>);
+  return run(student_features, teacher_features, channel_temperature, spatial_temperature, reduction, needs_grad,
+             device, cuda::stream_of(student_features));
+}
+
+std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, double channel_temperature,
+                                              double spatial_temperature) {
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const cuda::Device device = cuda::device_of(features.get_device_index());
+  const Features f = features_of(features, "features");
+  const Tensor map = make_empty(features, {f.samples, f.height, f.width}, acc_of(features));
+  cudaStream_t stream = cuda::stream_of(features);
+  const Tensor stats =
+      acc_of(features) == ScalarType::Double
+          ? run_map<double>(features, f, channel_temperature, spatial_temperature, data_of<double>(map), device, stream)
+          : run_map<float>(features, f, channel_temperature, spatial_temperature, data_of<float>(map), device, stream);
+  return {map, stats};
+}
+
+Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
+                                   double channel_temperature, double spatial_temperature) {
+  const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
+  const cuda::Device device = cuda::device_of(features.get_device_index());
+  auto run = acc_of(features) == ScalarType::Double ? run_backward<double> : run_backward<float>;
+  // Another op may hand over a strided D; the kernels read it row by row.
+  const Tensor dense = grad_map.is_contiguous() ? grad_map : torch::stable::contiguous(grad_map);
+  return run(features, dense, stats, channel_temperature, spatial_temperature, device, cuda::stream_of(features));
+}
+
+}  // namespace dsct

@@ -1,0 +1,23 @@
+// The CAFD ops on CUDA. Schemas in csrc/ops.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace dsct {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, const Tensor& teacher_features,
+                                             double channel_temperature, double spatial_temperature, int64_t reduction,
+                                             bool needs_grad);
+
+std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, double channel_temperature,
+                                              double spatial_temperature);
+
+Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
+                                   double channel_temperature, double spatial_temperature);
+
+}  // namespace dsct

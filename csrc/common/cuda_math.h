@@ -1,0 +1,120 @@
+// Device-side numbers: 16-byte packs of elements, conversions to the accumulation dtype, fast exponentials and
+// reductions in a fixed order.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+
+#include "cuda_launch.h"
+
+namespace dsct::cuda {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// ---------------------------------------------------------------------------------------------------- 16-byte packs
+template <typename T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T lane[kSize];
+};
+
+// One 16-byte load that does not stay in L1: every element is used once.
+template <typename T>
+DSCT_DEVICE Pack<T> load_pack(const T* pointer) {
+#ifdef __CUDA_ARCH__
+  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(pointer));
+  return *reinterpret_cast<const Pack<T>*>(&bits);
+#else
+  return *reinterpret_cast<const Pack<T>*>(pointer);
+#endif
+}
+
+// One 16-byte load through L1, for data that neighbours read too.
+template <typename T>
+DSCT_DEVICE Pack<T> load_pack_cached(const T* pointer) {
+#ifdef __CUDA_ARCH__
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(pointer));
+  return *reinterpret_cast<const Pack<T>*>(&bits);
+#else
+  return *reinterpret_cast<const Pack<T>*>(pointer);
+#endif
+}
+
+template <typename T>
+DSCT_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
+#ifdef __CUDA_ARCH__
+  __stcs(reinterpret_cast<uint4*>(pointer), *reinterpret_cast<const uint4*>(&pack));
+#else
+  *reinterpret_cast<Pack<T>*>(pointer) = pack;
+#endif
+}
+
+template <typename T>
+DSCT_DEVICE Pack<T> fill_pack(float value) {
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kSize; ++i) pack.lane[i] = static_cast<T>(value);
+  return pack;
+}
+
+// ------------------------------------------------------------------------------------------------------- arithmetic
+template <typename A>
+DSCT_DEVICE A infinity() {
+  return std::numeric_limits<A>::infinity();
+}
+
+// 2^x. ex2.approx is one instruction, within 2^-22 of the truth; results below 2^-126 become 0.
+DSCT_DEVICE float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+DSCT_DEVICE double exp2_fast(double x) { return ::exp2(x); }
+
+// The larger of two, where NaN loses: one instruction. Sums of exponentials show a NaN instead.
+DSCT_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
+DSCT_DEVICE double larger(double a, double b) { return ::fmax(a, b); }
+
+// ------------------------------------------------------------------------------------------------------- reductions
+template <typename A>
+DSCT_DEVICE A warp_sum(A value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kFullMask, value, offset);
+  return value;
+}
+
+template <typename A>
+DSCT_DEVICE A warp_max(A value) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value = larger(value, __shfl_xor_sync(kFullMask, value, offset));
+  }
+  return value;
+}
+
+// Sums kCount values over the block; every thread gets the sums. `scratch` holds kCount * 32 values and may be reused
+// after the next barrier. blockDim.x is a multiple of 32.
+template <int kCount, typename A>
+DSCT_DEVICE void block_sum(A (&value)[kCount], A* scratch) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] = warp_sum(value[i]);
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scratch[i * kWarp + warp] = value[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] = warp_sum(lane < warps ? scratch[i * kWarp + lane] : A(0));
+}
+
+}  // namespace dsct::cuda

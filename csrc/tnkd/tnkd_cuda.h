@@ -1,0 +1,24 @@
+// The tnkd op and the in-place factor of its backward, on CUDA. Schemas in csrc/ops.cpp.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace dsct {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                     const std::optional<Tensor>& target,
+                                                     const std::optional<Tensor>& class_weight, double ce_weight,
+                                                     double tckd_weight, double nckd_weight, double temperature,
+                                                     std::optional<int64_t> ignore_index, int64_t reduction,
+                                                     bool with_ce, bool needs_grad);
+
+// grad *= factor; grad is any dense tensor, factor () in float32 or float64 on the same device.
+void scale_cuda_(Tensor& grad, const Tensor& factor);
+
+}  // namespace dsct

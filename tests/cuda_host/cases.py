@@ -1,0 +1,299 @@
+"""The cases that the CUDA kernels run on the host, and what the reference says to each."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsct_kernels.cafd import reference as cafd_reference
+from dsct_kernels.tnkd import reference as tnkd_reference
+from tests.helpers import assert_as_good_as_reference, strided_copy
+
+from .harness import Case
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def acc_of(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def offset_copy(x: Tensor, offset: int = 1) -> Tensor:
+    """Dense, but not on 16 bytes."""
+    flat = x.new_zeros(x.numel() + offset)
+    return flat[offset:].view(x.shape).copy_(x)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    return offset_copy(x) if layout == "offset" else strided_copy(x, layout)
+
+
+@dataclass
+class TnkdCase:
+    """Shapes, dtypes and layouts of one call of tnkd. `kernel` is the one that must serve it."""
+
+    kernel: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+    teacher_layout: str | None = None
+    label: torch.dtype | None = torch.uint8
+    label_layout: str = "contiguous"
+    ignore_index: int | None = 255
+    reduction: int = 1
+    with_ce: bool = True
+    weighted: bool = False
+    temperature: float = 2.0
+    scale: float = 2.0
+    needs_grad: bool = True
+    logits: Any = None  # (student, teacher, target) -> None, edits them in place
+    why: str = ""
+
+    def arguments(self) -> tuple[Any, ...]:
+        torch.manual_seed(hash((self.shape, str(self.dtype), self.layout)) % 2**31)
+        n, k, *space = self.shape
+        student = (torch.randn(self.shape) * self.scale).to(self.dtype)
+        teacher = (torch.randn(self.shape) * self.scale).to(self.teacher_dtype or self.dtype)
+        target = None
+        if self.label is not None:
+            target = torch.randint(0, min(k, 127), (n, *space))
+            if self.ignore_index is not None and self.reduction != 3:
+                target = torch.where(torch.rand(target.shape) < 0.2, self.ignore_index, target)
+            target = target.to(self.label)
+        if self.logits is not None:
+            self.logits(student, teacher, target)
+        student = lay_out(student, self.layout)
+        teacher = lay_out(teacher, self.teacher_layout or self.layout)
+        if target is not None and self.label_layout != "contiguous":
+            target = strided_copy(target, self.label_layout)
+        weight = torch.rand(k, dtype=acc_of(student, teacher)) + 0.5 if self.weighted else None
+        return (student, teacher, target, weight, 0.7, 1.0, 2.0, self.temperature, self.ignore_index, self.reduction,
+                self.with_ce)  # fmt: skip
+
+    def case(self) -> Case:
+        self.args = self.arguments()
+        student, teacher, target, weight, ce, tckd, nckd, temperature, ignore_index, reduction, with_ce = self.args
+        acc = acc_of(student, teacher)
+        tensors = {"student": student, "teacher": teacher}
+        tensors |= {} if target is None else {"target": target}
+        tensors |= {} if weight is None else {"class_weight": weight}
+        shape = [student.shape[0], *student.shape[2:]]
+        outputs = {"parts": torch.empty(3, dtype=acc), "grad_scale": torch.empty((), dtype=acc)}
+        outputs |= (
+            {"loss_map": torch.empty(shape, dtype=acc)} if reduction == 0 else {"loss": torch.empty((), dtype=acc)}
+        )
+        outputs |= {"grad": torch.empty_like(student)} if self.needs_grad else {}
+        numbers = {"ce_weight": ce, "tckd_weight": tckd, "nckd_weight": nckd, "temperature": temperature,
+                   "reduction": reduction, "with_ce": with_ce}  # fmt: skip
+        numbers |= {} if ignore_index is None else {"ignore_index": ignore_index}
+        return Case("tnkd", tensors, outputs, numbers)
+
+    def check(self, kernel: str, got: dict[str, Tensor]) -> None:
+        what = f"{self}"
+        assert kernel == self.kernel, what
+        student, teacher, *rest = self.args
+
+        def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+            leaf = student.to(dtype).detach().requires_grad_()
+            more = [x.to(torch.float64) if dtype == torch.float64 and i == 1 and x is not None else x
+                    for i, x in enumerate(rest)]  # fmt: skip
+            loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), *more)
+            loss.sum().backward()
+            return loss.detach(), parts.detach(), leaf.grad
+
+        truth, own = reference(torch.float64), reference(torch.float32)
+        loss = got["loss_map"] if "loss_map" in got else got["loss"]
+        assert_as_good_as_reference(loss, own[0], truth[0], f"loss of {what}")
+        if truth[0].isfinite().all():
+            assert_as_good_as_reference(got["parts"], own[1], truth[1], f"parts of {what}")
+        if self.needs_grad:
+            grad = got["grad"].double() * got["grad_scale"].double()
+            own_grad = own[2].to(self.dtype) if got["grad_scale"] == 1 else own[2]
+            extra = {torch.float16: 1e-3, torch.bfloat16: 4e-3}.get(self.dtype, 1e-6)
+            same = truth[2].isfinite()
+            assert torch.equal(grad.isfinite(), same), f"finite gradients of {what}"
+            assert_as_good_as_reference(
+                torch.where(same, grad, 0), torch.where(same, own_grad, 0), torch.where(same, truth[2], 0),
+                f"gradient of {what}", extra,
+            )  # fmt: skip
+
+
+def nan_where_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    ignored = (target == 255).unsqueeze(1).expand_as(student)
+    student[ignored] = float("nan")
+    teacher[ignored] = float("inf")
+
+
+def nan_at_valid(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    target.view(-1)[3] = 1
+    student.movedim(1, -1).reshape(-1, student.shape[1])
+    student.flatten(2)[0, 0, 3] = float("nan")
+
+
+def class_absent(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    student[:, 1] = teacher[:, 1] = -float("inf")
+
+
+def student_lacks(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    target.view(-1)[5] = 0
+    student.flatten(2)[0, 1, 5] = -float("inf")
+
+
+def one_class_left(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    target.view(-1)[:] = 0
+    student[:, 1:] = teacher[:, 1:] = -float("inf")
+
+
+def all_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    target.fill_(255)
+
+
+def bad_label(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    target.view(-1)[2] = 200
+
+
+def ties(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    teacher.round_()
+
+
+WHOLE, SPLIT, ANY = "planes_whole", "planes_split", "any_layout"
+LARGE = {torch.float32: 1e4, torch.float16: 2e4, torch.bfloat16: 1e4}
+
+TNKD = [
+    *(TnkdCase(WHOLE, (2, k, 6, 8), why="every class count of the whole kernel") for k in (2, 3, 4, 6, 8)),
+    *(TnkdCase(WHOLE, (1, 5, 100, 16), dtype, weighted=True, why="two blocks, weights") for dtype in DTYPES),
+    *(TnkdCase(WHOLE, (1, 6, 4, 8), dtype, reduction=r) for dtype in DTYPES for r in (0, 2)),
+    *(TnkdCase(WHOLE, (1, 6, 4, 8), label=label, ignore_index=i) for label, i in (
+        (torch.uint8, 0), (torch.int8, -1), (torch.int16, -100), (torch.int32, 255), (torch.int64, -100),
+        (torch.int64, None))),
+    TnkdCase(WHOLE, (2, 6, 4, 8), label=None, logits=ties, why="the teacher's argmax, ties"),
+    *(TnkdCase(WHOLE, (1, 7, 4, 8), dtype, temperature=t, why="cross-entropy's own exponentials")
+      for dtype in DTYPES for t in (1.0, 3.0)),
+    TnkdCase(WHOLE, (1, 6, 4, 8), with_ce=False, needs_grad=False),
+    *(TnkdCase(kernel, shape, dtype, scale=LARGE[dtype], temperature=t, why="magnitude")
+      for kernel, shape in ((WHOLE, (1, 6, 4, 8)), (SPLIT, (1, 19, 4, 8)))
+      for dtype in DTYPES for t in (2.0, 0.01)),
+    *(TnkdCase(kernel, shape, logits=edit) for edit in (
+        nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)
+      for kernel, shape in ((WHOLE, (1, 6, 4, 8)), (SPLIT, (1, 19, 4, 8)), (ANY, (1, 6, 3, 7)))),
+    *(TnkdCase(SPLIT, (1, k, 4, 16), dtype) for k in (9, 19, 21) for dtype in DTYPES),
+    *(TnkdCase(SPLIT, (2, 150, 3, 24), dtype, reduction=r) for dtype, r in (
+        (torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 0))),
+    TnkdCase(SPLIT, (1, 380, 2, 4), why="many groups"),
+    TnkdCase(SPLIT, (1, 19, 10, 20), temperature=3.0, weighted=True, why="a tile that is not full"),
+    TnkdCase(SPLIT, (1, 19, 4, 8), label=None, logits=ties),
+    TnkdCase(SPLIT, (1, 19, 4, 8), torch.float16, label=None, reduction=0),
+    TnkdCase(ANY, (1, 700, 2, 3), why="more classes than any group layout"),
+    *(TnkdCase(ANY, (2, 6, 5, 7), layout=layout) for layout in ("contiguous", "sliced", "transposed", "channels_last")),
+    TnkdCase(ANY, (2, 6, 4, 8), layout="offset", why="not on 16 bytes"),
+    TnkdCase(ANY, (2, 6, 4, 8), label_layout="transposed"),
+    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, temperature=0.5, weighted=True),
+    TnkdCase(ANY, (2, 6, 4, 8), torch.bfloat16, torch.float32, teacher_layout="channels_last"),
+    TnkdCase(ANY, (2, 6, 3, 4, 5), torch.float32, torch.float64, reduction=0, layout="transposed"),
+    TnkdCase(ANY, (7, 5), why="no space at all"),
+    TnkdCase(ANY, (0, 5, 2, 2), why="empty batch"),
+    TnkdCase(ANY, (1, 4, 1, 1), why="one pixel"),
+]  # fmt: skip
+
+
+@dataclass
+class CafdCase:
+    """Shapes, dtypes and layouts of one call of cafd, or (teacher None) of attention_map and its backward."""
+
+    kernels: str
+    shape: tuple[int, int, int, int]
+    teacher: tuple[int, int, int, int] | None = None
+    dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+    teacher_layout: str | None = None
+    reduction: int = 1
+    channel_temperature: float = 1.0
+    spatial_temperature: float = 1.0
+    scale: float = 1.0
+    fill: float | None = None
+    why: str = ""
+
+    def case(self) -> Case:
+        torch.manual_seed(hash((self.shape, str(self.dtype))) % 2**31)
+
+        def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+            x = (
+                (torch.randn(shape) * self.scale).to(dtype)
+                if self.fill is None
+                else torch.full(shape, self.fill, dtype=dtype)
+            )
+            return lay_out(x, layout)
+
+        self.student = make(self.shape, self.dtype, self.layout)
+        n, _, h, w = self.shape
+        numbers = {"channel_temperature": self.channel_temperature, "spatial_temperature": self.spatial_temperature}
+        acc = acc_of(self.student)
+        outputs = {"grad": torch.empty_like(self.student)}
+        if self.teacher is None:
+            self.map_grad = torch.randn(n, h, w, dtype=acc)
+            outputs["map"] = torch.empty(n, h, w, dtype=acc)
+            return Case("map", {"features": self.student, "map_grad": self.map_grad}, outputs, numbers)
+        self.teacher_features = make(self.teacher, self.teacher_dtype or self.dtype, self.teacher_layout or self.layout)
+        acc_both = acc_of(self.student, self.teacher_features)
+        outputs["loss"] = torch.empty([n] if self.reduction == 0 else [], dtype=acc_both)
+        outputs["grad_map"] = torch.empty(n, h, w, dtype=acc)
+        numbers["reduction"] = self.reduction
+        return Case("cafd", {"student": self.student, "teacher": self.teacher_features}, outputs, numbers)
+
+    def check(self, kernels: str, got: dict[str, Tensor]) -> None:
+        assert kernels == self.kernels, self
+        temperatures = self.channel_temperature, self.spatial_temperature
+
+        def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            leaf = self.student.to(dtype).detach().requires_grad_()
+            if self.teacher is None:
+                result = cafd_reference.attention_map(leaf, *temperatures)
+                result.backward(self.map_grad.to(result.dtype))
+            else:
+                result = cafd_reference.cafd(leaf, self.teacher_features.to(dtype), *temperatures, self.reduction)
+                result.sum().backward()
+            return result.detach(), leaf.grad
+
+        truth, own = reference(torch.float64), reference(torch.float32 if self.dtype != torch.float64 else self.dtype)
+        result = got["map"] if self.teacher is None else got["loss"]
+        if truth[0].isnan().any():
+            assert torch.equal(result.isnan(), truth[0].isnan()), self
+            return
+        assert_as_good_as_reference(result, own[0], truth[0], f"{self}")
+        own_grad = own[1].to(self.dtype)
+        extra = {torch.float16: 1e-3, torch.bfloat16: 4e-3}.get(self.dtype, 1e-6)
+        assert_as_good_as_reference(got["grad"], own_grad, truth[1], f"gradient of {self}", extra)
+
+
+CAFD = [
+    *(CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), dtype, reduction=r)
+      for dtype in DTYPES for r in (0, 1, 2)),
+    *(CafdCase("columns columns columns", (2, 24, 3, 5), (2, 40, 3, 5), dtype, layout="channels_last")
+      for dtype in DTYPES),
+    CafdCase("columns rows columns", (2, 8, 4, 4), (2, 3, 4, 4), layout="channels_last", teacher_layout="contiguous",
+             why="a CNN taught by tokens, and the reverse"),
+    CafdCase("rows columns rows", (2, 3, 4, 4), (2, 300, 4, 4), teacher_layout="channels_last", why="channel tiles"),
+    *(CafdCase("any any any", (2, 5, 3, 5), (2, 3, 3, 5), layout=layout) for layout in (
+        "contiguous", "sliced", "transposed", "channels_last")),
+    CafdCase("any any any", (2, 4, 4, 4), (2, 4, 4, 4), layout="offset"),
+    CafdCase("any any any", (2, 4, 4, 4), (2, 6, 4, 4), torch.float64),
+    CafdCase("rows any rows", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.float64),
+    CafdCase("any rows any", (2, 4, 4, 4), (2, 6, 2, 8), torch.float64, torch.float32),
+    *(CafdCase("rows rows rows", s, t, why="sizes differ") for s, t in (
+        ((1, 4, 8, 8), (1, 4, 4, 4)), ((1, 4, 4, 4), (1, 4, 8, 8)), ((1, 4, 6, 10), (1, 4, 4, 15)))),
+    CafdCase("any any any", (2, 3, 7, 5), (2, 3, 5, 7), why="overlapping bins"),
+    CafdCase("rows rows rows", (1, 1, 2, 2), (1, 1, 2, 2), why="one channel"),
+    CafdCase("any any any", (2, 4, 1, 1), (2, 4, 1, 1), why="one position"),
+    CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=0.0, why="all-zero features"),
+    CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=float("nan")),
+    CafdCase("columns columns columns", (2, 4, 3, 4), (2, 4, 3, 4), fill=float("inf"), layout="channels_last"),
+    *(CafdCase("rows rows rows", (2, 4, 4, 8), (2, 4, 4, 8), dtype, scale=LARGE[dtype] / 4, channel_temperature=0.1,
+               spatial_temperature=0.01) for dtype in DTYPES),
+    *(CafdCase("rows rows", (1, 3, 64, size), why="rows of one to several packs a thread") 
+      for size in (8, 32, 96, 400)),
+    CafdCase("columns columns", (1, 24, 20, 20), dtype=torch.bfloat16, layout="channels_last", why="chunks"),
+    CafdCase("rows rows", (2, 70, 2, 4), spatial_temperature=0.5, why="shares of channels"),
+]  # fmt: skip

@@ -1,0 +1,211 @@
+// Runs the CUDA kernels on the host for one or more cases, each a text file that names tensors and numbers.
+// Test-only; see shim.h and test_cuda_host.py, which writes the cases and reads the results.
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <sstream>
+
+#include "cafd/cafd_kernels.cuh"
+#include "tnkd/tnkd_kernels.cuh"
+
+namespace {
+
+using namespace dsct::cuda;
+
+// A buffer of exactly these bytes, on 16: an access beyond its end is one that AddressSanitizer reports.
+struct Buffer {
+  explicit Buffer(size_t bytes) : bytes(bytes) {
+    if (posix_memalign(&data, 16, std::max<size_t>(bytes, 1)) != 0) throw std::bad_alloc();
+    std::memset(data, 0xff, bytes);  // NaN in every floating-point dtype
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  void* data = nullptr;
+  size_t bytes;
+};
+
+struct Tensor {
+  std::string dtype;
+  std::vector<int64_t> size, stride;
+  std::shared_ptr<Buffer> buffer;
+  int64_t offset = 0;
+  int itemsize() const {
+    static const std::map<std::string, int> sizes = {{"float32", 4},  {"float64", 8}, {"float16", 2},
+                                                     {"bfloat16", 2}, {"uint8", 1},   {"int8", 1},
+                                                     {"int16", 2},    {"int32", 4},   {"int64", 8}};
+    return sizes.at(dtype);
+  }
+  void* data() const { return static_cast<char*>(buffer->data) + offset * itemsize(); }
+};
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "float64") return Dtype::kFloat64;
+  return name == "float16" ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
+
+struct Case {
+  std::map<std::string, Tensor> tensors;
+  std::map<std::string, double> numbers;
+  std::string op, folder;
+
+  explicit Case(const std::string& path) {
+    std::ifstream file(path);
+    folder = path.substr(0, path.rfind('/') + 1);
+    std::string line;
+    while (std::getline(file, line)) {
+      std::istringstream words(line);
+      std::string kind, name;
+      words >> kind >> name;
+      if (kind == "op") {
+        op = name;
+      } else if (kind == "number") {
+        words >> numbers[name];
+      } else {  // tensor NAME DTYPE BYTES OFFSET DIMS SIZE... STRIDE... [FILE]
+        Tensor tensor;
+        size_t bytes, dims;
+        std::string source;
+        words >> tensor.dtype >> bytes >> tensor.offset >> dims;
+        tensor.size.resize(dims), tensor.stride.resize(dims);
+        for (auto& x : tensor.size) words >> x;
+        for (auto& x : tensor.stride) words >> x;
+        tensor.buffer = std::make_shared<Buffer>(bytes);
+        if (words >> source) {
+          std::ifstream(folder + source, std::ios::binary).read(static_cast<char*>(tensor.buffer->data), bytes);
+        }
+        tensors[name] = tensor;
+      }
+    }
+  }
+  const Tensor* find(const std::string& name) const {
+    const auto it = tensors.find(name);
+    return it == tensors.end() ? nullptr : &it->second;
+  }
+  void* data(const std::string& name) const { return find(name) == nullptr ? nullptr : find(name)->data(); }
+  void write(const std::string& name) const {
+    if (find(name) == nullptr) return;
+    const Buffer& buffer = *find(name)->buffer;
+    std::ofstream(folder + "out_" + name, std::ios::binary).write(static_cast<const char*>(buffer.data), buffer.bytes);
+  }
+};
+
+Device device_of(const Case& c) { return {static_cast<int>(c.numbers.at("multiprocessors")), 227 * 1024}; }
+
+void run_tnkd(const Case& c) {
+  static const std::map<std::string, Label> labels = {{"uint8", Label::kUInt8},
+                                                      {"int8", Label::kInt8},
+                                                      {"int16", Label::kInt16},
+                                                      {"int32", Label::kInt32},
+                                                      {"int64", Label::kInt64}};
+  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
+  const Tensor *target = c.find("target"), *grad = c.find("grad");
+  TnkdArgs args{};
+  args.student = student.data(), args.teacher = teacher.data();
+  args.target = c.data("target"), args.class_weight = c.data("class_weight"), args.grad = c.data("grad");
+  args.loss = c.data("loss"), args.loss_map = c.data("loss_map");
+  args.parts = c.data("parts"), args.grad_scale = c.data("grad_scale");
+  args.student_dtype = dtype_of(student.dtype), args.teacher_dtype = dtype_of(teacher.dtype);
+  args.has_target = target != nullptr;
+  if (target != nullptr) args.label = labels.at(target->dtype);
+  args.ce_weight = c.numbers.at("ce_weight"), args.tckd_weight = c.numbers.at("tckd_weight");
+  args.nckd_weight = c.numbers.at("nckd_weight"), args.temperature = c.numbers.at("temperature");
+  args.has_ignore_index = c.numbers.count("ignore_index") > 0;
+  if (args.has_ignore_index) args.ignore_index = static_cast<int64_t>(c.numbers.at("ignore_index"));
+  args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
+  set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
+            teacher.stride.data(), target == nullptr ? nullptr : target->stride.data(),
+            grad == nullptr ? nullptr : grad->stride.data());
+  const TnkdPlan plan = tnkd_plan(args, device_of(c));
+  Buffer workspace(tnkd_workspace_bytes(plan));
+  args.workspace = workspace.data;
+  tnkd_run(args, plan, nullptr);
+  std::cout << plan.name << "\n";
+  for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
+}
+
+void run_scale(const Case& c) {
+  const Tensor &grad = *c.find("grad"), &factor = *c.find("factor");
+  scale_run(grad.data(), dtype_of(grad.dtype), factor.data(), factor.dtype == "float64",
+            static_cast<int64_t>(grad.buffer->bytes / grad.itemsize()) - grad.offset, device_of(c), nullptr);
+  std::cout << "scale\n";
+  c.write("grad");
+}
+
+Features features_of(const Tensor& tensor) {
+  Features f{tensor.data(), dtype_of(tensor.dtype), tensor.size[0], tensor.size[1], tensor.size[2], tensor.size[3], {}};
+  std::copy(tensor.stride.begin(), tensor.stride.end(), f.stride);
+  return f;
+}
+
+template <typename A>
+std::shared_ptr<Buffer> run_map(const Case& c, const std::string& name, A* map) {
+  const Features f = features_of(*c.find(name));
+  const CafdPlan plan = cafd_plan(f, nullptr, device_of(c));
+  auto stats = std::make_shared<Buffer>(f.samples * (4 * f.channels + 2 * f.positions() + 1) * sizeof(A));
+  Buffer workspace(map_workspace(f, plan) * sizeof(A));
+  map_run<A>(f, plan, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
+             static_cast<A*>(stats->data), map, static_cast<A*>(workspace.data), nullptr);
+  std::cout << layout_name(plan.layout) << " ";
+  return stats;
+}
+
+template <typename A>
+void run_backward(const Case& c, const std::string& name, Buffer& stats, const void* grad_map) {
+  const Features f = features_of(*c.find(name)), out = features_of(*c.find("grad"));
+  const CafdPlan plan = cafd_plan(f, &out, device_of(c));
+  Buffer workspace(backward_workspace(f, plan) * sizeof(A));
+  backward_run<A>(f, out, plan, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
+                  static_cast<A*>(stats.data), static_cast<const A*>(grad_map), static_cast<A*>(workspace.data),
+                  nullptr);
+  std::cout << layout_name(plan.layout) << "\n";
+  c.write("grad");
+}
+
+template <typename SA, typename TA>
+void run_cafd(const Case& c) {
+  using A = std::common_type_t<SA, TA>;
+  const Features s = features_of(*c.find("student")), t = features_of(*c.find("teacher"));
+  const auto s_stats = run_map<SA>(c, "student", nullptr);
+  const auto t_stats = run_map<TA>(c, "teacher", nullptr);
+  auto grid = [](const Features& f) { return Grid{static_cast<int>(f.height), static_cast<int>(f.width)}; };
+  Comparison<A> comparison{};
+  comparison.student = grid(s), comparison.teacher = grid(t);
+  comparison.common = {std::min(comparison.student.height, comparison.teacher.height),
+                       std::min(comparison.student.width, comparison.teacher.width)};
+  Buffer losses(s.samples * sizeof(A)), ticket(4);
+  Buffer pooled(s.samples * 3 * comparison.common.height * comparison.common.width * sizeof(A));
+  const bool none = c.numbers.at("reduction") == 0;
+  comparison.pooled = static_cast<A*>(pooled.data);
+  comparison.losses = static_cast<A*>(none ? c.data("loss") : losses.data);
+  comparison.norm = c.numbers.at("reduction") == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
+  comparison.samples = s.samples;
+  comparison.loss = none ? nullptr : static_cast<A*>(c.data("loss"));
+  comparison.ticket = static_cast<unsigned*>(ticket.data);
+  compare_run<A, SA, TA>(comparison, static_cast<SA*>(s_stats->data), s, static_cast<TA*>(t_stats->data), t,
+                         static_cast<SA*>(c.data("grad_map")), nullptr);
+  c.write("loss"), c.write("grad_map");
+  run_backward<SA>(c, "student", *s_stats, c.data("grad_map"));
+}
+
+template <typename A>
+void run_attention_map(const Case& c) {
+  const auto stats = run_map<A>(c, "features", static_cast<A*>(c.data("map")));
+  c.write("map");
+  run_backward<A>(c, "features", *stats, c.data("map_grad"));
+}
+
+void run(const Case& c) {
+  auto wide = [&](const char* name) { return c.find(name)->dtype == "float64"; };
+  if (c.op == "tnkd") return run_tnkd(c);
+  if (c.op == "scale") return run_scale(c);
+  if (c.op == "map") return wide("features") ? run_attention_map<double>(c) : run_attention_map<float>(c);
+  if (wide("student")) return wide("teacher") ? run_cafd<double, double>(c) : run_cafd<double, float>(c);
+  return wide("teacher") ? run_cafd<float, double>(c) : run_cafd<float, float>(c);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) run(Case(argv[i]));
+}

@@ -1,0 +1,87 @@
+"""Builds the CUDA kernels for the host (driver.cpp behind shim.h) and runs cases through them.
+
+A case is a folder with `case.txt` and the raw storage of every tensor; the driver writes the storage of what comes out
+beside it. Executables rather than a library: ThreadSanitizer and AddressSanitizer cannot be loaded into Python.
+"""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = {
+    "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def build(folder: Path, check: str, csrc: Path = ROOT / "csrc") -> Path:
+    """The driver, compiled against the kernels in `csrc` with the sanitizer of `check`."""
+    out = folder / f"driver_{check}"
+    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{csrc}", f"-I{ROOT / 'tests/cuda_host'}"]
+    command = ["g++", "-std=c++20", "-DDSCT_HOST_SHIM", "-pthread", "-w", *FLAGS[check], *include]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/cuda_host/driver.cpp"), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@dataclass
+class Case:
+    """One call of an op: its tensors, where outputs are given as empty tensors of the wanted shape and strides."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        lines = [f"op {self.op}", "number multiprocessors 2"]
+        lines += [f"number {name} {float(value)!r}" for name, value in self.numbers.items()]
+        for name, tensor in {**self.tensors, **self.outputs}.items():
+            shape = " ".join(map(str, [*tensor.shape, *tensor.stride()]))
+            size = tensor.untyped_storage().nbytes()
+            line = f"tensor {name} {dtype_name(tensor.dtype)} {size} {tensor.storage_offset()} {tensor.dim()} {shape}"
+            if name in self.tensors or self.op == "scale":
+                (folder / name).write_bytes(bytes(tensor.untyped_storage()))
+                line += f" {name}"
+            lines.append(line)
+        (folder / "case.txt").write_text("\n".join(lines) + "\n")
+        return folder / "case.txt"
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        results = {}
+        for name, tensor in self.outputs.items():
+            raw = bytearray((folder / f"out_{name}").read_bytes())
+            flat = torch.frombuffer(raw, dtype=tensor.dtype) if raw else tensor.new_empty(0)
+            results[name] = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return results
+
+
+def run(driver: Path, cases: list[Case], folder: Path) -> list[tuple[str, dict[str, Tensor]]]:
+    """Runs the cases in one process: which kernels served each, and what came out. Fails on any report."""
+    output = run_raw(driver, cases, folder)
+    assert output.returncode == 0, (output.stderr[-6000:], output.stdout[-1000:])
+    names = output.stdout.splitlines()
+    assert len(names) == len(cases)
+    return [(name, case.read(folder / str(i))) for i, (name, case) in enumerate(zip(names, cases))]
+
+
+def run_raw(driver: Path, cases: list[Case], folder: Path) -> subprocess.CompletedProcess[str]:
+    """The same, whatever the driver and its sanitizer had to say."""
+    shutil.rmtree(folder, ignore_errors=True)
+    paths = [str(case.write(folder / str(i))) for i, case in enumerate(cases)]
+    env = os.environ | {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([str(driver), *paths], capture_output=True, text=True, env=env, timeout=600)

@@ -1,0 +1,280 @@
+"""The CUDA kernels on a real GPU, through torch.ops and the public functions, against the float64 reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsct_kernels
+from dsct_kernels import backends
+from dsct_kernels.cafd import native as cafd_native
+from dsct_kernels.cafd import reference as cafd_reference
+from dsct_kernels.tnkd import native as tnkd_native
+from dsct_kernels.tnkd import reference as tnkd_reference
+from tests.helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+
+
+def why_skip() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU here"
+    return backends.why_not_native(torch.empty(0, device="cuda"))
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_skip() is not None, reason=why_skip() or "")]
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HALF_ULP = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+DEVICE = "cuda"
+
+
+def run_tnkd(student: Tensor, teacher: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    loss, parts = tnkd_native.tnkd(leaf, teacher, *rest)
+    loss.sum().backward()
+    return loss.detach(), parts.detach(), leaf.grad
+
+
+def tnkd_truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
+               *rest: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    leaf = student.detach().to(dtype).requires_grad_()
+    weight = None if weight is None else weight.to(dtype)
+    loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), target, weight, *rest)
+    loss.sum().backward()
+    return loss.detach(), parts.detach(), leaf.grad
+
+
+def check_tnkd(student: Tensor, teacher: Tensor, *rest: object) -> None:
+    got = run_tnkd(student, teacher, *rest)
+    truth = tnkd_truth(torch.float64, student, teacher, *rest)
+    own = tnkd_truth(torch.promote_types(student.dtype, torch.float32), student, teacher, *rest)
+    what = f"{tuple(student.shape)} {student.dtype} {student.stride()}"
+    assert_as_good_as_reference(got[0], own[0], truth[0], f"loss {what}")
+    assert_as_good_as_reference(got[1], own[1], truth[1], f"parts {what}")
+    assert got[2].dtype == student.dtype
+    extra = HALF_ULP.get(student.dtype, 1e-6)
+    assert_as_good_as_reference(got[2], own[2].to(student.dtype), truth[2], f"gradient {what}", extra)
+
+
+def make_tnkd(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", label: torch.dtype = torch.uint8,
+              scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    torch.manual_seed(0)
+    n, k, *space = shape
+    student, teacher = (strided_copy((torch.randn(shape, device=DEVICE) * scale).to(dtype), layout) for _ in range(2))
+    target = torch.randint(0, min(k, 127), (n, *space), device=DEVICE)
+    target = torch.where(torch.rand(target.shape, device=DEVICE) < 0.1, 100 if label == torch.int8 else 255, target)
+    return student, teacher, target.to(label)
+
+
+WEIGHTS = (0.7, 1.0, 2.0, 2.0)  # cross-entropy, TCKD, NCKD, temperature
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [2, 6, 19, 150])
+def test_tnkd_layouts(dtype: torch.dtype, layout: str, classes: int) -> None:
+    student, teacher, target = make_tnkd((2, classes, 24, 40), dtype, layout)
+    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1, True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (1, 3, 1, 1), (2, 7, 33, 47), (2, 9, 5, 6, 8), (2, 700, 8, 8), (1, 1024, 16, 16)]
+)
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_tnkd_shapes(shape: tuple[int, ...], reduction: int) -> None:
+    student, teacher, target = make_tnkd(shape, torch.float32)
+    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, reduction, True)
+
+
+@pytest.mark.parametrize("label", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("classes", [6, 19])
+def test_tnkd_labels_and_class_weights(label: torch.dtype, classes: int) -> None:
+    student, teacher, target = make_tnkd((2, classes, 64, 64), torch.bfloat16, label=label)
+    weight = torch.rand(classes, device=DEVICE) + 0.5
+    check_tnkd(student, teacher, target, weight, *WEIGHTS, 100 if label == torch.int8 else 255, 1, True)
+    check_tnkd(student, teacher, None, None, *WEIGHTS, None, 1, True)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tnkd_magnitudes(dtype: torch.dtype, temperature: float) -> None:
+    for classes in (6, 19):
+        student, teacher, target = make_tnkd((1, classes, 16, 16), dtype, scale=1e4)
+        check_tnkd(student, teacher, target, None, 0.7, 1.0, 2.0, temperature, 255, 1, True)
+
+
+@pytest.mark.parametrize("classes", [6, 19, 21])
+def test_tnkd_edges(classes: int) -> None:
+    student, teacher, target = make_tnkd((2, classes, 16, 16), torch.float32)
+    ignored = (target == 255).unsqueeze(1).expand_as(student)
+    student[ignored], teacher[ignored] = float("nan"), float("inf")
+    student[:, 1] = teacher[:, 1] = -float("inf")
+    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1, True)
+    loss, _, grad = run_tnkd(student, teacher, torch.full_like(target, 255), None, *WEIGHTS, 255, 1, True)
+    assert loss == 0 and (grad == 0).all()
+    target[0, 0, 0] = 200
+    loss, _, grad = run_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1, True)
+    assert loss.isnan() and grad[0, :, 0, 0].isnan().all()
+    assert grad.isnan().sum() == classes, "only the pixel with the bad label"
+
+
+def test_tnkd_mixed() -> None:
+    student, teacher, target = make_tnkd((2, 6, 32, 32), torch.bfloat16)
+    check_tnkd(student, strided_copy(teacher.float(), "channels_last"), target, None, *WEIGHTS, 255, 1, True)
+    check_tnkd(
+        student, teacher.double(), target.transpose(1, 2).contiguous().transpose(1, 2), None, *WEIGHTS, 255, 0, False
+    )
+    empty = student[:0]
+    loss, _, grad = run_tnkd(empty, teacher[:0], target[:0], None, *WEIGHTS, 255, 1, True)
+    assert loss == 0 and grad.shape == empty.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale(dtype: torch.dtype) -> None:
+    grad = torch.randn(100_003, device=DEVICE).to(dtype)
+    factor = torch.tensor(0.25, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
+    scaled = grad.clone()
+    torch.ops.dsct_kernels.scale_(scaled, torch.ones_like(factor))
+    assert torch.equal(scaled, grad)
+    torch.ops.dsct_kernels.scale_(scaled, factor)
+    assert torch.equal(scaled, grad * 0.25)
+
+
+def check_cafd(
+    student: Tensor, teacher: Tensor, channel_t: float = 1.0, spatial_t: float = 1.0, reduction: int = 1
+) -> None:
+    def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = student.detach().to(dtype).requires_grad_()
+        loss = cafd_reference.cafd(leaf, teacher.to(dtype), channel_t, spatial_t, reduction)
+        loss.sum().backward()
+        return loss.detach(), leaf.grad
+
+    leaf = student.detach().requires_grad_()
+    loss = cafd_native.cafd(leaf, teacher, channel_t, spatial_t, reduction)
+    loss.sum().backward()
+    truth, own = reference(torch.float64), reference(torch.promote_types(student.dtype, torch.float32))
+    what = f"{tuple(student.shape)} {student.dtype} {student.stride()} from {tuple(teacher.shape)}"
+    assert_as_good_as_reference(loss.detach(), own[0], truth[0], f"loss {what}")
+    extra = HALF_ULP.get(student.dtype, 1e-6)
+    assert_as_good_as_reference(leaf.grad, own[1].to(student.dtype), truth[1], f"gradient {what}", extra)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 24, 16, 16), (1, 64, 64, 64), (3, 16, 7, 9), (2, 512, 8, 8), (1, 8, 96, 160)])
+def test_cafd(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> None:
+    torch.manual_seed(0)
+    n, c, h, w = shape
+    student = strided_copy(torch.randn(shape, device=DEVICE).to(dtype), layout)
+    teacher = strided_copy(torch.randn(n, 2 * c, h, w, device=DEVICE).to(dtype), "channels_last")
+    check_cafd(student, teacher)
+    check_cafd(student, teacher[:, :, : h // 2, : w - 1], 0.5, 2.0, reduction=0)
+
+
+def test_cafd_edges() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 8, 16, 16, device=DEVICE)
+    check_cafd(features * 1e4, features.flip(1) * 1e4, 0.1, 0.01)
+    check_cafd(features[:, :1], features)
+    zero = torch.zeros_like(features).requires_grad_()
+    loss = dsct_kernels.cafd_loss(zero, features, backend="native")
+    loss.backward()
+    assert loss.isfinite() and zero.grad.isfinite().all()
+    assert dsct_kernels.cafd_loss(features, features, backend="native").abs() < 1e-6
+    assert dsct_kernels.cafd_loss(features[:0], features[:0], backend="native") == 0
+    features[0, 0, 0, 0] = float("nan")
+    assert dsct_kernels.cafd_loss(features, features.flip(1), backend="native").isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_map(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for layout in LAYOUTS:
+        features = strided_copy(torch.randn(2, 40, 12, 20, device=DEVICE).to(dtype), layout)
+        got = dsct_kernels.channel_attention_map(features, backend="native")
+        truth = cafd_reference.attention_map(features.double(), 1.0, 1.0)
+        assert_as_good_as_reference(got, cafd_reference.attention_map(features, 1.0, 1.0), truth, layout)
+
+
+class Step:
+    """Forward and backward of both losses over fixed tensors."""
+
+    def __init__(self) -> None:
+        self.student, self.teacher, self.target = make_tnkd((2, 19, 64, 64), torch.float32)
+        self.features = torch.randn(2, 64, 32, 32, device=DEVICE)
+        self.teacher_features = strided_copy(torch.randn(2, 96, 32, 32, device=DEVICE), "channels_last")
+        self.student.requires_grad_()
+        self.features.requires_grad_()
+        self.factor = torch.tensor(0.5, device=DEVICE)
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        loss = dsct_kernels.tnkd_loss(self.student, self.teacher, self.target, backend="native")
+        loss = loss + dsct_kernels.cafd_loss(self.features, self.teacher_features, backend="native")
+        return loss, *torch.autograd.grad(loss * self.factor, (self.student, self.features))
+
+
+def test_no_host_sync() -> None:
+    step = Step()
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bitwise_repeatable_and_on_a_side_stream() -> None:
+    step = Step()
+    first = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(first, again):
+        assert torch.equal(a, b)
+
+
+def test_cuda_graph() -> None:
+    step = Step()
+    expected = [x.detach().clone() for x in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for x in captured:
+            x.detach().fill_(float("nan"))
+        graph.replay()
+        for got, want in zip(captured, expected):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device() -> None:
+    step = Step()
+    first = step()
+    for name in ("student", "teacher", "target", "features", "teacher_features", "factor"):
+        x = getattr(step, name)
+        setattr(step, name, x.detach().to("cuda:1").requires_grad_(x.requires_grad))
+    second = step()
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(first, second):
+        assert torch.equal(a, b.to("cuda:0"))
+
+
+def test_more_than_2_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB of free GPU memory")
+    shape = (65, 8, 2048, 2048)  # 2.2e9 elements a tensor
+    student = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    teacher = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.randint(0, 8, (65, 2048, 2048), device=DEVICE, dtype=torch.uint8)
+    loss = dsct_kernels.tnkd_loss(student, teacher, target, reduction="sum", backend="native")
+    loss.backward()
+    last = student.detach()[-1:].clone().requires_grad_()
+    dsct_kernels.tnkd_loss(last, teacher[-1:], target[-1:], reduction="sum", backend="native").backward()
+    assert torch.equal(student.grad[-1:], last.grad)
