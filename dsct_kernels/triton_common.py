@@ -70,6 +70,11 @@ def launch(kernel: Any, programs: int, warps: int, *args: Any, **constants: Any)
     kernel[(programs,)](*args, num_warps=warps, **constants)
 
 
+def fast(result: torch.Tensor) -> bool:
+    """Whether the hardware's approximate instructions serve: float32 arithmetic, and a GPU under it."""
+    return result.dtype == torch.float32 and not interpreted()
+
+
 def fold(shape: Sequence[int], strides: Sequence[Sequence[int]], rank: int) -> tuple[list[int], list[list[int]]] | None:
     """The same index space in as few dimensions as all these strides allow, padded in front to `rank`.
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..triton_common import LIBRARY, TAGS, fold, launch, next_power_of_2, on_device, product, why_not
+from ..triton_common import LIBRARY, TAGS, fast, fold, launch, next_power_of_2, on_device, product, why_not
 from . import autograd
 
 __all__ = ["scale_in_place", "tnkd", "why_not"]
@@ -47,13 +47,13 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int) -
     if pixels_adjacent:
         row = 32 * max(1, 16 // itemsize)  # the pixels that a warp covers with one 16-byte load a lane
         if num_classes <= 8:
-            config = Config(pixels=2 * row, classes=1, warps=2, resident=True)
+            config = Config(pixels=row, classes=1, warps=1, resident=True)
         elif num_classes <= 32:
-            config = Config(pixels=row, classes=4, warps=4, resident=True)
+            config = Config(pixels=row // 4, classes=4, warps=1, resident=True)
         elif num_classes <= 80:
-            config = Config(pixels=row, classes=8, warps=8, resident=True)
+            config = Config(pixels=row // 4, classes=8, warps=2, resident=True)
         else:
-            config = Config(pixels=row // 2, classes=8, warps=4, resident=False, unroll=4)
+            config = Config(pixels=row // 2, classes=8, warps=4, resident=False, unroll=4 if itemsize > 2 else 2)
     elif num_classes <= 8:
         config = Config(pixels=64, classes=2, warps=4, resident=True)
     elif num_classes <= 32:
@@ -67,21 +67,20 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int) -
 
 
 def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
-    """Every launch that tuning may try for K classes."""
+    """The launches that tuning tries for K classes: lanes and warps split over pixels and classes."""
+    vectors = (max(1, 16 // itemsize),) if pixels_adjacent else (1, 4)
     found = []
-    for resident in (True, False):
-        for classes in (1, 2, 4, 8, 16, 32, 64):
-            for pixels in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
-                for warps in (1, 2, 4, 8, 16):
-                    tile = classes * pixels
-                    vector = max(1, 16 // itemsize) if pixels_adjacent else 1
-                    held = 2 * -(-num_classes // classes) * tile // (32 * warps)  # logits a thread holds
-                    if tile < 32 * warps * vector or tile > 32 * warps * 16 or classes > next_power_of_2(num_classes):
-                        continue
-                    if resident and held <= 192:
-                        found.append(Config(pixels, classes, warps, True))
-                    elif not resident and num_classes > 16 and classes > 1:
-                        found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (1, 2, 4))
+    for vector in vectors:  # values of a tile that a lane holds
+        for warps in (1, 2, 4, 8):
+            for classes in (1, 2, 4, 8, 16, 32):
+                pixels = 32 * warps * vector // classes
+                held = 2 * -(-num_classes // classes) * vector  # logits a lane holds, were they all to stay
+                if classes > max(2, num_classes // 2) or pixels < (8 * vector if pixels_adjacent else 1):
+                    continue
+                if 8 <= held <= 96 and (pixels_adjacent or warps <= 4):
+                    found.append(Config(pixels, classes, warps, True))
+                if held > 48 and classes >= 4 and warps <= 4:
+                    found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (2, 4))
     return found
 
 
@@ -171,9 +170,11 @@ def forward(
             loss if reduction == NONE else None, partial, num_classes, num_pixels, num_counts, programs,
             sizes[1], sizes[2], sizes[3], blocks, student.stride(1), *s, teacher.stride(1), *t,
             grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, tckd_weight, nckd_weight, ce_weight, ignore,
+            NUM_CLASSES=num_classes if config.resident else 0,
             CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
-            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, HAS_TARGET=target is not None,
-            HAS_IGNORE=has_ignore, NEEDS_GRAD=needs_grad, **flags)  # fmt: skip
+            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident,
+            WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
+            NEEDS_GRAD=needs_grad, FAST=fast(loss), **flags)  # fmt: skip
         block = min(4096, max(16, next_power_of_2(programs)))
         launch(
             kernels.finish_kernel, 1, 8 if block > 512 else 1,

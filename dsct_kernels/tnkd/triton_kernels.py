@@ -14,23 +14,55 @@ the logits are close, whatever their magnitude.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 
 @triton.jit
-def _softplus_tail(u):
-    """log(1 + exp(-|u|)), to the last digit where exp(-|u|) is tiny."""
-    e = tl.exp(-tl.abs(u))
-    one_more = 1.0 + e
-    return tl.where(one_more == 1.0, e, tl.log(one_more) * (e / (one_more - 1.0)))
+def _reciprocal(x, FAST: tl.constexpr):
+    """1 / x. FAST: the hardware's, good to one unit in the last place, in place of nine instructions."""
+    if FAST:
+        return libdevice.fast_dividef(1.0, x)
+    return 1.0 / x
 
 
 @triton.jit
-def _sigmoids(u):
-    """sigmoid(u), sigmoid(-u): each exact near 0."""
-    e = tl.exp(-tl.abs(u))
-    near_one = 1.0 / (1.0 + e)
-    near_zero = e * near_one
-    return tl.where(u >= 0, near_one, near_zero), tl.where(u >= 0, near_zero, near_one)
+def _log(x, ACC: tl.constexpr):
+    """log(x) of a sum of exponentials: positive and normal, or NaN, which stays NaN. Shorter than tl.log."""
+    if tl.float64 == ACC:
+        return tl.log(x)
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000  # of the power of two that leaves a mantissa in [0.707, 1.414)
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    z = f * f
+    p = 7.0376836292e-2
+    p = p * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    f += z * (f * p - 0.5)
+    return exponent.to(tl.float32) * 8.262958405176314e-8 + f + (x - x)  # log(2) / 2^23; NaN - NaN
+
+
+@triton.jit
+def _log1p(e, ACC: tl.constexpr):
+    """log(1 + e) for 0 <= e <= 1, relative to its size: tiny e gives e. A polynomial, exact to 5e-9 before rounding."""
+    if tl.float64 == ACC:
+        more = 1.0 + e
+        return tl.where(more == 1.0, e, tl.log(more) * (e / (more - 1.0)))
+    p = -0.0032563784727292254
+    p = p * e + 0.019907160925644585
+    p = p * e - 0.05706420076122008
+    p = p * e + 0.10614264687062452
+    p = p * e - 0.15311863102217202
+    p = p * e + 0.19678117256353023
+    p = p * e - 0.2495455887108236
+    p = p * e + 0.333300040352213
+    p = p * e - 0.4999990399276394
+    return (p * e + 1.0) * e
 
 
 @triton.jit
@@ -46,8 +78,8 @@ def _weighted(weight, part):
 
 
 @triton.jit
-def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, tckd_weight, nckd_weight, ce_factor, mean_factor,
-           WITH_CE: tl.constexpr):  # fmt: skip
+def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
+           mean_factor, WITH_CE: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
     top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
@@ -55,34 +87,44 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, tckd_weight,
     """
     none_s = sum_s == 0  # every other class absent: the target has all the mass
     none_t = sum_t == 0
-    u_s = tl.where(none_s, float("inf"), (y_s - top_s) / tau - tl.log(sum_s))
-    u_t = tl.where(none_t, float("inf"), (y_t - top_t) / tau - tl.log(sum_t))
-    b_s, not_s = _sigmoids(u_s)
-    b_t, not_t = _sigmoids(u_t)
-    tail = _softplus_tail(u_s) - _softplus_tail(u_t)
+    log_s = _log(sum_s, ACC)
+    log_t = _log(sum_t, ACC)
+    u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - log_s)
+    u_t = tl.where(none_t, float("inf"), (y_t - top_t) * over_tau - log_t)
+    # Both seen from the teacher's less likely side (v_t <= 0), so that nothing cancels: with p = sigmoid,
+    # TCKD = softplus(v_s) - softplus(v_t) - p(v_t) (v_s - v_t)
+    flip = u_t > 0
+    v_s = tl.where(flip, -u_s, u_s)
+    v_t = tl.where(flip, -u_t, u_t)
+    e_s = tl.exp2(tl.abs(v_s) * -1.4426950408889634)
+    e_t = tl.exp2(tl.abs(v_t) * -1.4426950408889634)
+    more_t = _reciprocal(1.0 + e_t, FAST)
+    less_t = e_t * more_t
+    side_s = _reciprocal(1.0 + e_s, FAST) * tl.where(v_s >= 0, 1.0, e_s)
     # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
-    hit = tl.where(b_t == 0, 0.0, b_t * (tl.maximum(-u_s, 0.0) - tl.maximum(-u_t, 0.0) + tail))
-    miss = tl.where(not_t == 0, 0.0, not_t * (tl.maximum(u_s, 0.0) - tl.maximum(u_t, 0.0) + tail))
-    tckd = tl.where((u_s != u_s) | (u_t != u_t), u_s + u_t, hit + miss)
-    gap = tl.where(u_t > 0, not_t - not_s, b_s - b_t)  # b^S - b^T without the cancellation next to 1
+    rare = tl.where(less_t == 0, 0.0, less_t * (tl.maximum(-v_s, 0.0) + v_t))
+    tckd = more_t * tl.maximum(v_s, 0.0) + rare + _log1p(e_s, ACC) - _log1p(e_t, ACC)
+    gap = side_s - less_t
+    gap = tl.where(flip, -gap, gap)  # b^S - b^T
 
-    over_s = tl.where(none_s, 0.0, 1.0 / sum_s)
-    over_t = tl.where(none_t, 0.0, 1.0 / sum_t)
-    nckd = cross * over_t / tau - tl.log(sum_t) + tl.log(sum_s)
+    over_s = tl.where(none_s, 0.0, _reciprocal(sum_s, FAST))
+    over_t = tl.where(none_t, 0.0, _reciprocal(sum_t, FAST))
+    nckd = cross * over_t * over_tau + (log_s - log_t)
     nckd = tl.where(none_s, float("inf"), nckd)
     nckd = tl.where(none_t, 0.0, nckd)
 
-    by_s = tau * (nckd_weight - tckd_weight * gap) * over_s * mean_factor
-    by_t = -tau * nckd_weight * over_t * mean_factor
-    at_y = tau * tckd_weight * gap * mean_factor
-    ce = gap * 0.0
-    by_1 = ce
+    by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
+    by_t = (-tau * mean_factor * nckd_weight) * over_t
+    at_y = (tau * mean_factor * tckd_weight) * gap
+    ce = gap
+    by_1 = gap
     if WITH_CE:
-        u_1 = tl.where(none_s, float("inf"), (y_s - top_s) - tl.log(sum_1))
-        _, not_1 = _sigmoids(u_1)
-        ce = tl.maximum(-u_1, 0.0) + _softplus_tail(u_1)
-        by_1 = ce_factor * not_1 * tl.where(none_s, 0.0, 1.0 / sum_1)
-        at_y -= ce_factor * not_1
+        u_1 = tl.where(none_s, float("inf"), (y_s - top_s) - _log(sum_1, ACC))
+        e_1 = tl.exp2(tl.abs(u_1) * -1.4426950408889634)
+        missed = _reciprocal(1.0 + e_1, FAST) * tl.where(u_1 >= 0, e_1, 1.0)
+        ce = tl.maximum(-u_1, 0.0) + _log1p(e_1, ACC)
+        by_1 = ce_factor * missed * tl.where(none_s, 0.0, _reciprocal(sum_1, FAST))
+        at_y -= ce_factor * missed
     return ce, tckd, nckd, by_s, by_t, by_1, at_y
 
 
@@ -169,12 +211,19 @@ def tnkd_kernel(
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
     y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
     tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64, ce_weight_: tl.float64, ignore,
-    CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, UNROLL: tl.constexpr,
-    RESIDENT: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr,
-    MEAN_: tl.constexpr, FOLD: tl.constexpr, COUNTS: tl.constexpr, ACC: tl.constexpr,
+    NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
+    UNROLL: tl.constexpr, RESIDENT: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr,
+    HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FOLD: tl.constexpr, COUNTS: tl.constexpr,
+    FAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """Loss and gradient of PIXELS pixels. WHOLE: every pixel of every tile exists, and no access needs a mask for it.
+
+    All that is one number a pixel is kept CLASSES x PIXELS, the same in every row: in the layout of the logits, so that
+    nothing moves between threads but the sums over classes.
+    """
     tau = tl.full([], tau_, ACC)
+    over_tau = 1.0 / tau
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
     to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(d / tau) = exp2(d * to_2 / tau)
@@ -186,14 +235,16 @@ def tnkd_kernel(
     i_2 = row % size_2
     i_1 = row // size_2 % size_1
     i_0 = row // size_2 // size_1
-    p32 = (program % blocks) * PIXELS + tl.arange(0, PIXELS)
-    inside = p32 < inner
+    k = tl.arange(0, CLASSES)[:, None]
+    p32 = ((program % blocks) * PIXELS + tl.arange(0, PIXELS))[None, :]
+    inside = (k >= 0) & (p32 >= 0)
+    if not WHOLE:
+        inside = inside & (p32 < inner)
     p = p32.to(tl.int64)
-    k = tl.arange(0, CLASSES)
-    k_wide = k.to(tl.int64)[:, None]
-    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2) + (k_wide * s_k + (p * s_p)[None, :])
-    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2) + (k_wide * t_k + (p * t_p)[None, :])
-    y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + p * y_p
+    k_wide = k.to(tl.int64)
+    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2) + (k_wide * s_k + p * s_p)
+    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2) + (k_wide * t_k + p * t_p)
+    y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + (k_wide * 0 + p * y_p)
     s_step = tl.full([], CLASSES, tl.int64) * s_k
     t_step = tl.full([], CLASSES, tl.int64) * t_k
     low = float("-inf")
@@ -210,24 +261,32 @@ def tnkd_kernel(
     sum_1 = tl.zeros([CLASSES, PIXELS], ACC)
     cross = tl.zeros([CLASSES, PIXELS], ACC)
     if RESIDENT:
-        # ---- every logit of the tile, once
+        # ---- every logit of the tile, once (only the last chunk may need a mask for its classes)
         s_tiles = ()
         t_tiles = ()
         for c in tl.static_range(CHUNKS):
-            there = inside[None, :] & (c * CLASSES + k < num_classes)[:, None]
-            s_tiles += (tl.load(s_at + c * s_step, mask=there, other=low),)
-            t_tiles += (tl.load(t_at + c * t_step, mask=there, other=low),)
+            if (c + 1) * CLASSES <= NUM_CLASSES:
+                if WHOLE:
+                    s_tiles += (tl.load(s_at + c * s_step),)
+                    t_tiles += (tl.load(t_at + c * t_step),)
+                else:
+                    s_tiles += (tl.load(s_at + c * s_step, mask=inside, other=low),)
+                    t_tiles += (tl.load(t_at + c * t_step, mask=inside, other=low),)
+            else:
+                there = inside & (c * CLASSES + k < NUM_CLASSES)
+                s_tiles += (tl.load(s_at + c * s_step, mask=there, other=low),)
+                t_tiles += (tl.load(t_at + c * t_step, mask=there, other=low),)
         found = p32
         if not HAS_TARGET:
             best = tl.full([CLASSES, PIXELS], low, ACC)
             for c in tl.static_range(CHUNKS):
                 best = tl.maximum(best, t_tiles[c].to(ACC))
-            best = tl.max(best, 0)[None, :]
+            best = tl.max(best, 0, keep_dims=True)
             first = tl.full([CLASSES, PIXELS], 2147483647, tl.int32)
             for c in tl.static_range(CHUNKS):
-                index = tl.where(t_tiles[c].to(ACC) == best, (c * CLASSES + k)[:, None], 2147483647)
+                index = tl.where(t_tiles[c].to(ACC) == best, c * CLASSES + k, 2147483647)
                 first = tl.minimum(first, index)
-            found = tl.min(first, 0)
+            found = tl.min(first, 0, keep_dims=True) + k * 0
         y, valid, known, weight = _labels(target, class_weight, y_at, inside, num_classes, ignore, HAS_TARGET,
                                           HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
 
@@ -235,25 +294,25 @@ def tnkd_kernel(
         s_others = ()
         t_others = ()
         for c in tl.static_range(CHUNKS):
-            is_y = (c * CLASSES + k)[:, None] == y[None, :]
+            is_y = c * CLASSES + k == y
             s = s_tiles[c].to(ACC)
             t = t_tiles[c].to(ACC)
-            y_s += tl.where(is_y, s, 0.0)
-            y_t += tl.where(is_y, t, 0.0)
+            y_s = tl.where(is_y, s, y_s)
+            y_t = tl.where(is_y, t, y_t)
             s_others += (tl.where(is_y, low, s),)
             t_others += (tl.where(is_y, low, t),)
             top_s = tl.maximum(top_s, s_others[c])
             top_t = tl.maximum(top_t, t_others[c])
-        m_s = _finite_max(tl.max(top_s, 0))
-        m_t = _finite_max(tl.max(top_t, 0))
+        m_s = _finite_max(tl.max(top_s, 0, keep_dims=True))
+        m_t = _finite_max(tl.max(top_t, 0, keep_dims=True))
 
         # ---- exponentials, kept for the gradient, and their sums
         e_s = ()
         e_t = ()
         e_1 = ()
         for c in tl.static_range(CHUNKS):
-            d_s = s_others[c] - m_s[None, :]
-            d_t = t_others[c] - m_t[None, :]
+            d_s = s_others[c] - m_s
+            d_t = t_others[c] - m_t
             e_s += (tl.exp2(d_s * to_2_tau),)
             e_t += (tl.exp2(d_t * to_2_tau),)
             sum_s += e_s[c]
@@ -262,11 +321,10 @@ def tnkd_kernel(
             if WITH_CE:
                 e_1 += (tl.exp2(d_s * to_2),)
                 sum_1 += e_1[c]
-        total_s = tl.sum(sum_s, 0)
-        total_t = tl.sum(sum_t, 0)
-        total_1 = total_s
+        sum_s = tl.sum(sum_s, 0, keep_dims=True)
+        sum_t = tl.sum(sum_t, 0, keep_dims=True)
         if WITH_CE:
-            total_1 = tl.sum(sum_1, 0)
+            sum_1 = tl.sum(sum_1, 0, keep_dims=True)
     else:
         span = UNROLL * CLASSES
         found = p32
@@ -275,12 +333,13 @@ def tnkd_kernel(
             first = tl.zeros([CLASSES, PIXELS], tl.int32)
             at = t_at
             for start in range(0, num_classes, CLASSES):
-                index = (start + k)[:, None]
-                t = tl.load(at, mask=inside[None, :] & (index < num_classes), other=low).to(ACC)
+                index = start + k
+                t = tl.load(at, mask=inside & (index < num_classes), other=low).to(ACC)
                 first = tl.where(t > best, index, first)
                 best = tl.maximum(best, t)
                 at += t_step
-            found = tl.min(tl.where(best == tl.max(best, 0)[None, :], first, 2147483647), 0)
+            most = tl.max(best, 0, keep_dims=True)
+            found = tl.min(tl.where(best == most, first, 2147483647), 0, keep_dims=True) + k * 0
         y, valid, known, weight = _labels(target, class_weight, y_at, inside, num_classes, ignore, HAS_TARGET,
                                           HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
 
@@ -291,7 +350,7 @@ def tnkd_kernel(
             s_new = ()
             t_new = ()
             for c in tl.static_range(UNROLL):
-                there = inside[None, :] & (start + c * CLASSES + k < num_classes)[:, None]
+                there = inside & (start + c * CLASSES + k < num_classes)
                 s_new += (tl.load(s_ptr + c * s_step, mask=there, other=low),)
                 t_new += (tl.load(t_ptr + c * t_step, mask=there, other=low),)
             new_s = top_s
@@ -299,11 +358,11 @@ def tnkd_kernel(
             s_others = ()
             t_others = ()
             for c in tl.static_range(UNROLL):
-                is_y = (start + c * CLASSES + k)[:, None] == y[None, :]
+                is_y = start + c * CLASSES + k == y
                 s = s_new[c].to(ACC)
                 t = t_new[c].to(ACC)
-                y_s += tl.where(is_y, s, 0.0)
-                y_t += tl.where(is_y, t, 0.0)
+                y_s = tl.where(is_y, s, y_s)
+                y_t = tl.where(is_y, t, y_t)
                 s_others += (tl.where(is_y, low, s),)
                 t_others += (tl.where(is_y, low, t),)
                 new_s = tl.maximum(new_s, s_others[c])
@@ -323,87 +382,92 @@ def tnkd_kernel(
             top_t = new_t
             s_ptr += UNROLL * s_step
             t_ptr += UNROLL * t_step
-        m_s = _finite_max(tl.max(top_s, 0))
-        m_t = _finite_max(tl.max(top_t, 0))
-        total_s = tl.sum(sum_s * tl.exp2((top_s - m_s[None, :]) * to_2_tau), 0)
-        total_t = tl.sum(sum_t * tl.exp2((top_t - m_t[None, :]) * to_2_tau), 0)
-        total_1 = total_s
+        m_s = _finite_max(tl.max(top_s, 0, keep_dims=True))
+        m_t = _finite_max(tl.max(top_t, 0, keep_dims=True))
         if WITH_CE:
-            total_1 = tl.sum(sum_1 * tl.exp2((top_s - m_s[None, :]) * to_2), 0)
+            sum_1 = tl.sum(sum_1 * tl.exp2((top_s - m_s) * to_2), 0, keep_dims=True)
+        sum_s = tl.sum(sum_s * tl.exp2((top_s - m_s) * to_2_tau), 0, keep_dims=True)
+        sum_t = tl.sum(sum_t * tl.exp2((top_t - m_t) * to_2_tau), 0, keep_dims=True)
 
-    target_s = tl.sum(y_s, 0)
-    target_t = tl.sum(y_t, 0)
     nan = float("nan")
-    target_s = tl.where(known, target_s, nan)  # a bad label: NaN spreads to the loss and to every factor below
+    y_s = tl.where(known, tl.sum(y_s, 0, keep_dims=True), nan)  # a bad label: NaN spreads to the loss and every factor
+    y_t = tl.sum(y_t, 0, keep_dims=True) + k * 0.0
 
+    g_at = s_at
+    if NEEDS_GRAD:
+        g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2) + (k_wide * g_k + p * g_p)
     g_step = tl.full([], CLASSES, tl.int64) * g_k
     out = student.dtype.element_ty
     if RESIDENT:
         ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
-            m_s, m_t, total_s, total_t, total_1, target_s, target_t, tl.sum(cross, 0), tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, WITH_CE)  # fmt: skip
+            m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
+            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, ACC)  # fmt: skip
         if NEEDS_GRAD:
-            g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2) + (k_wide * g_k + (p * g_p)[None, :])
+            # 0, but the compiler cannot know: else it keeps a predicate for each logit since the first comparison,
+            # packed into registers, which took a third of all instructions
+            y_late = tl.where(valid, y, -2) + (tau < 0).to(tl.int32)
+            valid_late = y_late != -2
             for c in tl.static_range(CHUNKS):
-                index = (c * CLASSES + k)[:, None]
-                g = by_s[None, :] * e_s[c] + by_t[None, :] * e_t[c]
+                g = by_s * e_s[c] + by_t * e_t[c]
                 if WITH_CE:
-                    g += by_1[None, :] * e_1[c]
-                g = tl.where(index == y[None, :], at_y[None, :], g)
-                g = tl.where(valid[None, :], g, 0.0)
-                tl.store(g_at + c * g_step, g.to(out), mask=inside[None, :] & (index < num_classes))
+                    g += by_1 * e_1[c]
+                g = tl.where(c * CLASSES + k == y_late, at_y, g)
+                g = tl.where(valid_late, g, 0.0).to(out)
+                if (c + 1) * CLASSES <= NUM_CLASSES:
+                    if WHOLE:
+                        tl.store(g_at + c * g_step, g)
+                    else:
+                        tl.store(g_at + c * g_step, g, mask=inside)
+                else:
+                    tl.store(g_at + c * g_step, g, mask=inside & (c * CLASSES + k < NUM_CLASSES))
     else:
         # ---- second walk: the same tiles, from cache
         _, _, _, by_s, by_t, by_1, at_y = _pixel(
-            m_s, m_t, total_s, total_t, total_1, target_s, target_t, target_s * 0.0, tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, WITH_CE)  # fmt: skip
-        g_at = s_at
-        if NEEDS_GRAD:
-            g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2) + (k_wide * g_k + (p * g_p)[None, :])
+            m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, y_s * 0.0, tau, over_tau, tckd_weight, nckd_weight,
+            ce_factor * weight, mean_factor, WITH_CE, FAST, ACC)  # fmt: skip
         for start in range(0, num_classes, span):
             s_new = ()
             t_new = ()
             for c in tl.static_range(UNROLL):
-                there = inside[None, :] & (start + c * CLASSES + k < num_classes)[:, None]
+                there = inside & (start + c * CLASSES + k < num_classes)
                 s_new += (tl.load(s_at + c * s_step, mask=there, other=low),)
                 t_new += (tl.load(t_at + c * t_step, mask=there, other=low),)
             for c in tl.static_range(UNROLL):
-                index = (start + c * CLASSES + k)[:, None]
-                is_y = index == y[None, :]
-                d_s = tl.where(is_y, low, s_new[c].to(ACC)) - m_s[None, :]
-                d_t = tl.where(is_y, low, t_new[c].to(ACC)) - m_t[None, :]
+                index = start + c * CLASSES + k
+                is_y = index == y
+                d_s = tl.where(is_y, low, s_new[c].to(ACC)) - m_s
+                d_t = tl.where(is_y, low, t_new[c].to(ACC)) - m_t
                 e_s_c = tl.exp2(d_s * to_2_tau)
                 e_t_c = tl.exp2(d_t * to_2_tau)
                 cross += tl.where(e_t_c == 0, 0.0, e_t_c * (d_t - d_s))
                 if NEEDS_GRAD:
-                    g = by_s[None, :] * e_s_c + by_t[None, :] * e_t_c
+                    g = by_s * e_s_c + by_t * e_t_c
                     if WITH_CE:
-                        g += by_1[None, :] * tl.exp2(d_s * to_2)
-                    g = tl.where(is_y, at_y[None, :], g)
-                    g = tl.where(valid[None, :], g, 0.0)
-                    tl.store(g_at + c * g_step, g.to(out), mask=inside[None, :] & (index < num_classes))
+                        g += by_1 * tl.exp2(d_s * to_2)
+                    g = tl.where(is_y, at_y, g)
+                    g = tl.where(valid, g, 0.0)
+                    tl.store(g_at + c * g_step, g.to(out), mask=inside & (index < num_classes))
             s_at += UNROLL * s_step
             t_at += UNROLL * t_step
             g_at += UNROLL * g_step
         ce, tckd, nckd, _, _, _, _ = _pixel(
-            m_s, m_t, total_s, total_t, total_1, target_s, target_t, tl.sum(cross, 0), tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, WITH_CE)  # fmt: skip
+            m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
+            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, ACC)  # fmt: skip
 
-    # ---- sums of this block; an ignored pixel's NaN is dropped by selection, never by multiplication
+    # ---- sums of this block, each pixel once; an ignored pixel's NaN is dropped by selection, never by multiplication
+    tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
+    nckd = tl.where(valid, tl.where(known, nckd, nan), 0.0) * (tau * tau)
     if WITH_CE:
         ce = tl.where(valid & (known == 0), nan, tl.where(weight == 0, 0.0, ce * weight))
-        tl.store(partial + program, tl.sum(ce, 0))
-    tckd = tl.where(valid, tckd * tau * tau, 0.0)
-    nckd = tl.where(valid, nckd * tau * tau, 0.0)
-    nckd = tl.where(valid & (known == 0), nan, nckd)
+        tl.store(partial + program, tl.sum(tl.where(k == 0, ce, 0.0)))
     if NONE_:
         value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
         if WITH_CE:
             value += _weighted(tl.full([], ce_weight_, ACC), ce)
-        l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2) + p * l_p
-        tl.store(l_at, value, mask=inside)
-    tl.store(partial + num_programs + program, tl.sum(tckd, 0))
-    tl.store(partial + 2 * num_programs + program, tl.sum(nckd, 0))
+        l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2) + (k_wide * 0 + p * l_p)
+        tl.store(l_at, value, mask=inside & (k == 0))
+    tl.store(partial + num_programs + program, tl.sum(tl.where(k == 0, tckd, 0.0)))
+    tl.store(partial + 2 * num_programs + program, tl.sum(tl.where(k == 0, nckd, 0.0)))
 
 
 @triton.jit
