@@ -186,6 +186,15 @@ struct F32 : VecTypes<float, int32_t> {
   DSCT_INLINE V keep(M m, V a) {  // a where m, else 0
     return _mm512_maskz_mov_ps(m, a);
   }
+  DSCT_INLINE M ne_where(M m, V a, V b) {  // m and a != b
+    return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_NEQ_UQ);
+  }
+  DSCT_INLINE V max_masked(M m, V a, V b) {  // max(a, b), a where not m
+    return _mm512_mask_max_ps(a, m, a, b);
+  }
+  DSCT_INLINE V fma_masked(M m, V a, V b, V c) {  // a * b + c, c where not m
+    return _mm512_mask3_fmadd_ps(a, b, c, m);
+  }
   DSCT_INLINE M both(M a, M b) {
     return a & b;
   }
@@ -210,12 +219,15 @@ struct F32 : VecTypes<float, int32_t> {
   DSCT_INLINE V load(const float* p) {
     return _mm512_loadu_ps(p);
   }
-  DSCT_INLINE V load(const bf16* p) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  DSCT_INLINE V widen(__m256i half, const bf16*) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  DSCT_INLINE V load(const f16* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  DSCT_INLINE V widen(__m256i half, const f16*) {
+    return _mm512_cvtph_ps(half);
+  }
+  template <class Half>
+  DSCT_INLINE V load(const Half* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p);
   }
   DSCT_INLINE void store(float* p, V a) {
     _mm512_storeu_ps(p, a);
@@ -293,6 +305,15 @@ struct F64 : VecTypes<double, int64_t> {
   DSCT_INLINE V keep(M m, V a) {
     return _mm512_maskz_mov_pd(m, a);
   }
+  DSCT_INLINE M ne_where(M m, V a, V b) {
+    return _mm512_mask_cmp_pd_mask(m, a, b, _CMP_NEQ_UQ);
+  }
+  DSCT_INLINE V max_masked(M m, V a, V b) {
+    return _mm512_mask_max_pd(a, m, a, b);
+  }
+  DSCT_INLINE V fma_masked(M m, V a, V b, V c) {
+    return _mm512_mask3_fmadd_pd(a, b, c, m);
+  }
   DSCT_INLINE M both(M a, M b) {
     return a & b;
   }
@@ -319,6 +340,22 @@ struct F64 : VecTypes<double, int64_t> {
   DSCT_INLINE V load(const float* p) {
     return _mm512_cvtps_pd(_mm256_loadu_ps(p));
   }
+  template <class T>
+  DSCT_INLINE V load(const T* p) {
+    double lanes[N];
+    for (int i = 0; i < N; i++) lanes[i] = to_float(p[i]);
+    return load(lanes);
+  }
+  template <class T>
+  DSCT_INLINE void store(T* p, V a) {
+    double lanes[N];
+    store(lanes, a);
+    for (int i = 0; i < N; i++) from_float(lanes[i], p + i);
+  }
+  template <class T>
+  DSCT_INLINE void stream(T* p, V a) {
+    store(p, a);
+  }
   DSCT_INLINE void store(double* p, V a) {
     _mm512_storeu_pd(p, a);
   }
@@ -341,6 +378,7 @@ struct VecCommon : VecTypes<Scalar, Int> {
   typedef typename Base::I M;
   typedef typename Base::I I;
   using Base::N;
+  static constexpr int bias = kBias;
 
   DSCT_INLINE V set1(S x) {
     return x - V{};  // not V{} + x: that makes -0 a +0
@@ -365,6 +403,9 @@ struct VecCommon : VecTypes<Scalar, Int> {
   }
   DSCT_INLINE M invert(M a) {
     return ~a;
+  }
+  DSCT_INLINE M ne_where(M m, V a, V b) {  // m and a != b
+    return m & (a != b);
   }
   DSCT_INLINE V keep(M m, V a) {
     return (V)((I)a & m);
@@ -476,12 +517,17 @@ struct F32 : VecCommon<float, int32_t, 23, 127> {
   DSCT_INLINE bool any(M m) {
     return _mm256_movemask_ps((__m256)m) != 0;
   }
-  DSCT_INLINE V load(const bf16* p) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  DSCT_INLINE V widen(__m128i half, const bf16*) {
     return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
   }
+  DSCT_INLINE V widen(__m128i half, const f16*) {
+    return (V)_mm256_cvtph_ps(half);
+  }
+  DSCT_INLINE V load(const bf16* p) {
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p);
+  }
   DSCT_INLINE V load(const f16* p) {
-    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), p);
   }
   DSCT_INLINE __m128i to_bf16(V a) {
     const I u = (I)a;
@@ -548,6 +594,24 @@ struct F64 : VecCommon<double, int64_t, 52, 1023> {
 };
 
 #endif
+
+// a * b + c, c where not m; max(a, b), a where m. One instruction with AVX-512's masks.
+template <class A>
+DSCT_INLINE typename A::V fma_where(typename A::M m, typename A::V a, typename A::V b, typename A::V c) {
+#if defined(DSCT_ISA_AVX512)
+  return A::fma_masked(m, a, b, c);
+#else
+  return A::select(m, A::fma(a, b, c), c);
+#endif
+}
+template <class A>
+DSCT_INLINE typename A::V max_unless(typename A::M m, typename A::V a, typename A::V b) {
+#if defined(DSCT_ISA_AVX512)
+  return A::max_masked(A::invert(m), a, b);
+#else
+  return A::select(m, a, A::max(a, b));
+#endif
+}
 
 // Orders streaming stores before whatever follows; once, at the end of a chunk of work.
 DSCT_INLINE void stream_fence() {

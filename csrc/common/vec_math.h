@@ -58,6 +58,23 @@ DSCT_INLINE typename A::V exp2(typename A::V x) {
   return A::scale(horner<A>(x - n, K::exp2), n);
 }
 
+// 2^x for x <= 0 in a hot loop: what is below the normal numbers may come out as 0.
+#if defined(DSCT_ISA_AVX512)
+template <class A>
+DSCT_INLINE typename A::V exp2_nonpositive(typename A::V x) {
+  x = A::max(A::set1(Coefficients<A>::exp2_low), x);
+  const typename A::V n = A::round(x);
+  return A::scale(horner<A>(x - n, Coefficients<A>::exp2), n);
+}
+#else
+template <class A>
+DSCT_INLINE typename A::V exp2_nonpositive(typename A::V x) {
+  x = A::max(A::set1(typename A::S(-A::bias)), x);  // 2^-bias comes out as 0: no mask, no second step
+  const typename A::V n = A::round(x);
+  return horner<A>(x - n, Coefficients<A>::exp2) * A::power(A::to_int(n));
+}
+#endif
+
 // e^x, any x. Cody-Waite: x - n ln2 in two pieces, so that a large |x| costs no digits.
 template <class A>
 DSCT_INLINE typename A::V exp(typename A::V x) {

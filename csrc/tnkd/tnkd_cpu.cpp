@@ -1,0 +1,361 @@
+// The tnkd op on CPU: checks, outputs, the count of valid labels, and the kernels over chunks of pixels.
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../common/cpu_isa.h"
+#include "../common/huge_pages.h"
+#include "tnkd.h"
+#include "tnkd_cpu_args.h"
+
+namespace dsct {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kMean = 1, kNone = 0;
+constexpr int64_t kSerialLogits = 1 << 15;    // below, waking threads costs more than it saves
+constexpr int64_t kChunkLogits = 1 << 16;     // work of one task; fixed, so that sums do not depend on the threads
+constexpr int64_t kChunkLabels = 1 << 16;
+constexpr int64_t kStreamBytes = 8 << 20;     // a gradient this large leaves the caches before backward reads it
+constexpr int64_t kHugePageBytes = 4 << 20;
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+template <class Sizes>
+std::string shape(const Sizes& sizes) {
+  std::ostringstream s;
+  s << "(";
+  for (size_t i = 0; i < sizes.size(); i++) s << (i ? ", " : "") << sizes[i];
+  s << (sizes.size() == 1 ? ",)" : ")");
+  return s.str();
+}
+
+FloatType float_type(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kF32;
+    case ScalarType::Double:
+      return FloatType::kF64;
+    case ScalarType::Half:
+      return FloatType::kF16;
+    case ScalarType::BFloat16:
+      return FloatType::kBF16;
+    default:
+      fail(std::string(name) + ": expected dtype float16, bfloat16, float32 or float64");
+  }
+}
+
+LabelType label_type(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Byte:
+      return LabelType::kU8;
+    case ScalarType::Char:
+      return LabelType::kI8;
+    case ScalarType::Short:
+      return LabelType::kI16;
+    case ScalarType::Int:
+      return LabelType::kI32;
+    case ScalarType::Long:
+      return LabelType::kI64;
+    default:
+      fail("target: expected dtype uint8, int8, int16, int32 or int64");
+  }
+}
+
+void check(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+           const std::optional<Tensor>& class_weight, ScalarType acc, double temperature, int64_t reduction) {
+  const auto sizes = student.sizes();
+  if (sizes.size() < 2 || sizes[1] < 2)
+    fail("student_logits: expected shape (N, K) or (N, K, *spatial) with K >= 2, got " + shape(sizes));
+  if (sizes.size() > kMaxPixelDims + 1) fail("student_logits: too many dimensions: " + shape(sizes));
+  if (sizes[1] > (int64_t(1) << 24)) fail("student_logits: more than 2^24 classes: " + shape(sizes));
+  const auto other = teacher.sizes();
+  if (shape(other) != shape(sizes))
+    fail("teacher_logits: expected the shape of student_logits, " + shape(sizes) + ", got " + shape(other));
+  if (!teacher.is_cpu()) fail("teacher_logits: expected the device of student_logits, cpu");
+  if (target.has_value()) {
+    std::vector<int64_t> expected(sizes.begin(), sizes.end());
+    expected.erase(expected.begin() + 1);
+    if (shape(target->sizes()) != shape(expected))
+      fail("target: expected shape " + shape(expected) + ", got " + shape(target->sizes()));
+    if (!target->is_cpu()) fail("target: expected the device of student_logits, cpu");
+  }
+  if (class_weight.has_value()) {
+    if (class_weight->dim() != 1 || class_weight->size(0) != sizes[1] || class_weight->scalar_type() != acc ||
+        !class_weight->is_contiguous() || !class_weight->is_cpu())
+      fail("class_weight: expected a contiguous (" + std::to_string(sizes[1]) +
+           ",) tensor on cpu in the accumulation dtype, got shape " + shape(class_weight->sizes()));
+  }
+  if (!(temperature > 0)) fail("temperature: expected a number > 0, got " + std::to_string(temperature));
+  if (reduction < 0 || reduction > 2) fail("reduction: expected 0, 1 or 2, got " + std::to_string(reduction));
+}
+
+// Size and strides of the pixel dimensions, (N, *spatial), of every tensor that is walked.
+struct PixelDim {
+  int64_t size, student, teacher, target, grad;
+  bool continues(const PixelDim& inner) const {
+    return student == inner.student * inner.size && teacher == inner.teacher * inner.size &&
+           target == inner.target * inner.size && grad == inner.grad * inner.size;
+  }
+};
+
+std::vector<PixelDim> pixel_dims(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
+                                 const Tensor* grad) {
+  std::vector<PixelDim> dims;
+  for (int64_t d = 0; d < student.dim(); d++) {
+    if (d == 1) continue;
+    const int64_t label_dim = d == 0 ? 0 : d - 1;
+    const PixelDim next = {student.size(d), student.stride(d), teacher.stride(d),
+                           target.has_value() ? target->stride(label_dim) : 0, grad ? grad->stride(d) : 0};
+    if (next.size == 1) continue;
+    PixelDim outer = dims.empty() ? PixelDim{} : dims.back();
+    if (!target.has_value() && !dims.empty()) outer.target = next.target * next.size;
+    if (!dims.empty() && outer.continues(next)) {
+      const int64_t size = dims.back().size * next.size;
+      dims.back() = next;
+      dims.back().size = size;
+    } else {
+      dims.push_back(next);
+    }
+  }
+  if (dims.empty()) dims.push_back({1, 0, 0, 0, 0});
+  return dims;
+}
+
+LogitView view(const Tensor& x, FloatType type) {
+  LogitView v = {};
+  v.data = x.const_data_ptr();
+  v.type = type;
+  v.class_stride = x.stride(1);
+  v.extent = 1;
+  for (int64_t d = 0; d < x.dim(); d++) v.extent += (x.size(d) - 1) * x.stride(d);
+  return v;
+}
+
+const TnkdKernels& kernels(bool is_double) {
+#ifdef DSCT_X86_ISAS
+  if (cpu_isa() == CpuIsa::kAvx512) return is_double ? avx512::tnkd_kernels_f64 : avx512::tnkd_kernels_f32;
+  if (cpu_isa() == CpuIsa::kAvx2) return is_double ? avx2::tnkd_kernels_f64 : avx2::tnkd_kernels_f32;
+#endif
+  return is_double ? baseline::tnkd_kernels_f64 : baseline::tnkd_kernels_f32;
+}
+
+// A thread's working memory, kept from call to call.
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t have = 0;
+  if (have < bytes) {
+    memory.reset();
+    have = 0;
+    memory.reset(::operator new(bytes, std::align_val_t(64)));
+    have = bytes;
+  }
+  return memory.get();
+}
+
+template <class F>
+void for_chunks(int64_t pixels, int64_t chunk, bool serial, const F& f) {
+  const int64_t chunks = (pixels + chunk - 1) / chunk;
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(i, i * chunk, std::min(pixels, (i + 1) * chunk));
+  };
+  if (serial || chunks == 1)
+    range(0, chunks);
+  else
+    torch::stable::parallel_for(0, chunks, 1, range);
+}
+
+int64_t label_at(const void* data, LabelType type, int64_t i) {
+  switch (type) {
+    case LabelType::kU8:
+      return static_cast<const uint8_t*>(data)[i];
+    case LabelType::kI8:
+      return static_cast<const int8_t*>(data)[i];
+    case LabelType::kI16:
+      return static_cast<const int16_t*>(data)[i];
+    case LabelType::kI32:
+      return static_cast<const int32_t*>(data)[i];
+    case LabelType::kI64:
+      return static_cast<const int64_t*>(data)[i];
+  }
+  return 0;
+}
+
+[[noreturn]] void fail_at_first_bad_label(const Tensor& target, const TnkdArgs& args) {
+  const auto sizes = target.sizes();
+  std::vector<int64_t> index(sizes.size(), 0);
+  for (int64_t pixel = 0; pixel < args.pixels; pixel++) {
+    int64_t offset = 0;
+    for (size_t d = 0; d < sizes.size(); d++) offset += index[d] * target.stride(int64_t(d));
+    const int64_t label = label_at(args.target, args.target_type, offset);
+    const bool ignored = args.has_ignore && label == args.ignore_index;
+    if (!ignored && (label < 0 || label >= args.classes))
+      fail("target: label " + std::to_string(label) + " at position " + shape(index) + " is outside [0, " +
+           std::to_string(args.classes) + ") and is not ignore_index=" +
+           (args.has_ignore ? std::to_string(args.ignore_index) : "None"));
+    for (size_t d = sizes.size(); d-- > 0;) {
+      if (++index[d] < sizes[d]) break;
+      index[d] = 0;
+    }
+  }
+  fail("target: a label is out of range");  // changed by another thread meanwhile
+}
+
+LabelCount count_labels(const TnkdArgs& args, const TnkdKernels& kernel, bool serial) {
+  LabelCount total = {0, 0, false};
+  if (args.target == nullptr) {
+    total.valid = args.pixels;
+    return total;
+  }
+  std::vector<LabelCount> counts(size_t((args.pixels + kChunkLabels - 1) / kChunkLabels));
+  for_chunks(args.pixels, kChunkLabels, serial, [&](int64_t i, int64_t begin, int64_t end) {
+    counts[size_t(i)] = kernel.count_labels(args, begin, end);
+  });
+  for (const LabelCount& c : counts) {
+    total.valid += c.valid;
+    total.weight += c.weight;
+    total.bad |= c.bad;
+  }
+  return total;
+}
+
+void store(const Tensor& to, int64_t i, double value) {
+  if (to.scalar_type() == ScalarType::Double)
+    static_cast<double*>(to.mutable_data_ptr())[i] = value;
+  else
+    static_cast<float*>(to.mutable_data_ptr())[i] = float(value);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                    const std::optional<Tensor>& target,
+                                                    const std::optional<Tensor>& class_weight, double ce_weight,
+                                                    double tckd_weight, double nckd_weight, double temperature,
+                                                    std::optional<int64_t> ignore_index, int64_t reduction,
+                                                    bool with_ce, bool needs_grad) {
+  const FloatType student_type = float_type("student_logits", student_logits);
+  const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
+  const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
+  const ScalarType acc = is_double ? ScalarType::Double : ScalarType::Float;
+  check(student_logits, teacher_logits, target, class_weight, acc, temperature, reduction);
+
+  TnkdArgs args = {};
+  args.classes = student_logits.size(1);
+  args.student = view(student_logits, student_type);
+  args.teacher = view(teacher_logits, teacher_type);
+
+  std::vector<int64_t> map_sizes;
+  args.pixels = 1;
+  for (int64_t d = 0; d < student_logits.dim(); d++) {
+    if (d == 1) continue;
+    map_sizes.push_back(student_logits.size(d));
+    args.pixels *= map_sizes.back();
+  }
+  using torch::stable::new_empty;
+  const Tensor loss = reduction == kNone ? new_empty(student_logits, map_sizes, acc)
+                                         : new_empty(student_logits, std::initializer_list<int64_t>{}, acc);
+  const Tensor parts = new_empty(student_logits, {3}, acc);
+  const Tensor grad_scale = new_empty(student_logits, std::initializer_list<int64_t>{}, acc);
+  const Tensor grad = needs_grad ? torch::stable::empty_like(student_logits) : new_empty(student_logits, {0});
+  if (needs_grad) {
+    args.grad = view(grad, student_type);
+    const int64_t bytes = grad.numel() * int64_t(grad.element_size());
+    args.stream = bytes >= kStreamBytes;
+    if (bytes >= kHugePageBytes) advise_huge_pages(grad.mutable_data_ptr(), size_t(bytes));
+  }
+  if (reduction == kNone) args.loss_map = loss.mutable_data_ptr();
+
+  const std::vector<PixelDim> dims = pixel_dims(student_logits, teacher_logits, target, needs_grad ? &grad : nullptr);
+  args.dims = int(dims.size());
+  for (size_t d = 0; d < dims.size(); d++) {
+    args.sizes[d] = dims[d].size;
+    args.student.pixel_strides[d] = dims[d].student;
+    args.teacher.pixel_strides[d] = dims[d].teacher;
+    args.grad.pixel_strides[d] = dims[d].grad;
+    args.target_strides[d] = dims[d].target;
+  }
+  if (target.has_value()) {
+    args.target = target->const_data_ptr();
+    args.target_type = label_type(*target);
+    args.has_ignore = ignore_index.has_value();
+    args.ignore_index = ignore_index.value_or(0);
+  }
+  if (class_weight.has_value() && with_ce) args.class_weight = class_weight->const_data_ptr();
+  args.ce_weight = with_ce ? ce_weight : 0;
+  args.tckd_weight = tckd_weight;
+  args.nckd_weight = nckd_weight;
+  args.temperature = temperature;
+  args.with_ce = with_ce;
+
+  const TnkdKernels& kernel = kernels(is_double);
+  const bool serial = args.pixels * args.classes < kSerialLogits;
+  const int64_t chunk = std::max<int64_t>(64, std::min<int64_t>(8192, kChunkLogits / args.classes / 64 * 64));
+  const size_t scratch_bytes = kernel.scratch_bytes(args);
+  std::vector<int32_t> teacher_labels;
+  if (args.target == nullptr && args.class_weight != nullptr) {  // the mean needs their sum before the first gradient
+    teacher_labels.resize(size_t(args.pixels));
+    for_chunks(args.pixels, chunk, serial, [&](int64_t, int64_t begin, int64_t end) {
+      kernel.teacher_labels(args, begin, end, scratch(scratch_bytes), teacher_labels.data());
+    });
+    args.target = teacher_labels.data();
+    args.target_type = LabelType::kI32;
+    for (int64_t d = args.dims - 1, stride = 1; d >= 0; stride *= args.sizes[d--]) args.target_strides[d] = stride;
+  }
+  PixelSums sums = {0, 0, 0};
+  double count = 0, weight = 0;
+  if (args.pixels > 0) {
+    const LabelCount labels = count_labels(args, kernel, serial);
+    if (labels.bad) fail_at_first_bad_label(*target, args);
+    count = double(labels.valid);
+    weight = args.class_weight != nullptr ? labels.weight : count;
+  }
+  // Mean: CE over the sum of the weights (F.cross_entropy's rule), TNKD over the valid pixels; over nothing it is 0.
+  const double by_count = reduction == kMean && count > 0 ? 1 / count : 1;
+  const double by_weight = reduction == kMean && weight > 0 ? 1 / weight : 1;
+  // float16 gradients of a mean would underflow before a GradScaler could scale them: 1 / count stays outside.
+  const double outside = student_type == FloatType::kF16 ? by_count : 1;
+  args.tnkd_scale = by_count / outside;
+  args.ce_scale = by_weight / outside;
+
+  if (args.pixels > 0) {
+    std::vector<PixelSums> chunk_sums(size_t((args.pixels + chunk - 1) / chunk));
+    for_chunks(args.pixels, chunk, serial, [&](int64_t i, int64_t begin, int64_t end) {
+      chunk_sums[size_t(i)] = kernel.run(args, begin, end, scratch(scratch_bytes));
+    });
+    for (const PixelSums& s : chunk_sums) {
+      sums.ce += s.ce;
+      sums.tckd += s.tckd;
+      sums.nckd += s.nckd;
+    }
+  }
+
+  const double square = temperature * temperature;
+  const double ce = sums.ce * by_weight, tckd = sums.tckd * square * by_count, nckd = sums.nckd * square * by_count;
+  store(parts, 0, ce);
+  store(parts, 1, tckd);
+  store(parts, 2, nckd);
+  store(grad_scale, 0, outside);
+  if (reduction != kNone) {
+    // A part with weight 0 takes no part: 0 * inf would be NaN.
+    double total = 0;
+    if (args.ce_weight != 0) total += ce_weight * ce;
+    if (tckd_weight != 0) total += tckd_weight * tckd;
+    if (nckd_weight != 0) total += nckd_weight * nckd;
+    store(loss, 0, total);
+  }
+  return {loss, parts, grad, grad_scale};
+}
+
+}  // namespace dsct

@@ -1,0 +1,7 @@
+// The TNKD kernels for avx2; see common/vec.h.
+#if defined(__x86_64__)
+#define DSCT_ISA_AVX2
+#include "../common/vec.h"
+//
+#include "tnkd_cpu_kernel.h"
+#endif

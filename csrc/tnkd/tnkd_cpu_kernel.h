@@ -1,0 +1,800 @@
+// The TNKD kernels of one instruction set. A block of pixels goes through four steps, a lane per pixel throughout:
+//   1. read     both networks' logits, once, in any layout, into columns [vector][class][lane] that live in L1/L2;
+//               on the way: the target's logit and the largest other one (an own maximum for the others, so that a
+//               dominating target does not underflow their sum)
+//   2. sums     exp once per logit, kept in place of the logit; the target's lane contributes nothing
+//   3. pixel    pixel_math.h: losses, and the coefficients of the gradient
+//   4. write    grad_j = coef_s e^S_j + coef_t e^T_j (+ cross-entropy), once, past the caches where it will not fit
+#pragma once
+
+#include "../common/vec_math.h"
+#include "../common/vec_transpose.h"
+#include "pixel_math.h"
+#include "tnkd_cpu_args.h"
+
+namespace dsct {
+namespace DSCT_ISA {
+namespace {
+
+constexpr int kMaxBlock = 64;   // pixels of a block
+constexpr int kPartial = 64;    // classes of a partial sum: float sums over thousands of classes keep their digits
+
+template <class A>
+struct Math : A {
+  typedef typename A::V V;
+  DSCT_INLINE V exp(V x) {
+    return DSCT_ISA::exp<A>(x);
+  }
+  DSCT_INLINE V log(V x) {
+    return DSCT_ISA::log<A>(x);
+  }
+  DSCT_INLINE V log1p_unit(V x) {
+    return DSCT_ISA::log1p_unit(x);
+  }
+};
+
+// How cross-entropy, at temperature 1, gets its exponentials.
+enum class Ce {
+  kNone,    // not asked for, or tau = 1: the sums and the coefficients are TNKD's
+  kSquare,  // tau = 2: exp(x) = exp(x / 2)^2
+  kOwn,     // an exp of its own, kept in a third set of columns
+};
+
+// Where the pixels of a block are in one tensor, in elements.
+struct Offsets {
+  bool uniform;  // pixel i at base + i * stride, else at each[i]
+  int64_t base, stride;
+  int64_t each[kMaxBlock];
+  DSCT_INLINE int64_t at(const Offsets& o, int i) {
+    return o.uniform ? o.base + i * o.stride : o.each[i];
+  }
+};
+
+template <class A>
+struct Scratch {
+  typedef typename A::S S;
+  static constexpr int kGroup = A::N == 16 ? 2 : A::N == 8 ? 4 : 8;  // vectors that are written together: 32 pixels
+  static constexpr int kVectors = kMaxBlock / A::N;
+  S *student, *teacher, *ce;  // columns: logits, then exponentials
+  char* rows;                 // channels-last gradient of a group
+  S label[kMaxBlock];         // -1: ignored, or past the end
+  S ce_factor[kMaxBlock];
+  S max_s[kMaxBlock], target_s[kMaxBlock], max_t[kMaxBlock], target_t[kMaxBlock];
+  S coef_s[kMaxBlock], coef_t[kMaxBlock], coef_ce[kMaxBlock], grad_target[kMaxBlock];
+  Offsets at_student, at_teacher, at_grad, at_target;
+};
+
+DSCT_INLINE size_t round_up(size_t x, size_t to) {
+  return (x + to - 1) / to * to;
+}
+
+// Many classes: smaller blocks, so that the columns stay in L2.
+template <class A>
+DSCT_INLINE int block_pixels(int64_t classes) {
+  return classes <= 1024 ? kMaxBlock : kMaxBlock / 2;
+}
+template <class A>
+DSCT_INLINE size_t column_bytes(const TnkdArgs& args) {
+  return size_t(args.classes) * size_t(block_pixels<A>(args.classes)) * sizeof(typename A::S);
+}
+template <class A>
+size_t scratch_bytes(const TnkdArgs& args) {
+  const size_t rows = round_up((size_t(args.classes) * 32 + 64) * sizeof(typename A::S), 64);
+  return round_up(sizeof(Scratch<A>), 64) + 3 * column_bytes<A>(args) + rows;
+}
+
+// --- 1. read ---
+
+// The running maximum over the classes other than the target, and the target's logit.
+template <class A>
+struct Top {
+  typename A::V label, max, target;
+  DSCT_INLINE void begin(Top& t, const typename A::S* label) {
+    t.label = A::load(label);
+    t.max = A::set1(typename A::S(-__builtin_inf()));
+    t.target = A::set1(0);
+  }
+  DSCT_INLINE void take(Top& t, typename A::V z, typename A::V k) {
+    const typename A::M is_target = A::eq(t.label, k);
+    t.max = max_unless<A>(is_target, t.max, z);
+    t.target = A::select(is_target, z, t.target);
+  }
+};
+
+template <class A, class T>
+DSCT_INLINE void read_rows(const LogitView& x, const Offsets& at, int n, int64_t classes, const typename A::S* label,
+                           typename A::S* columns, typename A::S* max, typename A::S* target) {
+  typedef typename A::S S;
+  typedef typename A::V V;
+  constexpr int kRun = A::N == 16 ? 4 : 2;  // vectors whose maxima stay in registers
+  const T* data = static_cast<const T*>(x.data) + at.base;
+  for (int v = 0; v * A::N < n; v += kRun) {
+    const T* p = data + v * A::N;
+    S* column = columns + v * classes * A::N;
+    Top<A> top[kRun];
+    for (int r = 0; r < kRun; r++) Top<A>::begin(top[r], label + (v + r) * A::N);
+    V k = A::set1(0);
+    if ((v + kRun) * A::N <= n) {
+      for (int64_t c = 0; c < classes; c++, p += x.class_stride, column += A::N, k = k + A::set1(1))
+        for (int r = 0; r < kRun; r++) {
+          const V z = A::load(p + r * A::N);
+          A::store(column + r * classes * A::N, z);
+          Top<A>::take(top[r], z, k);
+        }
+    } else {
+      for (int64_t c = 0; c < classes; c++, p += x.class_stride, column += A::N, k = k + A::set1(1))
+        for (int r = 0; r < kRun && (v + r) * A::N < n; r++) {
+          const int left = n - (v + r) * A::N;
+          const V z = left >= A::N ? A::load(p + r * A::N) : load_n<A>(p + r * A::N, left);
+          A::store(column + r * classes * A::N, z);
+          Top<A>::take(top[r], z, k);
+        }
+    }
+    for (int r = 0; r < kRun; r++) {
+      A::store(max + (v + r) * A::N, top[r].max);
+      A::store(target + (v + r) * A::N, top[r].target);
+    }
+  }
+}
+
+// One vector of pixels, any strides: scalar loads.
+template <class A, class T>
+DSCT_INLINE void read_any_vector(const LogitView& x, const Offsets& at, int first, int n, int64_t class_begin,
+                                 int64_t class_end, Top<A>& top, typename A::S* column) {
+  typedef typename A::S S;
+  const T* p[A::N];
+  for (int i = 0; i < A::N; i++)
+    p[i] = static_cast<const T*>(x.data) + Offsets::at(at, first + (first + i < n ? i : 0)) + class_begin * x.class_stride;
+  for (int64_t c = class_begin; c < class_end; c++) {
+    S lanes[A::N];
+    for (int i = 0; i < A::N; i++, p[i - 1] += x.class_stride) lanes[i] = S(to_float(*p[i]));
+    const typename A::V z = A::load(lanes);
+    A::store(column + c * A::N, z);
+    Top<A>::take(top, z, A::set1(S(c)));
+  }
+}
+
+template <class A, class T>
+DSCT_INLINE void read_any(const LogitView& x, const Offsets& at, int n, int64_t classes, const typename A::S* label,
+                          typename A::S* columns, typename A::S* max, typename A::S* target) {
+  for (int v = 0; v * A::N < n; v++) {
+    Top<A> top;
+    Top<A>::begin(top, label + v * A::N);
+    read_any_vector<A, T>(x, at, v * A::N, n, 0, classes, top, columns + v * classes * A::N);
+    A::store(max + v * A::N, top.max);
+    A::store(target + v * A::N, top.target);
+  }
+}
+
+template <class A, int C, class T>
+DSCT_INLINE void read_tile(const T* p, int64_t pitch, int64_t class_begin, int count, Top<A>& top,
+                           typename A::S* column) {
+  typename A::V tile[C];
+  load_transposed<A, C>(p + class_begin, pitch, tile);
+  typename A::V k = A::set1(typename A::S(class_begin));
+  column += class_begin * A::N;
+  if (count == C) {
+    for (int c = 0; c < C; c++, k = k + A::set1(1)) {
+      A::store(column + c * A::N, tile[c]);
+      Top<A>::take(top, tile[c], k);
+    }
+  } else {
+    for (int c = 0; c < count; c++, k = k + A::set1(1)) {
+      A::store(column + c * A::N, tile[c]);
+      Top<A>::take(top, tile[c], k);
+    }
+  }
+}
+
+// Classes contiguous (channels_last): tiles are transposed in registers. A tile may read past the last class of a
+// pixel, into the next pixel's, but never past the tensor.
+template <class A, class T>
+DSCT_INLINE void read_columns(const LogitView& x, const Offsets& at, int n, int64_t classes,
+                              const typename A::S* label, typename A::S* columns, typename A::S* max,
+                              typename A::S* target) {
+  const T* data = static_cast<const T*>(x.data);
+  for (int v = 0; v * A::N < n; v++) {
+    typename A::S* column = columns + v * classes * A::N;
+    Top<A> top;
+    Top<A>::begin(top, label + v * A::N);
+    const int64_t start = at.base + v * A::N * at.stride;
+    for (int64_t c = 0; c < classes;) {
+      const int chunk = chunk_for<A>(classes - c);
+      const int count = classes - c < chunk ? int(classes - c) : chunk;
+      const bool inside = start + (A::N - 1) * at.stride + c + chunk <= x.extent && (v + 1) * A::N <= n;
+      if (!inside) {
+        read_any_vector<A, T>(x, at, v * A::N, n, c, c + count, top, column);
+      } else if (chunk == A::N) {
+        read_tile<A, A::N>(data + start, at.stride, c, count, top, column);
+      } else if constexpr (sizeof(typename A::S) == 4 && A::N == 16) {
+        if (chunk == 8)
+          read_tile<A, 8>(data + start, at.stride, c, count, top, column);
+        else
+          read_tile<A, 4>(data + start, at.stride, c, count, top, column);
+      } else if constexpr (sizeof(typename A::S) == 4 && A::N == 8) {
+        read_tile<A, 4>(data + start, at.stride, c, count, top, column);
+      }
+      c += count;
+    }
+    A::store(max + v * A::N, top.max);
+    A::store(target + v * A::N, top.target);
+  }
+}
+
+template <class A, class T>
+void read_as(const LogitView& x, const Offsets& at, int n, int64_t classes, const typename A::S* label,
+             typename A::S* columns, typename A::S* max, typename A::S* target) {
+  if (at.uniform && x.class_stride == 1)
+    read_columns<A, T>(x, at, n, classes, label, columns, max, target);
+  else if (at.uniform && at.stride == 1)
+    read_rows<A, T>(x, at, n, classes, label, columns, max, target);
+  else
+    read_any<A, T>(x, at, n, classes, label, columns, max, target);
+}
+
+template <class A>
+void read(const LogitView& x, const Offsets& at, int n, int64_t classes, const typename A::S* label,
+          typename A::S* columns, typename A::S* max, typename A::S* target) {
+  switch (x.type) {
+    case FloatType::kF32:
+      return read_as<A, float>(x, at, n, classes, label, columns, max, target);
+    case FloatType::kBF16:
+      return read_as<A, bf16>(x, at, n, classes, label, columns, max, target);
+    case FloatType::kF16:
+      return read_as<A, f16>(x, at, n, classes, label, columns, max, target);
+    case FloatType::kF64:
+      if constexpr (sizeof(typename A::S) == 8) return read_as<A, double>(x, at, n, classes, label, columns, max, target);
+  }
+}
+
+// No target: the label is the teacher's argmax, the smallest index on a tie. The columns hold the teacher already.
+template <class A>
+void label_by_teacher(int n, int64_t classes, const typename A::S* columns, typename A::S* label, typename A::S* max,
+                      typename A::S* target) {
+  typedef typename A::V V;
+  for (int v = 0; v * A::N < n; v++) {
+    const typename A::S* column = columns + v * classes * A::N;
+    V best = A::load(column), arg = A::set1(0), k = A::set1(1);
+    for (int64_t c = 1; c < classes; c++, k = k + A::set1(1)) {
+      const V z = A::load(column + c * A::N);
+      const typename A::M larger = A::lt(best, z);
+      best = A::select(larger, z, best);
+      arg = A::select(larger, k, arg);
+    }
+    const int left = n - v * A::N;
+    if (left < A::N) arg = A::select(A::first(left), arg, A::set1(-1));
+    A::store(label + v * A::N, arg);
+    Top<A> top;
+    Top<A>::begin(top, label + v * A::N);
+    k = A::set1(0);
+    for (int64_t c = 0; c < classes; c++, k = k + A::set1(1)) Top<A>::take(top, A::load(column + c * A::N), k);
+    A::store(max + v * A::N, top.max);
+    A::store(target + v * A::N, top.target);
+  }
+}
+
+// --- 2. and 3. sums and pixel, for one vector ---
+
+template <class A>
+struct Sums {
+  typename A::V s, t, ce, cross;
+};
+
+template <class A, Ce mode>
+DSCT_INLINE Sums<A> sum_classes(int64_t classes, typename A::V label, typename A::V max_s, typename A::V max_t,
+                                double temperature, typename A::S* student, typename A::S* teacher,
+                                typename A::S* ce) {
+  typedef typename A::S S;
+  typedef typename A::V V;
+  typedef typename A::M M;
+  const double log2e = 1.4426950408889634074;
+  const V zero = A::set1(0), one = A::set1(1);
+  const V to_exp2 = A::set1(S(log2e / temperature));
+  const M valid = A::le(zero, label);
+  Sums<A> total = {zero, zero, zero, zero};
+  V k = zero;
+  for (int64_t begin = 0; begin < classes; begin += kPartial) {
+    const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
+    Sums<A> part = {zero, zero, zero, zero};
+    for (int64_t c = begin; c < end; c++, k = k + one) {
+      const M other = A::ne_where(valid, label, k);
+      const V x_s = A::load(student + c * A::N) - max_s;
+      const V x_t = A::load(teacher + c * A::N) - max_t;
+      const V t_s = x_s * to_exp2, t_t = x_t * to_exp2;
+      const V e_s = A::keep(other, exp2_nonpositive<A>(t_s));
+      const V e_t = A::keep(other, exp2_nonpositive<A>(t_t));
+      part.s = part.s + e_s;
+      part.t = part.t + e_t;
+      part.cross = fma_where<A>(A::lt(zero, e_t), e_t, t_t - t_s, part.cross);
+      A::store(student + c * A::N, e_s);
+      A::store(teacher + c * A::N, e_t);
+      if constexpr (mode == Ce::kSquare) part.ce = A::fma(e_s, e_s, part.ce);
+      if constexpr (mode == Ce::kOwn) {
+        const V e_ce = A::keep(other, exp2_nonpositive<A>(x_s * A::set1(S(log2e))));
+        part.ce = part.ce + e_ce;
+        A::store(ce + c * A::N, e_ce);
+      }
+    }
+    total.s = total.s + part.s;
+    total.t = total.t + part.t;
+    total.ce = total.ce + part.ce;
+    total.cross = total.cross + part.cross;
+  }
+  total.cross = total.cross * A::set1(S(1 / log2e));
+  if constexpr (mode == Ce::kNone) total.ce = total.s;
+  return total;
+}
+
+template <class A>
+struct LossSums {
+  typename A::V ce, tckd, nckd;
+};
+
+template <class A, Ce mode>
+DSCT_INLINE void vector_of_pixels(const TnkdArgs& args, Scratch<A>& s, int v, int n, int64_t first_pixel,
+                                  LossSums<A>& losses) {
+  typedef typename A::S S;
+  typedef typename A::V V;
+  const int lane = v * A::N;
+  const int64_t column = int64_t(lane) * args.classes;
+  const V zero = A::set1(0), infinity = A::set1(S(__builtin_inf()));
+  const V label = A::load(s.label + lane);
+  V max_s = A::load(s.max_s + lane), max_t = A::load(s.max_t + lane);
+  max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
+  max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
+  const Sums<A> sum = sum_classes<A, mode>(args.classes, label, max_s, max_t, args.temperature, s.student + column,
+                                           s.teacher + column, s.ce + column);
+  const V x_s = A::load(s.target_s + lane) - max_s, x_t = A::load(s.target_t + lane) - max_t;
+  const V by_temperature = A::set1(S(1 / args.temperature));
+  const double factor = args.temperature * args.tnkd_scale;
+  const TnkdPixel<Math<A>> p =
+      tnkd_pixel<Math<A>>(x_s * by_temperature, sum.s, x_t * by_temperature, sum.t, sum.cross,
+                          A::set1(S(args.tckd_weight * factor)), A::set1(S(args.nckd_weight * factor)));
+  const typename A::M valid = A::le(zero, label);
+  const V tckd = A::keep(valid, p.tckd), nckd = A::keep(valid, p.nckd);
+  losses.tckd = losses.tckd + tckd;
+  losses.nckd = losses.nckd + nckd;
+  V ce = zero, coef_s = p.coef_s, coef_ce = zero, grad_target = p.grad_target;
+  if (args.with_ce) {
+    const V weight = A::load(s.ce_factor + lane);
+    const CePixel<Math<A>> q = ce_pixel<Math<A>>(x_s, sum.ce);
+    ce = A::keep(A::both(valid, A::ne(weight, zero)), weight * q.ce);
+    losses.ce = losses.ce + ce;
+    const V factor_ce = weight * A::set1(S(args.ce_weight * args.ce_scale));
+    coef_ce = factor_ce * q.coef;
+    grad_target = A::fma(-factor_ce, q.miss, grad_target);
+    if constexpr (mode == Ce::kNone) coef_s = coef_s + coef_ce;
+  }
+  A::store(s.coef_s + lane, A::keep(valid, coef_s));
+  A::store(s.coef_t + lane, A::keep(valid, p.coef_t));
+  A::store(s.coef_ce + lane, A::keep(valid, coef_ce));
+  A::store(s.grad_target + lane, A::keep(valid, grad_target));
+  if (args.loss_map != nullptr) {
+    // A part with weight 0 takes no part: 0 * inf would be NaN.
+    const double square = args.temperature * args.temperature;
+    V loss = zero;
+    if (args.tckd_weight != 0) loss = A::fma(A::set1(S(args.tckd_weight * square)), tckd, loss);
+    if (args.nckd_weight != 0) loss = A::fma(A::set1(S(args.nckd_weight * square)), nckd, loss);
+    if (args.ce_weight != 0) loss = A::fma(A::set1(S(args.ce_weight)), ce, loss);
+    S* out = static_cast<S*>(args.loss_map) + first_pixel + lane;
+    if (n - lane >= A::N)
+      A::store(out, loss);
+    else
+      store_n<A>(out, loss, n - lane);
+  }
+}
+
+// --- 4. write ---
+
+// The gradient of class c for one vector of pixels.
+template <class A, Ce mode>
+struct Gradient {
+  typename A::V label, coef_s, coef_t, coef_ce, target;
+  const typename A::S *student, *teacher, *ce;
+  DSCT_INLINE void begin(Gradient& g, const Scratch<A>& s, int v, int64_t classes) {
+    const int lane = v * A::N;
+    g.label = A::load(s.label + lane);
+    g.coef_s = A::load(s.coef_s + lane);
+    g.coef_t = A::load(s.coef_t + lane);
+    g.coef_ce = A::load(s.coef_ce + lane);
+    g.target = A::load(s.grad_target + lane);
+    g.student = s.student + lane * classes;
+    g.teacher = s.teacher + lane * classes;
+    g.ce = s.ce + lane * classes;
+  }
+  DSCT_INLINE typename A::V at(const Gradient& g, int64_t c, typename A::V k) {
+    typedef typename A::V V;
+    const V e_s = A::load(g.student + c * A::N), e_t = A::load(g.teacher + c * A::N);
+    V coef = g.coef_s;
+    if constexpr (mode == Ce::kSquare) coef = A::fma(e_s, g.coef_ce, coef);
+    V value = A::fma(e_s, coef, e_t * g.coef_t);
+    if constexpr (mode == Ce::kOwn) value = A::fma(A::load(g.ce + c * A::N), g.coef_ce, value);
+    return A::select(A::eq(g.label, k), g.target, value);
+  }
+};
+
+template <class A, Ce mode, class T>
+DSCT_INLINE void write_rows(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
+  typedef typename A::V V;
+  constexpr int kRun = A::N == 16 ? 2 : 2;
+  const int64_t stride = args.grad.class_stride;
+  for (int v = v0; v < v0 + Scratch<A>::kGroup && v * A::N < n; v += kRun) {
+    T* p = static_cast<T*>(const_cast<void*>(args.grad.data)) + s.at_grad.base + v * A::N;
+    Gradient<A, mode> g[kRun];
+    for (int r = 0; r < kRun; r++) Gradient<A, mode>::begin(g[r], s, v + r, args.classes);
+    V k = A::set1(0);
+    const bool aligned = (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride * int64_t(sizeof(T)))) % (A::N * sizeof(T)) == 0;
+    if ((v + kRun) * A::N <= n && aligned && args.stream) {
+      for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
+        for (int r = 0; r < kRun; r++) A::stream(p + r * A::N, Gradient<A, mode>::at(g[r], c, k));
+    } else if ((v + kRun) * A::N <= n) {
+      for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
+        for (int r = 0; r < kRun; r++) A::store(p + r * A::N, Gradient<A, mode>::at(g[r], c, k));
+    } else {
+      for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
+        for (int r = 0; r < kRun && (v + r) * A::N < n; r++) {
+          const int left = n - (v + r) * A::N;
+          store_n<A>(p + r * A::N, Gradient<A, mode>::at(g[r], c, k), left < A::N ? left : A::N);
+        }
+    }
+  }
+}
+
+template <class A, Ce mode, class T>
+DSCT_INLINE void write_any(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
+  T* data = static_cast<T*>(const_cast<void*>(args.grad.data));
+  for (int v = v0; v < v0 + Scratch<A>::kGroup && v * A::N < n; v++) {
+    const int count = n - v * A::N < A::N ? n - v * A::N : A::N;
+    Gradient<A, mode> g;
+    Gradient<A, mode>::begin(g, s, v, args.classes);
+    T* p[A::N];
+    for (int i = 0; i < count; i++) p[i] = data + Offsets::at(s.at_grad, v * A::N + i);
+    for (int64_t c = 0; c < args.classes; c++) {
+      typename A::S lanes[A::N];
+      A::store(lanes, Gradient<A, mode>::at(g, c, A::set1(typename A::S(c))));
+      for (int i = 0; i < count; i++, p[i - 1] += args.grad.class_stride) from_float(lanes[i], p[i]);
+    }
+  }
+}
+
+template <class A, Ce mode, int C, class T>
+DSCT_INLINE void write_tile(const Gradient<A, mode>& g, int64_t class_begin, int count, T* rows, int64_t pitch) {
+  typename A::V tile[C];
+  typename A::V k = A::set1(typename A::S(class_begin));
+  for (int c = 0; c < C; c++, k = k + A::set1(1))
+    tile[c] = c < count ? Gradient<A, mode>::at(g, class_begin + c, k) : A::set1(0);
+  store_transposed<A, C>(rows + class_begin, pitch, tile);
+}
+
+// Copies `bytes` past the caches; both 64-byte aligned.
+DSCT_INLINE void stream_copy(void* to, const void* from, size_t bytes) {
+  for (size_t i = 0; i < bytes / sizeof(float); i += F32::N)
+    F32::stream(static_cast<float*>(to) + i, F32::load(static_cast<const float*>(from) + i));
+}
+
+// Classes contiguous: transposed back into rows of K in L1, and from there to where they belong. Tiles go from the last to
+// the first: what a partial one writes past the end of a pixel is overwritten by the next pixel's first tile.
+template <class A, Ce mode, class T>
+DSCT_INLINE void write_columns(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
+  const int64_t classes = args.classes;
+  T* rows = reinterpret_cast<T*>(s.rows);
+  const int first = v0 * A::N;
+  const int count = n - first < Scratch<A>::kGroup * A::N ? n - first : Scratch<A>::kGroup * A::N;
+  for (int v = v0; v * A::N < first + count; v++) {
+    T* out = rows + int64_t(v - v0) * A::N * classes;
+    Gradient<A, mode> g;
+    Gradient<A, mode>::begin(g, s, v, classes);
+    const int64_t whole = classes / A::N * A::N;
+    const int left = int(classes - whole);
+    if (left > 0) {
+      const int chunk = chunk_for<A>(left);
+      if (chunk == A::N) {
+        write_tile<A, mode, A::N>(g, whole, left, out, classes);
+      } else if constexpr (sizeof(typename A::S) == 4 && A::N == 16) {
+        if (chunk == 8)
+          write_tile<A, mode, 8>(g, whole, left, out, classes);
+        else
+          write_tile<A, mode, 4>(g, whole, left, out, classes);
+      } else if constexpr (sizeof(typename A::S) == 4 && A::N == 8) {
+        write_tile<A, mode, 4>(g, whole, left, out, classes);
+      }
+    }
+    for (int64_t c = whole - A::N; c >= 0; c -= A::N) write_tile<A, mode, A::N>(g, c, A::N, out, classes);
+  }
+  T* to = static_cast<T*>(const_cast<void*>(args.grad.data)) + s.at_grad.base + first * s.at_grad.stride;
+  const size_t bytes = size_t(count) * size_t(classes) * sizeof(T);
+  if (s.at_grad.stride != classes) {
+    for (int i = 0; i < count; i++) memcpy(to + i * s.at_grad.stride, rows + i * classes, size_t(classes) * sizeof(T));
+  } else if (args.stream && (reinterpret_cast<uintptr_t>(to) | bytes) % 64 == 0) {
+    stream_copy(to, rows, bytes);
+  } else {
+    memcpy(to, rows, bytes);
+  }
+}
+
+template <class A, Ce mode, class T>
+void write_as(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
+  if (s.at_grad.uniform && args.grad.class_stride == 1)
+    write_columns<A, mode, T>(args, s, v0, n);
+  else if (s.at_grad.uniform && s.at_grad.stride == 1)
+    write_rows<A, mode, T>(args, s, v0, n);
+  else
+    write_any<A, mode, T>(args, s, v0, n);
+}
+
+template <class A, Ce mode>
+DSCT_INLINE void write(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
+  switch (args.grad.type) {
+    case FloatType::kF32:
+      return write_as<A, mode, float>(args, s, v0, n);
+    case FloatType::kBF16:
+      return write_as<A, mode, bf16>(args, s, v0, n);
+    case FloatType::kF16:
+      return write_as<A, mode, f16>(args, s, v0, n);
+    case FloatType::kF64:
+      if constexpr (sizeof(typename A::S) == 8) return write_as<A, mode, double>(args, s, v0, n);
+  }
+}
+
+// --- labels ---
+
+template <class A, class T>
+DSCT_INLINE bool load_labels_as(const TnkdArgs& args, const Offsets& at, int n, typename A::S* label) {
+  const T* p = static_cast<const T*>(args.target);
+  // An ignore_index that T cannot hold is never met.
+  const bool has_ignore = args.has_ignore && int64_t(T(args.ignore_index)) == args.ignore_index;
+  const T ignore = has_ignore ? T(args.ignore_index) : T(0);
+  bool any = false;
+  for (int i = 0; i < n; i++) {
+    const T y = p[at.uniform ? at.base + i * at.stride : at.each[i]];
+    const bool ignored = has_ignore & (y == ignore);
+    any |= !ignored;
+    label[i] = ignored ? typename A::S(-1) : typename A::S(y);
+  }
+  return any;
+}
+
+// Labels as numbers of the accumulation type (exact up to 2^24 classes); returns whether any pixel is valid.
+template <class A>
+bool load_labels(const TnkdArgs& args, const Offsets& at, int n, typename A::S* label) {
+  switch (args.target_type) {
+    case LabelType::kU8:
+      return load_labels_as<A, uint8_t>(args, at, n, label);
+    case LabelType::kI8:
+      return load_labels_as<A, int8_t>(args, at, n, label);
+    case LabelType::kI16:
+      return load_labels_as<A, int16_t>(args, at, n, label);
+    case LabelType::kI32:
+      return load_labels_as<A, int32_t>(args, at, n, label);
+    case LabelType::kI64:
+      return load_labels_as<A, int64_t>(args, at, n, label);
+  }
+  return false;
+}
+
+// --- blocks ---
+
+struct Position {
+  int64_t index[kMaxPixelDims];
+};
+
+DSCT_INLINE Position position(const TnkdArgs& args, int64_t pixel) {
+  Position p;
+  for (int d = args.dims - 1; d > 0; d--) {
+    p.index[d] = pixel % args.sizes[d];
+    pixel /= args.sizes[d];
+  }
+  p.index[0] = pixel;
+  return p;
+}
+
+// The pixels of the block that starts at `pixel`: within one row of the innermost dimension where those are long enough
+// for a vector, else whatever comes next.
+DSCT_INLINE int block_length(const TnkdArgs& args, const Position& p, int64_t pixel, int64_t end, int block, int lanes,
+                             bool* uniform) {
+  const int64_t inner = args.sizes[args.dims - 1];
+  const int64_t row = inner - p.index[args.dims - 1];
+  int64_t n = end - pixel < block ? end - pixel : block;
+  *uniform = inner >= lanes || row >= n;
+  if (*uniform && row < n) n = row;
+  return int(n);
+}
+
+DSCT_INLINE void locate(const TnkdArgs& args, const Position& p, const int64_t* strides, int n, bool uniform,
+                        Offsets* at) {
+  int64_t base = 0;
+  for (int d = 0; d < args.dims; d++) base += p.index[d] * strides[d];
+  at->uniform = uniform;
+  at->base = base;
+  at->stride = strides[args.dims - 1];
+  if (uniform) return;
+  Position q = p;
+  for (int i = 0; i < n; i++) {
+    at->each[i] = base;
+    for (int d = args.dims - 1; d >= 0; d--) {
+      base += strides[d];
+      if (++q.index[d] < args.sizes[d] || d == 0) break;
+      base -= strides[d] * args.sizes[d];
+      q.index[d] = 0;
+    }
+  }
+}
+
+template <class A, Ce mode>
+DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel, LossSums<A>& losses) {
+  typedef typename A::S S;
+  constexpr int kGroup = Scratch<A>::kGroup;
+  bool any = true;
+  for (int i = args.target != nullptr ? n : 0; i < kMaxBlock; i++) s.label[i] = S(-1);
+  if (args.target != nullptr) {
+    any = load_labels<A>(args, s.at_target, n, s.label);
+    if (any) read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
+  } else {
+    read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
+    label_by_teacher<A>(n, args.classes, s.teacher, s.label, s.max_t, s.target_t);
+  }
+  if (any) {
+    read<A>(args.student, s.at_student, n, args.classes, s.label, s.student, s.max_s, s.target_s);
+    if (args.with_ce) {
+      const S* weight = static_cast<const S*>(args.class_weight);
+      for (int i = 0; i < kMaxBlock; i++)
+        s.ce_factor[i] = s.label[i] < 0 ? S(0) : weight == nullptr ? S(1) : weight[int64_t(s.label[i])];
+    }
+  } else {  // nothing but ignored pixels: nothing is read
+    const int lanes = (n + A::N - 1) / A::N * A::N;
+    if (args.loss_map != nullptr) memset(static_cast<S*>(args.loss_map) + pixel, 0, size_t(n) * sizeof(S));
+    if (args.grad.data == nullptr) return;
+    const size_t bytes = size_t(args.classes) * size_t(lanes) * sizeof(S);
+    memset(s.student, 0, bytes);
+    memset(s.teacher, 0, bytes);
+    if (mode == Ce::kOwn) memset(s.ce, 0, bytes);
+    memset(s.coef_s, 0, sizeof(s.coef_s));
+    memset(s.coef_t, 0, sizeof(s.coef_t));
+    memset(s.coef_ce, 0, sizeof(s.coef_ce));
+    memset(s.grad_target, 0, sizeof(s.grad_target));
+  }
+  for (int v0 = 0; v0 * A::N < n; v0 += kGroup) {
+    if (any)
+      for (int v = v0; v < v0 + kGroup && v * A::N < n; v++) vector_of_pixels<A, mode>(args, s, v, n, pixel, losses);
+    if (args.grad.data != nullptr) write<A, mode>(args, s, v0, n);
+  }
+}
+
+template <class A, Ce mode>
+PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
+  PixelSums sums = {0, 0, 0};
+  const int block = block_pixels<A>(args.classes);
+  for (int64_t pixel = begin; pixel < end;) {
+    const Position p = position(args, pixel);
+    bool uniform;
+    const int n = block_length(args, p, pixel, end, block, A::N, &uniform);
+    locate(args, p, args.student.pixel_strides, n, uniform, &s.at_student);
+    locate(args, p, args.teacher.pixel_strides, n, uniform, &s.at_teacher);
+    if (args.grad.data != nullptr) locate(args, p, args.grad.pixel_strides, n, uniform, &s.at_grad);
+    if (args.target != nullptr) locate(args, p, args.target_strides, n, uniform, &s.at_target);
+    LossSums<A> losses = {A::set1(0), A::set1(0), A::set1(0)};
+    run_block<A, mode>(args, s, n, pixel, losses);
+    sums.ce += double(sum<A>(losses.ce));
+    sums.tckd += double(sum<A>(losses.tckd));
+    sums.nckd += double(sum<A>(losses.nckd));
+    pixel += n;
+  }
+  if (args.stream) stream_fence();
+  return sums;
+}
+
+template <class A>
+Scratch<A>& lay_out(const TnkdArgs& args, void* memory) {
+  Scratch<A>& s = *static_cast<Scratch<A>*>(memory);
+  typedef typename A::S S;
+  char* p = static_cast<char*>(memory) + round_up(sizeof(Scratch<A>), 64);
+  const size_t bytes = column_bytes<A>(args);
+  s.student = reinterpret_cast<S*>(p);
+  s.teacher = reinterpret_cast<S*>(p + bytes);
+  s.ce = reinterpret_cast<S*>(p + 2 * bytes);
+  s.rows = p + 3 * bytes;
+  return s;
+}
+
+template <class A>
+PixelSums run(const TnkdArgs& args, int64_t begin, int64_t end, void* memory) {
+  Scratch<A>& s = lay_out<A>(args, memory);
+  if (!args.with_ce || args.temperature == 1) return run_mode<A, Ce::kNone>(args, begin, end, s);
+  if (args.temperature == 2) return run_mode<A, Ce::kSquare>(args, begin, end, s);
+  return run_mode<A, Ce::kOwn>(args, begin, end, s);
+}
+
+// The teacher's argmax as labels: for the one case that has to know them all beforehand, the sum of the class weights.
+template <class A>
+void teacher_labels(const TnkdArgs& args, int64_t begin, int64_t end, void* memory, int32_t* labels) {
+  Scratch<A>& s = lay_out<A>(args, memory);
+  for (int i = 0; i < kMaxBlock; i++) s.label[i] = -1;
+  for (int64_t pixel = begin; pixel < end;) {
+    const Position p = position(args, pixel);
+    bool uniform;
+    const int n = block_length(args, p, pixel, end, block_pixels<A>(args.classes), A::N, &uniform);
+    locate(args, p, args.teacher.pixel_strides, n, uniform, &s.at_teacher);
+    read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
+    label_by_teacher<A>(n, args.classes, s.teacher, s.label, s.max_t, s.target_t);
+    for (int i = 0; i < n; i++) labels[pixel + i] = int32_t(s.label[i]);
+    pixel += n;
+  }
+}
+
+// --- counting, over the labels alone ---
+
+template <class T>
+DSCT_INLINE void count_row(const TnkdArgs& args, const T* p, int64_t stride, int64_t n, LabelCount* count) {
+  const bool has_ignore = args.has_ignore && int64_t(T(args.ignore_index)) == args.ignore_index;
+  const T ignore = has_ignore ? T(args.ignore_index) : T(0);
+  const T last = T(args.classes - 1) >= 0 && int64_t(T(args.classes - 1)) == args.classes - 1
+                     ? T(args.classes - 1)
+                     : T((uint64_t(1) << (8 * sizeof(T) - (T(-1) < T(0)))) - 1);  // T holds no label that large
+  for (int64_t begin = 0; begin < n; begin += 4096) {
+    const int64_t end = begin + 4096 < n ? begin + 4096 : n;
+    int32_t ignored = 0;
+    int32_t bad = 0;
+    const auto look = [&](T y) {
+      const int32_t skip = has_ignore & (y == ignore);
+      ignored += skip;
+      bad |= ((y < T(0)) | (y > last)) & (skip ^ 1);
+    };
+    if (stride == 1)
+      for (int64_t i = begin; i < end; i++) look(p[i]);
+    else
+      for (int64_t i = begin; i < end; i++) look(p[i * stride]);
+    count->valid += (end - begin) - ignored;
+    count->bad |= bad != 0;
+  }
+}
+
+template <class S, class T>
+DSCT_INLINE void weigh_row(const TnkdArgs& args, const T* p, int64_t stride, int64_t n, LabelCount* count) {
+  const S* weight = static_cast<const S*>(args.class_weight);
+  for (int64_t i = 0; i < n; i++) {
+    const T y = p[i * stride];
+    if (!(args.has_ignore && int64_t(y) == args.ignore_index)) count->weight += double(weight[int64_t(y)]);
+  }
+}
+
+template <class S, class T>
+LabelCount count_labels_as(const TnkdArgs& args, int64_t begin, int64_t end) {
+  LabelCount count = {0, 0, false};
+  for (int64_t pixel = begin; pixel < end;) {
+    const Position p = position(args, pixel);
+    const int d = args.dims - 1;
+    int64_t n = args.sizes[d] - p.index[d];
+    if (n > end - pixel) n = end - pixel;
+    const T* row = static_cast<const T*>(args.target);
+    for (int i = 0; i <= d; i++) row += p.index[i] * args.target_strides[i];
+    count_row(args, row, args.target_strides[d], n, &count);
+    if (args.class_weight != nullptr && !count.bad) weigh_row<S>(args, row, args.target_strides[d], n, &count);
+    pixel += n;
+  }
+  return count;
+}
+
+template <class S>
+LabelCount count_labels(const TnkdArgs& args, int64_t begin, int64_t end) {
+  switch (args.target_type) {
+    case LabelType::kU8:
+      return count_labels_as<S, uint8_t>(args, begin, end);
+    case LabelType::kI8:
+      return count_labels_as<S, int8_t>(args, begin, end);
+    case LabelType::kI16:
+      return count_labels_as<S, int16_t>(args, begin, end);
+    case LabelType::kI32:
+      return count_labels_as<S, int32_t>(args, begin, end);
+    case LabelType::kI64:
+      return count_labels_as<S, int64_t>(args, begin, end);
+  }
+  return {0, 0, false};
+}
+
+}  // namespace
+
+const TnkdKernels tnkd_kernels_f32 = {count_labels<float>, teacher_labels<F32>, run<F32>, scratch_bytes<F32>};
+const TnkdKernels tnkd_kernels_f64 = {count_labels<double>, teacher_labels<F64>, run<F64>, scratch_bytes<F64>};
+
+}  // namespace DSCT_ISA
+}  // namespace dsct

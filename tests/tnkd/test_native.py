@@ -1,0 +1,495 @@
+"""The native CPU kernel of TNKD + CE against the reference, called as the op."""
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsct_kernels import backends
+from dsct_kernels.tnkd import reference
+
+from ..helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+
+pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+
+INF, NAN = float("inf"), float("nan")
+NONE, MEAN, SUM = 0, 1, 2
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+DEFAULTS: dict[str, Any] = dict(
+    class_weight=None,
+    ce_weight=0.7,
+    tckd_weight=1.0,
+    nckd_weight=2.0,
+    temperature=2.0,
+    ignore_index=255,
+    reduction=MEAN,
+    with_ce=True,
+)
+
+
+def native(student: Tensor, teacher: Tensor, target: Tensor | None, needs_grad: bool = True, **options: Any):
+    """(loss, parts, gradient in the accumulation dtype) of the op."""
+    args = {**DEFAULTS, **options}
+    op = torch.ops.dsct_kernels.tnkd
+    loss, parts, grad, scale = op(student, teacher, target, *args.values(), needs_grad)
+    return loss, parts, grad.to(scale.dtype) * scale
+
+
+def eager(student: Tensor, teacher: Tensor, target: Tensor | None, **options: Any):
+    """The same of the reference."""
+    args = {**DEFAULTS, **options}
+    student = student.detach().clone().requires_grad_()
+    loss, parts = reference.tnkd(student, teacher, target, *args.values())
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    return loss.detach(), parts, grad
+
+
+def compare(student: Tensor, teacher: Tensor, target: Tensor | None, layout: str = "contiguous", **options: Any) -> None:
+    """The error rule, on loss, parts and gradient."""
+    weight = options.pop("class_weight", None)
+    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    own = dict(options, class_weight=None if weight is None else weight.to(acc))
+    double = dict(options, class_weight=None if weight is None else weight.double())
+    got = native(strided_copy(student, layout), strided_copy(teacher, layout), target, **own)
+    same = eager(student, teacher, target, **own)
+    truth = eager(student.double(), teacher.double(), target, **double)
+    for name, *values in zip(("loss", "parts", "grad"), got, same, truth):
+        assert_as_good_as_reference(*values, f"{name} of {tuple(student.shape)} {student.dtype} {layout} {options}")
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def labels(*shape: int, classes: int, ignored: float = 0.2, ignore_index: int | None = 255, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, classes, shape, generator=generator)
+    if ignore_index is not None:
+        y[torch.rand(shape, generator=generator) < ignored] = ignore_index
+    return y
+
+
+# (2, 6, ..) and (2, 19, ..): chunks of 8 and 16 + 4 classes; 150 and 1000: several tiles, several partial sums;
+# (70, 21) and (128, 100): no spatial dimensions; (3, 5, 7): rows shorter than a vector; 4 spatial dimensions merge.
+SHAPES = [
+    (2, 6, 16, 24), (2, 19, 13, 11), (1, 150, 8, 9), (1, 1000, 5, 7), (70, 21), (128, 100), (1, 2, 333), (3, 5, 7),
+    (2, 3, 2, 3, 4), (1, 33, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_dtypes_layouts(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    student, teacher = logits(*shape, dtype=dtype), logits(*shape, dtype=dtype, seed=2)
+    ignore = 255 if shape[1] <= 255 else -1
+    target = labels(shape[0], *shape[2:], classes=shape[1], ignore_index=ignore)
+    compare(student, teacher, target, layout, ignore_index=ignore)
+    compare(student, teacher, None, layout, reduction=NONE)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 5.0))
+@pytest.mark.parametrize("reduction", (NONE, MEAN, SUM))
+@pytest.mark.parametrize("with_ce", (False, True))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_temperature_reduction_ce(temperature: float, reduction: int, with_ce: bool, layout: str) -> None:
+    # Cross-entropy shares TNKD's exponentials at 1, squares them at 2 and takes its own elsewhere.
+    student, teacher, target = logits(2, 6, 9, 16), logits(2, 6, 9, 16, seed=2), labels(2, 9, 16, classes=6)
+    weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 3.0, 1.0])
+    options = dict(temperature=temperature, reduction=reduction, with_ce=with_ce)
+    compare(student, teacher, target, layout, **options)
+    compare(student, teacher, target, layout, class_weight=weight, **options)
+    compare(student, teacher, None, layout, class_weight=weight, **options)
+
+
+@pytest.mark.parametrize("student_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("teacher_dtype", FLOATS, ids=str)
+def test_mixed_dtypes_and_layouts(student_dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+    student, teacher = logits(2, 7, 8, 8, dtype=student_dtype), logits(2, 7, 8, 8, dtype=teacher_dtype, seed=2)
+    target = labels(2, 8, 8, classes=7)
+    truth = native(student, teacher, target)
+    for layout_s in LAYOUTS:
+        for layout_t in LAYOUTS:
+            got = native(strided_copy(student, layout_s), strided_copy(teacher, layout_t), target)
+            for a, b in zip(got, truth):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    compare(student, teacher, target)
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=str)
+@pytest.mark.parametrize("ignore_index", (0, -1, -100, 255, None))
+@pytest.mark.parametrize("strided", (False, True))
+def test_label_widths_and_ignore_patterns(dtype: torch.dtype, ignore_index: int | None, strided: bool) -> None:
+    student, teacher = logits(2, 6, 5, 33), logits(2, 6, 5, 33, seed=2)
+    held = ignore_index is not None and torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max
+    target = labels(2, 5, 33, classes=6, ignore_index=ignore_index if held else None)
+    want = native(student, teacher, target, ignore_index=ignore_index)
+    given = target.to(dtype)
+    if strided:
+        given = strided_copy(given, "sliced")
+    got = native(student, teacher, given, ignore_index=ignore_index)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    compare(student, teacher, given, ignore_index=ignore_index)
+
+
+def test_gradient_has_the_students_dtype_and_strides() -> None:
+    op, args = torch.ops.dsct_kernels.tnkd, DEFAULTS.values()
+    for dtype in FLOATS:
+        for layout in ("contiguous", "channels_last", "transposed"):
+            student = strided_copy(logits(3, 6, 4, 5, dtype=dtype), layout)
+            grad = op(student, student, None, *args, True)[2]
+            assert grad.dtype == dtype and grad.stride() == student.stride()
+    assert op(student, student, None, *args, False)[2].shape == (0,)
+
+
+def test_without_gradient_the_loss_is_the_same() -> None:
+    student, teacher, target = logits(2, 6, 9, 16), logits(2, 6, 9, 16, seed=2), labels(2, 9, 16, classes=6)
+    for reduction in (NONE, MEAN, SUM):
+        for got, want in zip(
+            native(student, teacher, target, needs_grad=False, reduction=reduction)[:2],
+            native(student, teacher, target, reduction=reduction)[:2],
+        ):
+            assert torch.equal(got, want)
+
+
+def test_float16_keeps_the_count_out_of_the_gradient() -> None:
+    student, teacher = logits(4, 6, 64, 64, dtype=torch.float16), logits(4, 6, 64, 64, seed=2)
+    target = labels(4, 64, 64, classes=6)
+    _, _, grad, scale = torch.ops.dsct_kernels.tnkd(student, teacher, target, *DEFAULTS.values(), True)
+    count = (target != 255).sum().item()
+    assert scale.item() == pytest.approx(1 / count)
+    assert grad.abs().max() > 0.1  # divided by the count it would be subnormal
+    weight = torch.arange(1.0, 7.0)
+    compare(student, teacher, target, class_weight=weight)
+
+
+# --- the edge cases of the specification ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "magnitude"),
+    [(torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 6e4), (torch.float64, 1e6)],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", (0.01, 1.0, 2.0, 7.0))
+def test_extreme_magnitudes(layout: str, dtype: torch.dtype, magnitude: float, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (((torch.rand(2, 6, 8, 8, generator=generator) * 2 - 1) * magnitude).to(dtype) for _ in range(2))
+    target = labels(2, 8, 8, classes=6)
+    compare(student, teacher, target, layout, temperature=temperature)
+    loss, _, grad = native(student, teacher, target, temperature=temperature)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("margin", (18.0, 110.0, 1000.0))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_a_dominating_target_does_not_hide_the_others(margin: float, dtype: torch.dtype) -> None:
+    student, teacher = logits(2, 6, 8, 8), logits(2, 6, 8, 8, seed=2)
+    target = labels(2, 8, 8, classes=6, ignore_index=None)
+    bump = torch.nn.functional.one_hot(target, 6).movedim(-1, 1) * margin
+    student, teacher = (student + bump).to(dtype), (teacher + bump).to(dtype)
+    compare(student, teacher, target)
+    assert native(student, teacher, target)[1][2] > 0.1  # NCKD
+
+
+@pytest.mark.parametrize("reduction", (NONE, MEAN, SUM))
+@pytest.mark.parametrize("shape", [(2, 6, 8, 8), (0, 6, 8, 8), (2, 6, 0, 8), (0, 6)], ids=str)
+def test_nothing_valid(shape: tuple[int, ...], reduction: int) -> None:
+    for layout in ("contiguous", "channels_last"):
+        student = strided_copy(torch.full(shape, NAN), layout)
+        target = torch.full((shape[0], *shape[2:]), 255)
+        loss, parts, grad = native(student, student, target, reduction=reduction)
+        assert (loss == 0).all() and (parts == 0).all() and (grad == 0).all() and grad.shape == shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("garbage", (NAN, INF, -INF))
+@pytest.mark.parametrize("temperature", (1.0, 2.0, 3.0))
+def test_whatever_stands_at_ignored_pixels(layout: str, garbage: float, temperature: float) -> None:
+    student, teacher = logits(2, 6, 9, 40), logits(2, 6, 9, 40, seed=2)
+    target = labels(2, 9, 40, classes=6)
+    target[0, 2:6] = 255  # whole blocks too
+    for reduction in (NONE, MEAN):
+        want = native(student, teacher, target, reduction=reduction, temperature=temperature)
+        dirty = [torch.where((target == 255).unsqueeze(1), garbage, x) for x in (student, teacher)]
+        got = native(
+            *(strided_copy(x, layout) for x in dirty), target, reduction=reduction, temperature=temperature
+        )
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        assert (got[2].movedim(1, -1)[target == 255] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "sliced"))
+@pytest.mark.parametrize("which", (0, 1))
+@pytest.mark.parametrize("at_target", (False, True))
+def test_nan_at_a_valid_pixel_is_never_hidden(layout: str, which: int, at_target: bool) -> None:
+    for classes in (2, 6, 20):
+        both = [logits(2, classes, 3, 20), logits(2, classes, 3, 20, seed=2)]
+        target = labels(2, 3, 20, classes=classes, ignore_index=None)
+        label = int(target[1, 2, 19])
+        both[which][1, label if at_target else (label + 1) % classes, 2, 19] = NAN
+        student, teacher = (strided_copy(x, layout) for x in both)
+        for temperature in (1.0, 2.0, 3.0):
+            assert native(student, teacher, target, temperature=temperature)[0].isnan()
+            pixel = native(student, teacher, target, temperature=temperature, reduction=NONE)[0].isnan()
+            assert pixel[1, 2, 19] and pixel.sum() == 1
+
+
+@pytest.mark.parametrize("temperature", (1.0, 2.0, 3.0))
+@pytest.mark.parametrize("classes", (3, 6, 20))
+def test_a_class_absent_in_both(classes: int, temperature: float) -> None:
+    student, teacher = logits(2, classes, 3, 20), logits(2, classes, 3, 20, seed=2)
+    target = labels(2, 3, 20, classes=classes - 1)
+    absent = [torch.cat([x[:, :-1], torch.full_like(x[:, :1], -INF)], 1) for x in (student, teacher)]
+    got = native(*absent, target, temperature=temperature)
+    want = native(student[:, :-1], teacher[:, :-1], target, temperature=temperature)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1])
+    torch.testing.assert_close(got[2][:, :-1], want[2])
+    assert (got[2][:, -1] == 0).all()
+
+
+def test_absent_target_and_absent_others() -> None:
+    student, teacher = logits(1, 4, 3), logits(1, 4, 3, seed=2)
+    target = torch.tensor([[2, 2, 2]])
+    for x in (student, teacher):
+        x[0, 2, 0] = -INF  # the target is absent: nothing to say about it, the others compare as ever
+        x[0, [0, 1, 3], 1] = -INF  # nothing but the target is there
+    loss, parts, grad = native(student, teacher, target, with_ce=False, reduction=NONE)
+    truth = eager(student.double(), teacher.double(), target, with_ce=False, reduction=NONE)[0]
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
+    assert loss.isfinite().all() and loss[0, 1] == 0 and grad.isfinite().all() and (grad[0, :, 1] == 0).all()
+    assert parts.isfinite().all()
+
+
+def test_student_without_a_class_the_teacher_has() -> None:
+    student, teacher = logits(1, 5, 40), logits(1, 5, 40, seed=2)
+    target = torch.ones(1, 40, dtype=torch.long)
+    student[0, 3, 7] = -INF  # another class
+    student[0, 1, 9] = -INF  # the target
+    student[0, [0, 2, 3, 4], 11] = -INF  # every class but the target
+    loss, parts, grad = native(student, teacher, target, reduction=NONE)
+    assert loss[0].isinf().nonzero().flatten().tolist() == [7, 9, 11] and (loss[0, [7, 9, 11]] > 0).all()
+    assert grad.isfinite().all()
+    assert native(student, teacher, target)[0] == INF
+    # A part that is infinite but has weight 0 takes no part.
+    assert native(student, teacher, target, nckd_weight=0.0, tckd_weight=0.0, ce_weight=0.0)[0] == 0
+    # The closed form of the specification.
+    z_s, z_t = student.double()[0, :, 7] / 2, teacher.double()[0, :, 7] / 2
+    others = torch.tensor([0, 2, 3, 4])
+    b_s, b_t = (torch.sigmoid(z[1] - z[others].logsumexp(0)) for z in (z_s, z_t))
+    q_s, q_t = z_s[others].softmax(0), z_t[others].softmax(0)
+    want = 2 * ((2 - (b_s - b_t)) * q_s - 2 * q_t)
+    got = native(student, teacher, target, reduction=NONE, with_ce=False)[2][0, others, 7]
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_two_classes_have_no_nckd() -> None:
+    for scale in (1.0, 1e4):
+        student, teacher = logits(2, 2, 9, 9, scale=scale), logits(2, 2, 9, 9, scale=scale, seed=2)
+        target = labels(2, 9, 9, classes=2)
+        assert native(student, teacher, target)[1][2] == 0
+        compare(student, teacher, target)
+
+
+def test_equal_networks_have_nothing_to_learn() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for classes in (6, 150):
+            x, target = logits(2, classes, 9, 9, dtype=dtype), labels(2, 9, 9, classes=classes)
+            loss, parts, grad = native(x, x, target, with_ce=False)
+            assert loss.abs() < 1e-6 and grad.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_argmax_takes_the_first_of_equals(layout: str) -> None:
+    teacher = torch.zeros(2, 20, 3, 17)
+    teacher[:, 5] = teacher[:, 11] = 1.0
+    teacher[0, 3, 1] = teacher[0, 18, 1] = 2.0
+    student = logits(2, 20, 3, 17)
+    want = native(student, teacher, teacher.argmax(1), ignore_index=None)
+    got = native(strided_copy(student, layout), strided_copy(teacher, layout), None, ignore_index=None)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    # ignore_index is about given labels: a teacher that says class 5 is not told to be quiet.
+    again = native(student, teacher, None, ignore_index=5)
+    assert torch.equal(again[0], native(student, teacher, None, ignore_index=None)[0])
+
+
+@pytest.mark.parametrize("dtype", LABELS, ids=str)
+@pytest.mark.parametrize("label", (6, 100, -1, -100))
+def test_bad_label_is_named_with_its_position(dtype: torch.dtype, label: int) -> None:
+    target = torch.zeros(2, 5, 40, dtype=torch.int64)
+    target[1, 3, 33] = target[1, 4, 0] = label
+    target = target.to(dtype)
+    x = logits(2, 6, 5, 40)
+    shown = int(target[1, 3, 33])
+    for given in (target, strided_copy(target, "sliced"), strided_copy(target, "transposed")):
+        with pytest.raises(ValueError) as error:
+            native(x, x, given, ignore_index=254)
+        message = f"target: label {shown} at position (1, 3, 33) is outside [0, 6) and is not ignore_index=254"
+        assert str(error.value) == message
+    with pytest.raises(ValueError, match="is not ignore_index=None"):
+        native(x, x, target, ignore_index=None)
+
+
+def test_labels_wider_than_float_are_checked_exactly() -> None:
+    x = logits(1, 6, 3)
+    for label in (2**32 + 1, 2**53 + 1, -(2**63)):
+        with pytest.raises(ValueError, match=f"label {label} at position"):
+            native(x, x, torch.tensor([[0, label, 1]]))
+    compare(x, logits(1, 6, 3, seed=2), torch.tensor([[0, 2**62, 1]]), ignore_index=2**62)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(teacher=logits(2, 5, 3)), "teacher_logits: expected the shape of student_logits"),
+        (dict(target=torch.zeros(2, 4, dtype=torch.long)), "target: expected shape"),
+        (dict(target=torch.zeros(2, 3)), "target: expected dtype"),
+        (dict(student=logits(2, 6, 3).to(torch.int32)), "student_logits: expected dtype"),
+        (dict(class_weight=torch.ones(5)), "class_weight: expected"),
+        (dict(class_weight=torch.ones(6, dtype=torch.float64)), "class_weight: expected"),
+        (dict(temperature=0.0), "temperature: expected"),
+        (dict(reduction=3), "reduction: expected"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    good = dict(student=logits(2, 6, 3), teacher=logits(2, 6, 3), target=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=message):
+        native(**{**good, **change})
+
+
+# --- how it runs ---
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_same_bits_every_time_and_for_any_number_of_threads(layout: str) -> None:
+    student, teacher = (strided_copy(logits(2, 19, 100, 96, seed=s), layout) for s in (0, 2))
+    target = labels(2, 100, 96, classes=19)
+    weight = torch.rand(19)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 2, 3):
+            torch.set_num_threads(n)
+            results.append(native(student, teacher, target, class_weight=weight))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_large_gradients_take_the_streaming_path() -> None:
+    # 8 MiB and more is written past the caches, in either layout; the numbers must not care.
+    for classes, size, dtype in ((6, 608, torch.float32), (17, 512, torch.bfloat16), (40, 336, torch.float64)):
+        student, teacher = logits(1, classes, size, size, dtype=dtype), logits(1, classes, size, size, seed=2, dtype=dtype)
+        target = labels(1, size, size, classes=classes)
+        whole = native(student, teacher, target, reduction=SUM)
+        half = size // 2
+        parts = [native(student[:, :, rows], teacher[:, :, rows], target[:, rows], reduction=SUM)
+                 for rows in (slice(0, half), slice(half, size))]  # fmt: skip
+        torch.testing.assert_close(whole[2], torch.cat([p[2] for p in parts], 2))
+        last = native(*(strided_copy(x, "channels_last") for x in (student, teacher)), target, reduction=SUM)
+        torch.testing.assert_close(last[2], whole[2])
+        torch.testing.assert_close(last[0], whole[0])
+
+
+def test_expanded_inputs() -> None:
+    student, teacher = logits(1, 6, 1, 40), logits(1, 6, 1, 1, seed=2)
+    target = labels(2, 3, 40, classes=6)
+    wide_s, wide_t = student.expand(2, 6, 3, 40), teacher.expand(2, 6, 3, 40)
+    got, want = native(wide_s, wide_t, target), native(wide_s.contiguous(), wide_t.contiguous(), target)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+    one_label = torch.tensor(3).expand(2, 3, 40)
+    compare(wide_s, wide_t, one_label)
+
+
+def test_offsets_beyond_2_to_the_31() -> None:
+    # A view of 40 pixels over 2^32 elements of (never touched, hence not resident) memory, ends included.
+    big = torch.empty(6 * 2**30 + 64, dtype=torch.bfloat16)
+    student = big.as_strided((1, 6, 40), (1, 2**30, 1))
+    source = logits(1, 6, 40, dtype=torch.bfloat16)
+    student.copy_(source)
+    teacher = logits(1, 6, 40, dtype=torch.bfloat16, seed=2)
+    got, want = native(student, teacher, None, with_ce=False), native(source, teacher, None, with_ce=False)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_inputs_are_never_written() -> None:
+    for layout in LAYOUTS:
+        student, teacher = (strided_copy(logits(2, 6, 9, 16, seed=s), layout) for s in (0, 2))
+        target = labels(2, 9, 16, classes=6)
+        before = [x.clone() for x in (student, teacher, target)]
+        native(student, teacher, target)
+        assert all(torch.equal(a, b) for a, b in zip((student, teacher, target), before))
+
+
+@pytest.mark.skipif("DSCT_KERNELS_CPU" in os.environ, reason="this is the run with the instruction set lowered")
+@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+def test_every_instruction_set(isa: str) -> None:
+    """These tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
+    if isa not in str(backends.build_info()["cpu_isas"]):
+        pytest.skip(f"{isa} is not built in")
+    if isa == backends.build_info()["cpu_isa"]:
+        pytest.skip(f"{isa} is what the tests above ran with")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    classes = draw(st.one_of(st.integers(2, 40), st.sampled_from([64, 65, 150, 300])))
+    spatial = draw(st.lists(st.integers(1, 9), max_size=3))
+    shape = (draw(st.integers(1, 5)), classes, *spatial)
+    dtype = draw(st.sampled_from(FLOATS))
+    scale = 10.0 ** draw(st.integers(-2, 4))
+    seed = draw(st.integers(0, 2**20))
+    ignore_index = draw(st.sampled_from([0, -1, -100, 255 if classes <= 255 else -7, None]))
+    given_target = draw(st.booleans())
+    target = None
+    if given_target:
+        target = labels(shape[0], *spatial, classes=classes, ignore_index=ignore_index, seed=seed,
+                        ignored=draw(st.sampled_from([0.0, 0.3, 1.0])))  # fmt: skip
+    student, teacher = logits(*shape, dtype=dtype, scale=scale, seed=seed), logits(*shape, dtype=dtype, scale=scale, seed=seed + 1)
+    return dict(
+        student=student,
+        teacher=teacher,
+        target=target,
+        layout=draw(st.sampled_from(LAYOUTS)),
+        ignore_index=ignore_index,
+        temperature=draw(st.sampled_from([0.01, 0.3, 1.0, 2.0, 4.0, 10.0])),
+        reduction=draw(st.integers(0, 2)),
+        with_ce=draw(st.booleans()),
+        class_weight=draw(st.sampled_from([None, torch.linspace(0, 2, classes)])),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_any_problem(problem: dict[str, Any]) -> None:
+    compare(**problem)
+
+
+def test_parts_add_up_to_the_loss() -> None:
+    student, teacher, target = logits(2, 6, 9, 16), logits(2, 6, 9, 16, seed=2), labels(2, 9, 16, classes=6)
+    for reduction in (MEAN, SUM):
+        loss, parts, _ = native(student, teacher, target, reduction=reduction)
+        want = 0.7 * parts[0] + 1.0 * parts[1] + 2.0 * parts[2]
+        assert math.isclose(loss, want, rel_tol=1e-6)
+    per_pixel = native(student, teacher, target, reduction=NONE)
+    torch.testing.assert_close(per_pixel[0].sum(), loss)
+    torch.testing.assert_close(per_pixel[1], parts)
