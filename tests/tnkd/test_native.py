@@ -52,7 +52,9 @@ def eager(student: Tensor, teacher: Tensor, target: Tensor | None, **options: An
     return loss.detach(), parts, grad
 
 
-def compare(student: Tensor, teacher: Tensor, target: Tensor | None, layout: str = "contiguous", **options: Any) -> None:
+def compare(
+    student: Tensor, teacher: Tensor, target: Tensor | None, layout: str = "contiguous", **options: Any
+) -> None:
     """The error rule, on loss, parts and gradient."""
     weight = options.pop("class_weight", None)
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
@@ -61,8 +63,16 @@ def compare(student: Tensor, teacher: Tensor, target: Tensor | None, layout: str
     got = native(strided_copy(student, layout), strided_copy(teacher, layout), target, **own)
     same = eager(student, teacher, target, **own)
     truth = eager(student.double(), teacher.double(), target, **double)
+    # A divergence is a difference of logs of order 1. Over a handful of pixels the reference may hit it by luck, so a
+    # rounding of such a log, times tau^2, is allowed to each pixel.
+    args = {**DEFAULTS, **options}
+    pixels = student[:, 0].numel() if args["reduction"] == SUM else 1
+    rounding = torch.finfo(acc).eps * args["temperature"] ** 2 * 3 * pixels
     for name, *values in zip(("loss", "parts", "grad"), got, same, truth):
-        assert_as_good_as_reference(*values, f"{name} of {tuple(student.shape)} {student.dtype} {layout} {options}")
+        size = values[2].norm().item() / max(values[2].numel(), 1) ** 0.5
+        extra = 1e-6 + (rounding / size if name != "grad" and 0 < size < INF else rounding if size == 0 else 0)
+        what = f"{name} of {tuple(student.shape)} {student.dtype} {layout} {options}"
+        assert_as_good_as_reference(*values, what, extra)
 
 
 def logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, seed: int = 0) -> Tensor:
@@ -132,13 +142,13 @@ def test_label_widths_and_ignore_patterns(dtype: torch.dtype, ignore_index: int 
     held = ignore_index is not None and torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max
     target = labels(2, 5, 33, classes=6, ignore_index=ignore_index if held else None)
     want = native(student, teacher, target, ignore_index=ignore_index)
-    given = target.to(dtype)
+    narrow = target.to(dtype)
     if strided:
-        given = strided_copy(given, "sliced")
-    got = native(student, teacher, given, ignore_index=ignore_index)
+        narrow = strided_copy(narrow, "sliced")
+    got = native(student, teacher, narrow, ignore_index=ignore_index)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
-    compare(student, teacher, given, ignore_index=ignore_index)
+    compare(student, teacher, narrow, ignore_index=ignore_index)
 
 
 def test_gradient_has_the_students_dtype_and_strides() -> None:
@@ -222,9 +232,7 @@ def test_whatever_stands_at_ignored_pixels(layout: str, garbage: float, temperat
     for reduction in (NONE, MEAN):
         want = native(student, teacher, target, reduction=reduction, temperature=temperature)
         dirty = [torch.where((target == 255).unsqueeze(1), garbage, x) for x in (student, teacher)]
-        got = native(
-            *(strided_copy(x, layout) for x in dirty), target, reduction=reduction, temperature=temperature
-        )
+        got = native(*(strided_copy(x, layout) for x in dirty), target, reduction=reduction, temperature=temperature)
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
         assert (got[2].movedim(1, -1)[target == 255] == 0).all()
@@ -279,7 +287,7 @@ def test_student_without_a_class_the_teacher_has() -> None:
     student[0, 3, 7] = -INF  # another class
     student[0, 1, 9] = -INF  # the target
     student[0, [0, 2, 3, 4], 11] = -INF  # every class but the target
-    loss, parts, grad = native(student, teacher, target, reduction=NONE)
+    loss, _, grad = native(student, teacher, target, reduction=NONE)
     assert loss[0].isinf().nonzero().flatten().tolist() == [7, 9, 11] and (loss[0, [7, 9, 11]] > 0).all()
     assert grad.isfinite().all()
     assert native(student, teacher, target)[0] == INF
@@ -307,7 +315,7 @@ def test_equal_networks_have_nothing_to_learn() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for classes in (6, 150):
             x, target = logits(2, classes, 9, 9, dtype=dtype), labels(2, 9, 9, classes=classes)
-            loss, parts, grad = native(x, x, target, with_ce=False)
+            loss, _, grad = native(x, x, target, with_ce=False)
             assert loss.abs() < 1e-6 and grad.abs().max() < 1e-8
 
 
@@ -334,9 +342,9 @@ def test_bad_label_is_named_with_its_position(dtype: torch.dtype, label: int) ->
     target = target.to(dtype)
     x = logits(2, 6, 5, 40)
     shown = int(target[1, 3, 33])
-    for given in (target, strided_copy(target, "sliced"), strided_copy(target, "transposed")):
+    for layout in ("contiguous", "sliced", "transposed"):
         with pytest.raises(ValueError) as error:
-            native(x, x, given, ignore_index=254)
+            native(x, x, strided_copy(target, layout), ignore_index=254)
         message = f"target: label {shown} at position (1, 3, 33) is outside [0, 6) and is not ignore_index=254"
         assert str(error.value) == message
     with pytest.raises(ValueError, match="is not ignore_index=None"):
@@ -394,7 +402,10 @@ def test_same_bits_every_time_and_for_any_number_of_threads(layout: str) -> None
 def test_large_gradients_take_the_streaming_path() -> None:
     # 8 MiB and more is written past the caches, in either layout; the numbers must not care.
     for classes, size, dtype in ((6, 608, torch.float32), (17, 512, torch.bfloat16), (40, 336, torch.float64)):
-        student, teacher = logits(1, classes, size, size, dtype=dtype), logits(1, classes, size, size, seed=2, dtype=dtype)
+        student, teacher = (
+            logits(1, classes, size, size, dtype=dtype),
+            logits(1, classes, size, size, seed=2, dtype=dtype),
+        )
         target = labels(1, size, size, classes=classes)
         whole = native(student, teacher, target, reduction=SUM)
         half = size // 2
@@ -464,7 +475,10 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     if given_target:
         target = labels(shape[0], *spatial, classes=classes, ignore_index=ignore_index, seed=seed,
                         ignored=draw(st.sampled_from([0.0, 0.3, 1.0])))  # fmt: skip
-    student, teacher = logits(*shape, dtype=dtype, scale=scale, seed=seed), logits(*shape, dtype=dtype, scale=scale, seed=seed + 1)
+    student, teacher = (
+        logits(*shape, dtype=dtype, scale=scale, seed=seed),
+        logits(*shape, dtype=dtype, scale=scale, seed=seed + 1),
+    )
     return dict(
         student=student,
         teacher=teacher,
