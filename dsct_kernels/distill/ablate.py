@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the GPU or the cores")
     p.add_argument("--folds", type=lambda s: [int(k) for k in s.split(",")], default=[0], help="of 0,1,2")
     p.add_argument("--teachers", type=Path, help="an earlier --out whose teachers are used where a fold has one")
+    p.add_argument("--minutes", type=float, default=float("inf"), help="stop then; the same command later goes on")
     p.add_argument("--threads", type=int, default=1, help="CPU threads per process")
     own, rest = p.parse_known_args(argv)
     given = vars(parser().parse_args(rest))
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(own.jobs) as pool:
-        while todo or running:
+        while (todo or running) and time.perf_counter() - started < 60 * own.minutes:
             for job in [job for job in todo if job.arm in ("teacher", "alone") or job.teacher in trained]:
                 todo.remove(job)
                 running.append((job, pool.apply_async(run_one, (job, own.threads))))
@@ -181,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
                 write(own.out, rows, cfg, command)
                 print(f"{head} mIoU {value['miou']:.4f} in {value['seconds']:.0f} s", flush=True)
             time.sleep(0.1)
+    if todo or running:
+        print(f"stopped after {own.minutes} minutes with {len(todo) + len(running)} runs to go")
     print((own.out / "ablation.md").read_text() if rows else "no run finished")
     return 1 if failed else 0
 

@@ -34,8 +34,8 @@ class Config:
     teacher_seed: int = 0
     crop: int = 128
     batch: int = 8
-    teacher_steps: int = 600
-    student_steps: int = 200
+    teacher_steps: int = 800
+    student_steps: int = 500
     teacher_lr: float = 1e-3
     student_lr: float = 3e-3
     weight_decay: float = 0.01

@@ -211,7 +211,9 @@ class Run:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         model.eval()
-        confusion = MulticlassConfusionMatrix(len(self.classes), ignore_index=data.IGNORE).to(self.device)
+        confusion = MulticlassConfusionMatrix(len(self.classes), ignore_index=data.IGNORE, validate_args=False).to(
+            self.device
+        )
         for i in range(self.accelerator.process_index, len(self.val_pixels.tiles), self.accelerator.num_processes):
             tile = self.val_pixels.tiles[i]
             label = self.val_pixels.window(i, 0, 0, tile.height, tile.width)[..., 3].to(self.device).long()
