@@ -84,6 +84,15 @@ DSCT_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 DSCT_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
 DSCT_DEVICE double larger(double a, double b) { return ::fmax(a, b); }
 
+// A number that another block has written: from L2, past this multiprocessor's own cache.
+DSCT_DEVICE double load_from_l2(const double* from) {
+#ifdef __CUDA_ARCH__
+  return __ldcg(from);
+#else
+  return *from;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------- reductions
 template <typename A>
 DSCT_DEVICE A warp_sum(A value) {
