@@ -33,9 +33,9 @@ from benchmarks.candidates import BACKENDS, BASELINES, auto_backend, make_candid
 from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, Case, make_cases
 from benchmarks.check import check
 from benchmarks.machine import describe
-from benchmarks.measure import Bench, copy_gb_s
+from benchmarks.measure import Bench, OthersLoad, copy_gb_s
 
-BUDGET_S, BUDGET_QUICK_S = 4.0, 2.0
+BUDGET_S, BUDGET_QUICK_S = 2.5, 1.5
 SETTINGS = {
     "cpu": {
         "copy": "torch copy_ of 128 MiB into a resident tensor, all threads, ordinary (not streaming) stores",
@@ -108,17 +108,20 @@ def measure_case(case: Case, device: torch.device, options: argparse.Namespace, 
         except Exception as error:  # a backend that is not built or not usable says why
             measured[name]["reason"] = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     budget = options.budget or (BUDGET_QUICK_S if options.quick else BUDGET_S)
-    timings = bench.time_interleaved(usable, budget)
+    with OthersLoad() as others:
+        timings = bench.time_interleaved(usable, budget)
     bandwidth = copy_gb_s(timings["copy"], device.type)
     for name, entry in measured.items():
         entry["copy_gb_s"] = bandwidth
+        entry["others_load"] = others.share
         if name in usable:
             entry["ms"] = dataclasses.asdict(timings[name])
             if case.phase == FORWARD_BACKWARD:
                 entry["extra_bytes"] = bench.extra_memory(usable[name])
     parts = [f"{name} {entry['ms']['median']:.3f}" for name, entry in measured.items() if "ms" in entry]
     what = " ".join(dataclasses.astuple(case))
-    say(f"{what}: {', '.join(parts)} ms, copy {bandwidth:.1f} GB/s")
+    load = "" if others.share is None else f", {others.share:.0%} of the CPUs taken by others"
+    say(f"{what}: {', '.join(parts)} ms, copy {bandwidth:.1f} GB/s{load}")
     return list(measured.values())
 
 

@@ -131,16 +131,17 @@ def make_cases(
     """
     layouts = layouts or (LAYOUTS[:1] if quick else LAYOUTS)
     dtypes = dtypes or (["fp32"] if quick else ["fp32", "bf16"])
-    phases = phases or ([FORWARD_BACKWARD] if quick else PHASES)
     cases = []
     for loss in losses:
+        # dsct is what a training step calls, always with its gradient
+        in_phases = phases or ([FORWARD_BACKWARD] if quick or loss == "dsct" else PHASES)
         for shape in shapes or default_shapes(loss, device, quick):
             parsed = parse_shape(shape)
             if len(parsed) > 1 and loss != "dsct":
                 continue
             one_layout = all(height * width == 1 for _, _, height, width in parsed)
             for layout in LAYOUTS[:1] if one_layout else layouts:
-                cases += [Case(loss, shape, layout, dtype, phase) for dtype in dtypes for phase in phases]
+                cases += [Case(loss, shape, layout, dtype, phase) for dtype in dtypes for phase in in_phases]
     return cases
 
 

@@ -154,8 +154,7 @@ class Bench:
         return max(seconds, 1e-7)
 
     def extra_memory(self, loss: Loss) -> int:
-        """Peak bytes allocated during one call over what was there before it."""
-        self.call(loss)  # nothing that is allocated once and kept is counted
+        """Peak bytes allocated during one warm call over what was there before it."""
         if self.device.type == "cuda":
             self.synchronize()
             before = torch.cuda.memory_allocated(self.device)
@@ -164,6 +163,37 @@ class Bench:
             self.synchronize()
             return torch.cuda.max_memory_allocated(self.device) - before
         return cpu_peak_bytes(lambda: self.call(loss))
+
+
+class OthersLoad:
+    """Share of the CPUs that other processes (and other virtual machines) took meanwhile; None where unknown.
+
+    What makes a run worth repeating: a busy neighbour slows threads that wait for each other most.
+    """
+
+    share: float | None = None
+
+    def __enter__(self) -> OthersLoad:
+        self._before = self._clock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after = self._clock()
+        if self._before and after:
+            busy, total, own = (now - then for now, then in zip(after, self._before))
+            self.share = max(0.0, (busy - own) / total) if total else None
+
+    @staticmethod
+    def _clock() -> tuple[float, float, float] | None:
+        """Seconds over all CPUs: busy, in all, and this process's own."""
+        try:
+            with open("/proc/stat") as file:
+                ticks = [int(field) for field in file.readline().split()[1:9]]
+            per_second = os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            return None
+        idle = ticks[3] + ticks[4]
+        return (sum(ticks) - idle) / per_second, sum(ticks) / per_second, time.process_time()
 
 
 def interleave(wanted: dict[str, int]) -> list[str]:

@@ -11,6 +11,7 @@ from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, 
 
 Result = dict[str, Any]  # what the JSON file holds
 EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
+BUSY = 0.05  # share of the CPUs taken by others that calls for a warning
 KEY = ("loss", "shape", "layout", "dtype", "phase")
 
 
@@ -157,6 +158,11 @@ def print_tables(result: Result, console: Any) -> None:
         console.print(table)
         _print_ranges(rows, kinds, console)
     copies = sorted(m["copy_gb_s"] for m in result["measurements"])
+    loads = [m["others_load"] for m in result["measurements"] if m.get("others_load") is not None]
+    if loads and max(loads) > BUSY:
+        console.print(
+            f"others took up to {max(loads):.0%} of the CPUs meanwhile: repeat on a quiet machine", style="bold yellow"
+        )
     for line in (
         f"copy bandwidth: {copies[0]:.1f} to {copies[-1]:.1f} GB/s, read + written, timed between the candidates: "
         f"{result['settings']['copy']}",
@@ -242,6 +248,7 @@ def draw_charts(result: Result, path: pathlib.Path) -> list[pathlib.Path]:
         axes.invert_yaxis()
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(right=max(row.speedup(name) or 1 for row in rows for name in baselines) * 1.5)
         axes.set_xlabel("times faster, forward + backward (log scale)")
         axes.set_title(f"{loss}: {machine['name']}, torch {machine['torch']}", fontsize=10)

@@ -117,6 +117,14 @@ def test_quantiles():
     assert timing.p10 == pytest.approx(1.4)
 
 
+def test_others_load_is_not_our_own():
+    with measure.OthersLoad() as load:
+        assert load._clock() is None or load._clock()[0] > 0
+    load._before, load._clock = (0.0, 0.0, 0.0), lambda: (8.0, 10.0, 5.0)  # of 10 s busy for 8, 5 of them ours
+    load.__exit__()
+    assert load.share == pytest.approx(0.3)
+
+
 def test_peak_memory_sees_what_is_alive_at_once():
     x = torch.zeros(1 << 18)  # 1 MiB
     slack = 1024
