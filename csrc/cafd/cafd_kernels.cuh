@@ -27,12 +27,13 @@ struct Features {
   const void* data;
   Dtype dtype;
   int64_t samples, channels, height, width;
-  int64_t stride[4]; // elements: n, c, h, w
+  int64_t stride[4];  // elements: n, c, h, w
   DSCT_HOST_DEVICE int64_t positions() const { return height * width; }
 };
 
 // Per sample, in this order: max_c, 1 / sum_c, r_c, w_c (channels each), A_i, B_i (positions each), mean_c g_c.
-template <typename A> struct Stats {
+template <typename A>
+struct Stats {
   A* base;
   int64_t channels, positions;
   DSCT_HOST_DEVICE int64_t size() const { return 4 * channels + 2 * positions + 1; }
@@ -47,7 +48,8 @@ template <typename A> struct Stats {
 
 // ---------------------------------------------------------------------------------------------------- reading a row
 // 16 bytes of neighbouring positions at a time.
-template <typename T> struct SideBySide {
+template <typename T>
+struct SideBySide {
   using Acc = float;
   using Held = Pack<T>;
   static constexpr int kSize = Pack<T>::kSize;
@@ -66,28 +68,42 @@ template <typename T> struct SideBySide {
   }
 };
 
-template <typename A> DSCT_DEVICE A load_number(const void* base, Dtype dtype, int64_t offset) {
+template <typename A>
+DSCT_DEVICE A load_number(const void* base, Dtype dtype, int64_t offset) {
   switch (dtype) {
-    case Dtype::kFloat32: return static_cast<A>(static_cast<const float*>(base)[offset]);
-    case Dtype::kFloat64: return static_cast<A>(static_cast<const double*>(base)[offset]);
-    case Dtype::kFloat16: return static_cast<A>(static_cast<float>(static_cast<const Half*>(base)[offset]));
-    default: return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(base)[offset]));
+    case Dtype::kFloat32:
+      return static_cast<A>(static_cast<const float*>(base)[offset]);
+    case Dtype::kFloat64:
+      return static_cast<A>(static_cast<const double*>(base)[offset]);
+    case Dtype::kFloat16:
+      return static_cast<A>(static_cast<float>(static_cast<const Half*>(base)[offset]));
+    default:
+      return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(base)[offset]));
   }
 }
 
-template <typename A> DSCT_DEVICE void store_number(void* base, Dtype dtype, int64_t offset, A value) {
+template <typename A>
+DSCT_DEVICE void store_number(void* base, Dtype dtype, int64_t offset, A value) {
   switch (dtype) {
-    case Dtype::kFloat32: static_cast<float*>(base)[offset] = static_cast<float>(value); break;
-    case Dtype::kFloat64: static_cast<double*>(base)[offset] = static_cast<double>(value); break;
-    case Dtype::kFloat16: static_cast<Half*>(base)[offset] = static_cast<Half>(static_cast<float>(value)); break;
-    default: static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(static_cast<float>(value));
+    case Dtype::kFloat32:
+      static_cast<float*>(base)[offset] = static_cast<float>(value);
+      break;
+    case Dtype::kFloat64:
+      static_cast<double*>(base)[offset] = static_cast<double>(value);
+      break;
+    case Dtype::kFloat16:
+      static_cast<Half*>(base)[offset] = static_cast<Half>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(static_cast<float>(value));
   }
 }
 
 DSCT_HOST_DEVICE int size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // One number at a time, any strides and any dtype.
-template <typename A> struct Anywhere {
+template <typename A>
+struct Anywhere {
   using Acc = A;
   struct Held {
     A value;
@@ -111,11 +127,12 @@ template <typename A> struct Anywhere {
 
 // --------------------------------------------------------------------------------------------- statistics of channels
 // Running max, sum exp((x - max) scale) and sum |x|.
-template <typename A> struct RowSums {
+template <typename A>
+struct RowSums {
   A max = -infinity<A>(), sum = 0, magnitude = 0;
   DSCT_DEVICE void add(const RowSums& other, A scale2) {
     const A both = larger(max, other.max);
-    if (both == -infinity<A>()) { // nothing yet, or -inf or NaN only: sums say which
+    if (both == -infinity<A>()) {  // nothing yet, or -inf or NaN only: sums say which
       sum += other.sum;
     } else {
       sum = sum * exp2_fast((max - both) * scale2) + other.sum * exp2_fast((other.max - both) * scale2);
@@ -125,7 +142,8 @@ template <typename A> struct RowSums {
   }
 };
 
-template <typename A> DSCT_DEVICE RowSums<A> warp_row_sums(RowSums<A> mine, A scale2) {
+template <typename A>
+DSCT_DEVICE RowSums<A> warp_row_sums(RowSums<A> mine, A scale2) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     RowSums<A> other;
@@ -144,7 +162,8 @@ template <typename A> DSCT_DEVICE RowSums<A> warp_row_sums(RowSums<A> mine, A sc
 }
 
 // Partial statistics of one channel: [chunk][3][channels] a sample.
-template <typename A> struct PartialStats {
+template <typename A>
+struct PartialStats {
   A* base;
   int chunks;
   int64_t channels;
@@ -153,10 +172,10 @@ template <typename A> struct PartialStats {
 
 // A row of a channel belongs to `row_warps` warps of a block.
 template <typename Row>
-__global__ void __launch_bounds__(kCafdThreads, 1) row_stats(Features f, int row_warps, typename Row::Acc scale2,
-                                                          PartialStats<typename Row::Acc> partial) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    row_stats(Features f, int row_warps, typename Row::Acc scale2, PartialStats<typename Row::Acc> partial) {
   using A = typename Row::Acc;
-  constexpr int kBatch = 4; // loads in flight a thread
+  constexpr int kBatch = 4;  // loads in flight a thread
   DSCT_SHARED(shared);
   RowSums<A>* warps = reinterpret_cast<RowSums<A>*>(shared);
   const int warp = threadIdx.x / kWarp, rows = kCafdWarps / row_warps, row_threads = row_warps * kWarp;
@@ -204,16 +223,17 @@ __global__ void __launch_bounds__(kCafdThreads, 1) row_stats(Features f, int row
 // Columns: a block is `lanes` threads along the channels (16 bytes each) times kCafdThreads / lanes positions.
 struct Columns {
   int lanes_log2;
-  int channel_tiles, chunks; // blocks: samples x channel_tiles x chunks of positions
+  int channel_tiles, chunks;  // blocks: samples x channel_tiles x chunks of positions
   int64_t chunk_positions;
 };
 
 struct ColumnPlace {
-  int64_t n, channel, first, last; // this thread's first channel; the block's range of positions
+  int64_t n, channel, first, last;  // this thread's first channel; the block's range of positions
   int chunk, lane, row, rows;
   bool inside;
 };
-template <int kSize> DSCT_DEVICE ColumnPlace place_of(const Features& f, const Columns& grid) {
+template <int kSize>
+DSCT_DEVICE ColumnPlace place_of(const Features& f, const Columns& grid) {
   ColumnPlace place;
   const unsigned tile = blockIdx.x % grid.channel_tiles, rest = blockIdx.x / grid.channel_tiles;
   place.chunk = rest % grid.chunks;
@@ -235,11 +255,11 @@ DSCT_DEVICE const T* column_at(const Features& f, const ColumnPlace& place, int6
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCafdThreads, 1) column_stats(Features f, Columns grid, float scale2,
-                                                             PartialStats<float> partial) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    column_stats(Features f, Columns grid, float scale2, PartialStats<float> partial) {
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
-  RowSums<float>* rows = reinterpret_cast<RowSums<float>*>(shared); // [rows][lanes]
+  RowSums<float>* rows = reinterpret_cast<RowSums<float>*>(shared);  // [rows][lanes]
   const ColumnPlace place = place_of<kSize>(f, grid);
   RowSums<float> sums[kSize];
   if (place.inside) {
@@ -280,8 +300,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) column_stats(Features f, Colu
 
 // One block per sample: joins the chunks, then r_c = g_c / mean g and w_c = softmax_c(r_c / channel_temperature).
 template <typename A>
-__global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(PartialStats<A> partial, Stats<A> stats, A scale2,
-                                                                A channel_scale2) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    channel_weights(PartialStats<A> partial, Stats<A> stats, A scale2, A channel_scale2) {
   DSCT_SHARED(shared);
   A* scratch = reinterpret_cast<A*>(shared);
   const int64_t n = blockIdx.x, channels = stats.channels;
@@ -308,7 +328,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(PartialStats<
     stats.relative(n)[c] = r;
     largest = larger(largest, r);
   }
-  __syncthreads(); // scratch is used again
+  __syncthreads();  // scratch is used again
   largest = warp_max(largest);
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = largest;
   __syncthreads();
@@ -327,7 +347,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(PartialStats<
 
 // --------------------------------------------------------------------------------------------------------------- maps
 // Shares of the maps: [share][2][positions] a sample (A, then B where wanted).
-template <typename A> struct PartialMaps {
+template <typename A>
+struct PartialMaps {
   A* base;
   int shares;
   int64_t positions;
@@ -340,9 +361,9 @@ struct RowMaps {
 };
 
 template <typename Row>
-__global__ void __launch_bounds__(kCafdThreads, 1) row_maps(Features f, RowMaps grid, typename Row::Acc scale2,
-                                                         Stats<typename Row::Acc> stats,
-                                                         PartialMaps<typename Row::Acc> partial) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    row_maps(Features f, RowMaps grid, typename Row::Acc scale2, Stats<typename Row::Acc> stats,
+             PartialMaps<typename Row::Acc> partial) {
   using A = typename Row::Acc;
   constexpr int kBatch = 4;
   const int64_t tile = blockIdx.x % grid.position_tiles, rest = blockIdx.x / grid.position_tiles;
@@ -382,8 +403,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) row_maps(Features f, RowMaps 
 // A thread keeps its channels' constants and walks over positions; the lanes of a position add up through shuffles.
 // Its channel tile is the share. lanes is at most a warp.
 template <typename T>
-__global__ void __launch_bounds__(kCafdThreads, 1) column_maps(Features f, Columns grid, float scale2,
-                                                            Stats<float> stats, PartialMaps<float> partial) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    column_maps(Features f, Columns grid, float scale2, Stats<float> stats, PartialMaps<float> partial) {
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   const ColumnPlace place = place_of<kSize>(f, grid);
   const int64_t tile = place.channel / kSize >> grid.lanes_log2;
@@ -427,7 +448,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) column_maps(Features f, Colum
 
 // A and B from their shares, into the statistics and, where asked, into a map of its own.
 template <typename A>
-__global__ void __launch_bounds__(kCafdThreads, 1) add_maps(PartialMaps<A> partial, Stats<A> stats, int64_t samples, A* map) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    add_maps(PartialMaps<A> partial, Stats<A> stats, int64_t samples, A* map) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t n = index / partial.positions, i = index - n * partial.positions;
   if (n >= samples) return;
@@ -452,7 +474,8 @@ DSCT_DEVICE int bin_end(int k, int in, int out) {
   return static_cast<int>((static_cast<int64_t>(k + 1) * in + out - 1) / out);
 }
 
-template <typename A, typename M> DSCT_DEVICE A pooled(const M* map, Grid from, Grid to, int y, int x) {
+template <typename A, typename M>
+DSCT_DEVICE A pooled(const M* map, Grid from, Grid to, int y, int x) {
   const int y0 = bin_start(y, from.height, to.height), y1 = bin_end(y, from.height, to.height);
   const int x0 = bin_start(x, from.width, to.width), x1 = bin_end(x, from.width, to.width);
   A sum = 0;
@@ -462,19 +485,21 @@ template <typename A, typename M> DSCT_DEVICE A pooled(const M* map, Grid from, 
   return sum / static_cast<A>((y1 - y0) * (x1 - x0));
 }
 
-template <typename A> struct Comparison {
+template <typename A>
+struct Comparison {
   Grid student, teacher, common;
-  A* pooled;        // [samples][3][common positions]: the two maps, then d loss / d student map; unused on equal grids
-  A* losses;        // (samples)
-  A norm;           // 1 / samples for the mean, else 1
+  A* pooled;  // [samples][3][common positions]: the two maps, then d loss / d student map; unused on equal grids
+  A* losses;  // (samples)
+  A norm;     // 1 / samples for the mean, else 1
   int64_t samples;
-  A* loss;          // () or nullptr for no reduction
-  unsigned* ticket; // 0 at the start
+  A* loss;           // () or nullptr for no reduction
+  unsigned* ticket;  // 0 at the start
 };
 
 // One block per sample. SA, TA: accumulation dtypes of the two networks' maps; A: the wider.
 template <typename A, typename SA, typename TA>
-__global__ void __launch_bounds__(1024, 1) compare_maps(Comparison<A> in, Stats<SA> student, Stats<TA> teacher, SA* grad_map) {
+__global__ void __launch_bounds__(1024, 1)
+    compare_maps(Comparison<A> in, Stats<SA> student, Stats<TA> teacher, SA* grad_map) {
   DSCT_SHARED(shared);
   A* scratch = reinterpret_cast<A*>(shared);
   const int64_t n = blockIdx.x;
@@ -498,7 +523,7 @@ __global__ void __launch_bounds__(1024, 1) compare_maps(Comparison<A> in, Stats<
   }
   const A scale_s = same_s ? A(1) : 1 / sums[0], scale_t = same_t ? A(1) : 1 / sums[1];
   const A floor = static_cast<A>(kMapEps / positions), keep = static_cast<A>(1 - kMapEps);
-  sums[0] = sums[1] = 0; // KL, and sum of gradient times map for the rescaling
+  sums[0] = sums[1] = 0;  // KL, and sum of gradient times map for the rescaling
   for (int k = threadIdx.x; k < positions; k += blockDim.x) {
     const A raw = (same_s ? static_cast<A>(map_s[k]) : pool_s[k]) * scale_s;
     const A s = keep * raw + floor;
@@ -520,7 +545,8 @@ __global__ void __launch_bounds__(1024, 1) compare_maps(Comparison<A> in, Stats<
     // Every position gathers from the bins that contain it.
     const int64_t own = static_cast<int64_t>(in.student.height) * in.student.width;
     for (int64_t i = threadIdx.x; i < own; i += blockDim.x) {
-      const int y = static_cast<int>(i / in.student.width), x = static_cast<int>(i - static_cast<int64_t>(y) * in.student.width);
+      const int y = static_cast<int>(i / in.student.width),
+                x = static_cast<int>(i - static_cast<int64_t>(y) * in.student.width);
       A g = 0;
       for (int ky = bin_start(y, in.common.height, in.student.height); ky < in.common.height; ++ky) {
         const int y0 = bin_start(ky, in.student.height, in.common.height);
@@ -563,13 +589,16 @@ __global__ void __launch_bounds__(1024, 1) map_products(Stats<A> stats, const A*
     sums[0] += stats.map(n)[i] * d;
     sums[1] += stats.relative_map(n)[i] * d;
   }
-  for (int64_t c = threadIdx.x; c < stats.channels; c += blockDim.x) sums[2] += stats.weight(n)[c] * stats.relative(n)[c];
+  for (int64_t c = threadIdx.x; c < stats.channels; c += blockDim.x)
+    sums[2] += stats.weight(n)[c] * stats.relative(n)[c];
   block_sum(sums, reinterpret_cast<A*>(shared));
-  if (threadIdx.x < 3) products[n * 3 + threadIdx.x] = threadIdx.x == 0 ? sums[0] : threadIdx.x == 1 ? sums[1] : sums[2];
+  if (threadIdx.x < 3)
+    products[n * 3 + threadIdx.x] = threadIdx.x == 0 ? sums[0] : threadIdx.x == 1 ? sums[1] : sums[2];
 }
 
 // dF = spread P (D - rho) + lift sign(F)
-template <typename A> struct ChannelGrad {
+template <typename A>
+struct ChannelGrad {
   A max, spread, rho, lift;
 };
 
@@ -589,7 +618,8 @@ DSCT_DEVICE ChannelGrad<A> channel_grad(const Stats<A>& stats, const A* products
   return grad;
 }
 
-template <typename A> DSCT_DEVICE A feature_grad(const ChannelGrad<A>& c, A x, A d, A scale2) {
+template <typename A>
+DSCT_DEVICE A feature_grad(const ChannelGrad<A>& c, A x, A d, A scale2) {
   const A sign = x > 0 ? c.lift : x < 0 ? -c.lift : x == 0 ? A(0) : x;
   return c.spread * exp2_fast((x - c.max) * scale2) * (d - c.rho) + sign;
 }
@@ -598,8 +628,7 @@ template <typename A> DSCT_DEVICE A feature_grad(const ChannelGrad<A>& c, A x, A
 template <typename Row, int kHeld>
 __global__ void __launch_bounds__(kCafdThreads, 1)
     row_backward(Features f, Features out, int row_warps, typename Row::Acc scale, typename Row::Acc channel_scale,
-                 Stats<typename Row::Acc> stats, const typename Row::Acc* grad_map,
-                 const typename Row::Acc* products) {
+                 Stats<typename Row::Acc> stats, const typename Row::Acc* grad_map, const typename Row::Acc* products) {
   using A = typename Row::Acc;
   DSCT_SHARED(shared);
   A* warps = reinterpret_cast<A*>(shared);
@@ -658,8 +687,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
 
 // sum_i exp_ci D_i over a chunk of positions: partial[n][chunk][channels].
 template <typename T>
-__global__ void __launch_bounds__(kCafdThreads, 1) column_rho(Features f, Columns grid, float scale2, Stats<float> stats,
-                                                           const float* grad_map, float* partial) {
+__global__ void __launch_bounds__(kCafdThreads, 1)
+    column_rho(Features f, Columns grid, float scale2, Stats<float> stats, const float* grad_map, float* partial) {
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
   float* rows = reinterpret_cast<float*>(shared);
@@ -747,8 +776,8 @@ inline const char* layout_name(Layout layout) {
 
 struct CafdPlan {
   Layout layout;
-  int row_warps = 1; // statistics and backward of rows
-  int held = 0;      // packs a thread holds in row_backward
+  int row_warps = 1;  // statistics and backward of rows
+  int held = 0;       // packs a thread holds in row_backward
   int64_t row_blocks = 0;
   RowMaps maps{};
   Columns columns{};
@@ -763,13 +792,14 @@ inline CafdPlan cafd_plan(const Features& f, const Features* out, const Device& 
   const int vector = 16 / size_of(f.dtype);
   const int64_t positions = f.positions();
   auto rows_fit = [&](const Features& x) {
-    return on_16_bytes(x.data) && (x.width == 1 || x.stride[3] == 1) &&
-           (x.height == 1 || x.stride[2] == x.width) && x.stride[0] % vector == 0 && x.stride[1] % vector == 0;
+    return on_16_bytes(x.data) && (x.width == 1 || x.stride[3] == 1) && (x.height == 1 || x.stride[2] == x.width) &&
+           x.stride[0] % vector == 0 && x.stride[1] % vector == 0;
   };
   auto columns_fit = [&](const Features& x) {
     const int64_t step = x.width == 1 ? x.stride[2] : x.stride[3];
-    return on_16_bytes(x.data) && x.stride[1] == 1 && (x.width == 1 || x.height == 1 || x.stride[2] == x.width * step) &&
-           x.stride[0] % vector == 0 && step % vector == 0;
+    return on_16_bytes(x.data) && x.stride[1] == 1 &&
+           (x.width == 1 || x.height == 1 || x.stride[2] == x.width * step) && x.stride[0] % vector == 0 &&
+           step % vector == 0;
   };
   const bool narrow = f.dtype != Dtype::kFloat64;
   if (narrow && positions % vector == 0 && rows_fit(f) && (out == nullptr || rows_fit(*out))) {
@@ -811,6 +841,11 @@ inline CafdPlan cafd_plan(const Features& f, const Features* out, const Device& 
   return plan;
 }
 
+// One block per sample: whole warps, no more than there are positions.
+inline int sample_threads(int64_t positions) {
+  return static_cast<int>(std::min<int64_t>(ceil_div(positions, kWarp) * kWarp, 1024));
+}
+
 // Elements (of the accumulation dtype) that the forward of one network needs beside its statistics.
 inline int64_t map_workspace(const Features& f, const CafdPlan& plan) {
   return f.samples * (3 * f.channels * plan.chunks + 2 * f.positions() * plan.shares);
@@ -829,7 +864,8 @@ void map_run(const Features& f, const CafdPlan& plan, double channel_temperature
   const size_t row_shared = kCafdWarps * sizeof(RowSums<A>), column_shared = kCafdThreads * sizeof(RowSums<float>);
   auto rows = [&](auto row) {
     using Row = decltype(row);
-    launch("cafd", row_stats<Row>, plan.row_blocks, kCafdThreads, row_shared, stream, f, plan.row_warps, scale2, partial);
+    launch("cafd", row_stats<Row>, plan.row_blocks, kCafdThreads, row_shared, stream, f, plan.row_warps, scale2,
+           partial);
     launch("cafd", channel_weights<A>, f.samples, kCafdThreads, kWarp * sizeof(A), stream, partial, stats, scale2,
            channel_scale2);
     launch("cafd", row_maps<Row>, plan.map_blocks, kCafdThreads, 0, stream, f, plan.maps, scale2, stats, maps);
@@ -847,18 +883,24 @@ void map_run(const Features& f, const CafdPlan& plan, double channel_temperature
       launch("cafd", column_maps<T>, plan.column_blocks, kCafdThreads, 0, stream, f, plan.columns, scale2, stats, maps);
     };
     switch (f.dtype) {
-      case Dtype::kFloat32: by_dtype(float()); break;
-      case Dtype::kFloat16: by_dtype(Half()); break;
-      default: by_dtype(BFloat16());
+      case Dtype::kFloat32:
+        by_dtype(float());
+        break;
+      case Dtype::kFloat16:
+        by_dtype(Half());
+        break;
+      default:
+        by_dtype(BFloat16());
     }
   }
   launch("cafd", add_maps<A>, ceil_div(f.samples * f.positions(), kCafdThreads), kCafdThreads, 0, stream, maps, stats,
          f.samples, map);
 }
 
-template <typename A> __global__ void start_compare(unsigned* ticket, A* loss) {
+template <typename A>
+__global__ void start_compare(unsigned* ticket, A* loss) {
   *ticket = 0;
-  if (loss != nullptr) *loss = 0; // stays where there is no sample
+  if (loss != nullptr) *loss = 0;  // stays where there is no sample
 }
 
 template <typename A, typename SA, typename TA>
@@ -867,8 +909,8 @@ void compare_run(Comparison<A> comparison, SA* student_stats, const Features& st
   const Stats<SA> s = {student_stats, student.channels, student.positions()};
   const Stats<TA> t = {teacher_stats, teacher.channels, teacher.positions()};
   launch("cafd", start_compare<A>, 1, 1, 0, stream, comparison.ticket, comparison.loss);
-  launch("cafd", compare_maps<A, SA, TA>, comparison.samples, 1024, 2 * kWarp * sizeof(A), stream, comparison, s, t,
-         grad_map);
+  launch("cafd", compare_maps<A, SA, TA>, comparison.samples, sample_threads(student.positions()),
+         2 * kWarp * sizeof(A), stream, comparison, s, t, grad_map);
 }
 
 inline int64_t backward_workspace(const Features& f, const CafdPlan& plan) {
@@ -882,7 +924,8 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
   const A scale = static_cast<A>(1 / spatial_temperature), channel_scale = static_cast<A>(1 / channel_temperature);
   const Stats<A> stats = {stats_base, f.channels, f.positions()};
   A* products = workspace;
-  launch("cafd backward", map_products<A>, f.samples, 1024, 3 * kWarp * sizeof(A), stream, stats, grad_map, products);
+  launch("cafd backward", map_products<A>, f.samples, sample_threads(f.positions()), 3 * kWarp * sizeof(A), stream,
+         stats, grad_map, products);
   auto rows = [&](auto kernel) {
     launch("cafd backward", kernel, plan.row_blocks, kCafdThreads, kCafdWarps * sizeof(A), stream, f, out,
            plan.row_warps, scale, channel_scale, stats, grad_map, products);
@@ -893,10 +936,14 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
       using T = decltype(type);
       if (plan.layout == Layout::kRows) {
         switch (plan.held) {
-          case 4: return rows(row_backward<SideBySide<T>, 4>);
-          case 8: return rows(row_backward<SideBySide<T>, 8>);
-          case 16: return rows(row_backward<SideBySide<T>, 16>);
-          default: return rows(row_backward<SideBySide<T>, 0>);
+          case 4:
+            return rows(row_backward<SideBySide<T>, 4>);
+          case 8:
+            return rows(row_backward<SideBySide<T>, 8>);
+          case 16:
+            return rows(row_backward<SideBySide<T>, 16>);
+          default:
+            return rows(row_backward<SideBySide<T>, 0>);
         }
       }
       float* partial = workspace + 3 * f.samples;
@@ -907,11 +954,14 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
              scale, channel_scale, stats, grad_map, products, partial);
     };
     switch (f.dtype) {
-      case Dtype::kFloat32: return by_dtype(float());
-      case Dtype::kFloat16: return by_dtype(Half());
-      default: return by_dtype(BFloat16());
+      case Dtype::kFloat32:
+        return by_dtype(float());
+      case Dtype::kFloat16:
+        return by_dtype(Half());
+      default:
+        return by_dtype(BFloat16());
     }
   }
 }
 
-} // namespace dsct::cuda
+}  // namespace dsct::cuda

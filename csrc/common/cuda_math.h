@@ -62,6 +62,28 @@ DSCT_DEVICE Pack<T> fill_pack(float value) {
   return pack;
 }
 
+template <typename T>
+constexpr int pack_log2() {
+  return sizeof(T) == 4 ? 2 : 3;
+}
+
+// 16 bytes from device memory to shared memory, past the registers; there after wait_for_copies() and a barrier.
+template <typename T>
+DSCT_DEVICE void copy_pack_async(T* to, const T* from) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  *reinterpret_cast<Pack<T>*>(to) = *reinterpret_cast<const Pack<T>*>(from);
+#endif
+}
+DSCT_DEVICE void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------- arithmetic
 template <typename A>
 DSCT_DEVICE A infinity() {

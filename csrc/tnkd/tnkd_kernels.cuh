@@ -2,7 +2,8 @@
 //
 //   count_pixels   labels only: how many pixels are valid, and the sum of their class weights (block partials)
 //   planes_whole   classes in planes (NCHW), few of them: a thread holds all classes of 16 bytes of pixels in registers
-//   planes_split   more classes: groups of threads share them out and meet in shared memory
+//   staged         more classes, channels_last, mixed layouts, odd sizes: tiles pass through shared memory, and
+//                  neighbouring threads share a pixel's classes
 //   any_layout     one thread per pixel, any strides, any K, any dtype: what the fast kernels cannot take
 //
 // Every block writes its partial sums; the block that finishes last adds them up in block order, so the result does
@@ -21,8 +22,9 @@ namespace dsct::cuda {
 enum class Label : int { kTeacher, kUInt8, kInt8, kInt16, kInt32, kInt64 };  // kTeacher: no target, its argmax serves
 
 constexpr int kMaxDims = 6;
-constexpr int kIgnored = -1;  // what a label becomes where it is ignore_index
-constexpr int kBad = -2;      // and where it is no class at all
+constexpr int kIgnored = -1;    // what a label becomes where it is ignore_index
+constexpr int kBad = -2;        // and where it is no class at all
+constexpr int kElsewhere = -3;  // a class, but not one of this thread's
 
 // Strides in elements. Dimension 0 of the logits is the batch, then space; classes apart. Neighbouring dimensions that
 // every tensor steps through alike are merged by the caller.
@@ -390,15 +392,12 @@ struct Planes {
   const void* student;
   const void* teacher;
   void* grad;
-  void* loss_map;
+  float* loss_map;
   const float* class_weight;
   int64_t student_image, student_class, teacher_image, teacher_class, grad_image, grad_class, target_image;
   int64_t pixels_per_image;  // a multiple of the pixels in 16 bytes
   unsigned tiles_per_image, tiles;
   int classes;
-  int lanes_log2;  // threads side by side along the pixels
-  int groups;      // groups of threads that share out the classes: class j belongs to group j % groups
-  int team_log2;   // threads that join one pixel's groups
 };
 
 constexpr int kScratch = 96;  // doubles at the front of shared memory, for block_sum
@@ -408,48 +407,49 @@ DSCT_DEVICE const T* at(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
 }
 
-// Both networks' logits of one thread: classes first, first + step, ... Absent ones become -inf, which counts as
-// absent.
+// Both networks' logits of one thread. Absent ones become -inf, which counts as absent.
 template <typename T, int kClasses>
-DSCT_DEVICE void load_classes(const Planes& in, unsigned image, int64_t pixel, int first, int step, bool present,
-                              Pack<T> (&s)[kClasses], Pack<T> (&t)[kClasses]) {
-  const T* student = at<T>(in.student, image * in.student_image + pixel + first * in.student_class);
-  const T* teacher = at<T>(in.teacher, image * in.teacher_image + pixel + first * in.teacher_class);
+DSCT_DEVICE void load_classes(const Planes& in, unsigned image, int64_t pixel, bool present, Pack<T> (&s)[kClasses],
+                              Pack<T> (&t)[kClasses]) {
+  const T* student = at<T>(in.student, image * in.student_image + pixel);
+  const T* teacher = at<T>(in.teacher, image * in.teacher_image + pixel);
 #pragma unroll
   for (int i = 0; i < kClasses; ++i) {
-    const bool here = present && first + i * step < in.classes;
-    s[i] = here ? load_pack(student + i * step * in.student_class) : fill_pack<T>(-infinity<float>());
-    t[i] = here ? load_pack(teacher + i * step * in.teacher_class) : fill_pack<T>(-infinity<float>());
+    const bool here = present && i < in.classes;
+    s[i] = here ? load_pack(student + i * in.student_class) : fill_pack<T>(-infinity<float>());
+    t[i] = here ? load_pack(teacher + i * in.teacher_class) : fill_pack<T>(-infinity<float>());
   }
 }
 
-// The sums of one pixel over this thread's classes, and their exponentials, which the gradient needs again. `slot` is
-// the target among them, negative where it is not. kFreeCE: cross-entropy with a temperature other than 1 or 2, whose
-// exponentials are no powers of the others.
-template <int kLane, bool kFreeCE, typename T, int kClasses>
-DSCT_DEVICE PixelSums<float> sum_classes(const Pack<T> (&s)[kClasses], const Pack<T> (&t)[kClasses], int slot,
-                                         const Terms<float>& terms, float (&es)[kClasses], float (&et)[kClasses],
-                                         float (&ec)[kFreeCE ? kClasses : 1]) {
+// The sums of one pixel. es and et hold this thread's logits, -inf for the target and for what is absent, and leave as
+// exponentials, which the gradient needs again. `join(value, combine)` joins the threads that share a pixel.
+// kFreeCE: cross-entropy with a temperature other than 1 or 2, whose exponentials are no powers of the others.
+template <bool kFreeCE, int kClasses, typename Join>
+DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)[kClasses],
+                                              float (&ec)[kFreeCE ? kClasses : 1], const Terms<float>& terms,
+                                              const Join& join) {
   constexpr float kLog2E = 1.4426950408889634f;
+  auto larger_of = [](float a, float b) { return larger(a, b); };
+  auto sum_of = [](float a, float b) { return a + b; };
   PixelSums<float> z;
   float max_s = -infinity<float>(), max_t = -infinity<float>();
 #pragma unroll
   for (int i = 0; i < kClasses; ++i) {
-    es[i] = i == slot ? -infinity<float>() : static_cast<float>(s[i].lane[kLane]);
-    et[i] = i == slot ? -infinity<float>() : static_cast<float>(t[i].lane[kLane]);
     max_s = larger(max_s, es[i]);
     max_t = larger(max_t, et[i]);
   }
+  max_s = join(max_s, larger_of);
+  max_t = join(max_t, larger_of);
   if (max_s == -infinity<float>()) max_s = 0;
   if (max_t == -infinity<float>()) max_t = 0;
   z.student_base = max_s * terms.log2_scale, z.teacher_base = max_t * terms.log2_scale;
-  // Exact powers of 2 times the student's where its exponentials serve.
+  // An exact power of 2 times the student's where its exponentials serve.
   z.ce_base = kFreeCE ? max_s * kLog2E : z.student_base * terms.temperature;
-  z.student_sum = z.teacher_sum = z.cross = z.ce_sum = 0;
+  z.student_sum = z.teacher_sum = z.cross = z.ce_sum = z.student_target = z.teacher_target = 0;
 #pragma unroll
   for (int i = 0; i < kClasses; ++i) {
-    const float ds = fmaf(es[i], terms.log2_scale, -z.student_base),
-                dt = fmaf(et[i], terms.log2_scale, -z.teacher_base);
+    const float ds = fmaf(es[i], terms.log2_scale, -z.student_base);
+    const float dt = fmaf(et[i], terms.log2_scale, -z.teacher_base);
     if constexpr (kFreeCE) {
       ec[i] = exp2_fast(fmaf(es[i], kLog2E, -z.ce_base));
       z.ce_sum += ec[i];
@@ -468,44 +468,41 @@ DSCT_DEVICE PixelSums<float> sum_classes(const Pack<T> (&s)[kClasses], const Pac
       z.ce_sum = z.student_sum;
     }
   }
+  z.student_sum = join(z.student_sum, sum_of);
+  z.teacher_sum = join(z.teacher_sum, sum_of);
+  z.cross = join(z.cross, sum_of);
+  if (terms.with_ce) z.ce_sum = join(z.ce_sum, sum_of);
   return z;
 }
 
-// The gradient of one pixel over this thread's classes replaces the student's logits in the packs.
-template <int kLane, bool kFreeCE, typename T, int kClasses>
-DSCT_DEVICE void put_gradient(Pack<T> (&s)[kClasses], int slot, bool ignored, const Terms<float>& terms,
-                              const PixelGrad<float>& grad, const float (&es)[kClasses], const float (&et)[kClasses],
-                              const float (&ec)[kFreeCE ? kClasses : 1]) {
-  // At temperature 1 cross-entropy's exponentials are the student's, at 2 their squares.
-  const bool squares = terms.temperature == 2;
-  const float once = squares || kFreeCE ? grad.student : grad.student + grad.ce, twice = squares ? grad.ce : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kClasses; ++i) {
-    float g = grad.teacher * et[i];
-    if constexpr (kFreeCE) {
-      g = fmaf(grad.ce, ec[i], fmaf(once, es[i], g));
-    } else {
-      g = fmaf(fmaf(twice, es[i], once), es[i], g);
-    }
-    s[i].lane[kLane] = static_cast<T>(i == slot ? grad.target : g);
+// The gradient from the exponentials of a class other than the target.
+template <bool kFreeCE>
+struct GradientOf {
+  PixelGrad<float> factors;
+  float once, twice;  // of the student's exponential and of its square
+  DSCT_DEVICE GradientOf(const Terms<float>& terms, const PixelGrad<float>& grad) : factors(grad) {
+    // At temperature 1 cross-entropy's exponentials are the student's, at 2 their squares.
+    const bool squares = terms.temperature == 2;
+    once = squares || kFreeCE ? grad.student : grad.student + grad.ce;
+    twice = squares ? grad.ce : 0.0f;
   }
-  if (ignored) {  // whatever stands in the logits
-#pragma unroll
-    for (int i = 0; i < kClasses; ++i) s[i].lane[kLane] = static_cast<T>(0.0f);
+  DSCT_DEVICE float operator()(float exp_s, float exp_t, float exp_ce) const {
+    if constexpr (kFreeCE) return fmaf(factors.ce, exp_ce, fmaf(once, exp_s, factors.teacher * exp_t));
+    return fmaf(fmaf(twice, exp_s, once), exp_s, factors.teacher * exp_t);
   }
-}
+};
 
 template <typename T, int kClasses>
-DSCT_DEVICE void store_classes(const Planes& in, unsigned image, int64_t pixel, int first, int step,
-                               const Pack<T> (&g)[kClasses]) {
-  T* grad = static_cast<T*>(in.grad) + image * in.grad_image + pixel + first * in.grad_class;
+DSCT_DEVICE void store_classes(const Planes& in, unsigned image, int64_t pixel, const Pack<T> (&g)[kClasses]) {
+  T* grad = static_cast<T*>(in.grad) + image * in.grad_image + pixel;
 #pragma unroll
   for (int i = 0; i < kClasses; ++i) {
-    if (first + i * step < in.classes) store_pack(grad + i * step * in.grad_class, g[i]);
+    if (i < in.classes) store_pack(grad + i * in.grad_class, g[i]);
   }
 }
 
-// Calls body(integral_constant<int, 0>) ... body(<kCount - 1>): a loop whose index is a compile-time constant.
+// Calls body(integral_constant<int, 0>) ... body(<kCount - 1>): a loop whose index is a compile-time constant, so that
+// register arrays stay in registers however large the body.
 template <int kCount, int kFirst = 0, typename Body>
 DSCT_DEVICE void repeat(const Body& body) {
   if constexpr (kFirst < kCount) {
@@ -529,7 +526,7 @@ __global__ void __launch_bounds__(128, 1)
     const int64_t pixel = (static_cast<int64_t>(tile) * blockDim.x + threadIdx.x) * kPixels;
     const bool inside = pixel < in.pixels_per_image;
     Pack<T> s[kClasses], t[kClasses];
-    load_classes(in, image, pixel, 0, 1, inside, s, t);
+    load_classes(in, image, pixel, inside, s, t);
     int y[kPixels];
     if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
 #pragma unroll
@@ -552,234 +549,287 @@ __global__ void __launch_bounds__(128, 1)
       totals = add_counts(work, scratch);
       norms = norms_of(totals, result);
     }
-    repeat<kPixels>([&](auto lane) {
-      constexpr int v = decltype(lane)::value;
-      float es[kClasses], et[kClasses], ec[kFreeCE ? kClasses : 1];
-      PixelSums<float> z = sum_classes<v, kFreeCE>(s, t, y[v], terms, es, et, ec);
-      z.student_target = z.teacher_target = 0;
+    repeat<kPixels>([&](auto index) {
+      constexpr int v = decltype(index)::value;
+      float es[kClasses], et[kClasses], ec[kFreeCE ? kClasses : 1], student_target = 0, teacher_target = 0;
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
-        if (i == y[v]) {
-          z.student_target = static_cast<float>(s[i].lane[v]);
-          z.teacher_target = static_cast<float>(t[i].lane[v]);
-        }
+        const bool is_target = i == y[v];
+        const float zs = static_cast<float>(s[i].lane[v]), zt = static_cast<float>(t[i].lane[v]);
+        student_target = is_target ? zs : student_target;
+        teacher_target = is_target ? zt : teacher_target;
+        es[i] = is_target ? -infinity<float>() : zs;
+        et[i] = is_target ? -infinity<float>() : zt;
       }
+      PixelSums<float> z = sum_exponentials<kFreeCE>(es, et, ec, terms, [](float value, auto) { return value; });
+      z.student_target = student_target, z.teacher_target = teacher_target;
       PixelLoss<float> loss;
       PixelGrad<float> grad;
       judge_pixel(z, y[v], terms, in.class_weight, norms.kd, norms.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       if (in.loss_map != nullptr && inside) {
-        static_cast<float*>(in.loss_map)[image * in.pixels_per_image + pixel + v] = pixel_loss(loss, terms);
+        in.loss_map[image * in.pixels_per_image + pixel + v] = pixel_loss(loss, terms);
       }
-      put_gradient<v, kFreeCE>(s, y[v], y[v] == kIgnored, terms, grad, es, et, ec);
+      // The student's packs are not needed any more: the gradient takes their place.
+      const GradientOf<kFreeCE> gradient(terms, grad);
+#pragma unroll
+      for (int i = 0; i < kClasses; ++i) {
+        const float g = gradient(es[i], et[i], ec[kFreeCE ? i : 0]);
+        s[i].lane[v] = static_cast<T>(i == y[v] ? grad.target : g);
+      }
+      if (y[v] == kIgnored) {  // whatever stands in the logits
+#pragma unroll
+        for (int i = 0; i < kClasses; ++i) s[i].lane[v] = static_cast<T>(0.0f);
+      }
     });
-    if (in.grad != nullptr && inside) store_classes(in, image, pixel, 0, 1, s);
+    if (in.grad != nullptr && inside) store_classes(in, image, pixel, s);
   }
   finish_block(total, terms, work, result, totals, scratch);
 }
 
-// What a pixel's groups tell each other through shared memory.
-enum Sum { kStudentBase, kTeacherBase, kStudentSum, kTeacherSum, kCross, kCEBase, kCESum, kSums };
-// And what they are told back: the common bases, and the gradient factors that belong to them.
-enum Verdict { kBaseS, kBaseT, kBaseCE, kGradS, kGradT, kGradCE, kGradTarget, kVerdicts };
+// ------------------------------------------------------------------------------------------------------------- tiles
+// One network's logits, or their gradient: classes side by side at every pixel (channels_last), or pixels side by side
+// in every class.
+struct TileTensor {
+  const void* data;
+  int64_t image, klass;  // strides; pixels are `classes` apart (rows) or 1
+  bool rows, packs;      // packs: every run starts on 16 bytes
+};
 
-// Four more floats a row than pixels: groups fall into different banks, and rows stay on 16 bytes.
-DSCT_HOST_DEVICE constexpr int split_shared_floats(int groups, int tile_pixels) {
-  return (kSums * groups + kVerdicts + 1) * (tile_pixels + 4);
+struct Tiles {
+  TileTensor student, teacher, grad;
+  float* loss_map;
+  const float* class_weight;
+  int64_t target_image, pixels_per_image;
+  unsigned tiles_per_image, tiles;
+  int classes;
+  int groups_log2;  // neighbouring threads that share a pixel: class j belongs to thread j % groups of them
+  int pixels_log2;  // of a tile
+  int tile_bytes;   // of one network's tile in shared memory
+};
+
+constexpr int kTilePixels = 2;  // pixels a thread takes
+
+// Between two classes of a tile in planes: 16 bytes more than its pixels, so that classes fall into different banks.
+template <typename T>
+DSCT_HOST_DEVICE constexpr int tile_row(int pixels) {
+  return pixels + Pack<T>::kSize;
 }
 
-// A row of kCount numbers, 16 bytes at a time.
-template <int kCount, typename V>
-DSCT_DEVICE void read_row(const V* from, V (&to)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    const Pack<V> pack = *reinterpret_cast<const Pack<V>*>(from + 4 * i);
-#pragma unroll
-    for (int v = 0; v < 4; ++v) to[4 * i + v] = pack.lane[v];
+// Starts copying a tile into shared memory; wait_for_copies() and a barrier later it is there.
+template <typename T>
+DSCT_DEVICE void fetch_tile(const TileTensor& from, T* tile, unsigned image, int64_t start, int pixels,
+                            const Tiles& in) {
+  constexpr int kSize = Pack<T>::kSize;
+  const T* base = at<T>(from.data, image * from.image + start * (from.rows ? in.classes : 1));
+  if (from.rows) {
+    const int count = pixels * in.classes, packs = from.packs ? count / kSize : 0;
+    for (int i = threadIdx.x; i < packs; i += blockDim.x) copy_pack_async(tile + i * kSize, base + i * kSize);
+    for (int i = packs * kSize + threadIdx.x; i < count; i += blockDim.x) tile[i] = base[i];
+  } else {
+    const int size = from.packs ? kSize : 1, width_log2 = in.pixels_log2 - (from.packs ? pack_log2<T>() : 0);
+    for (int i = threadIdx.x; i < in.classes << width_log2; i += blockDim.x) {
+      const int j = i >> width_log2, p = (i & ((1 << width_log2) - 1)) * size;
+      if (p >= pixels) continue;
+      T* to = tile + j * tile_row<T>(1 << in.pixels_log2) + p;
+      if (from.packs) {
+        copy_pack_async(to, base + j * from.klass + p);
+      } else {
+        *to = base[j * from.klass + p];
+      }
+    }
   }
 }
 
-// Many classes: each group of threads holds some of them. The groups meet twice: their sums are joined into one
-// verdict per pixel, and every group turns its own exponentials into gradients by it.
+template <typename T>
+DSCT_DEVICE void store_tile(const TileTensor& to, const T* tile, unsigned image, int64_t start, int pixels,
+                            const Tiles& in) {
+  constexpr int kSize = Pack<T>::kSize;
+  T* base = const_cast<T*>(at<T>(to.data, image * to.image + start * (to.rows ? in.classes : 1)));
+  if (to.rows) {
+    const int count = pixels * in.classes, packs = to.packs ? count / kSize : 0;
+    for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+      store_pack(base + i * kSize, *reinterpret_cast<const Pack<T>*>(tile + i * kSize));
+    }
+    for (int i = packs * kSize + threadIdx.x; i < count; i += blockDim.x) base[i] = tile[i];
+  } else {
+    const int size = to.packs ? kSize : 1, width_log2 = in.pixels_log2 - (to.packs ? pack_log2<T>() : 0);
+    for (int i = threadIdx.x; i < in.classes << width_log2; i += blockDim.x) {
+      const int j = i >> width_log2, p = (i & ((1 << width_log2) - 1)) * size;
+      if (p >= pixels) continue;
+      const T* from = tile + j * tile_row<T>(1 << in.pixels_log2) + p;
+      if (to.packs) {
+        store_pack(base + j * to.klass + p, *reinterpret_cast<const Pack<T>*>(from));
+      } else {
+        base[j * to.klass + p] = *from;
+      }
+    }
+  }
+}
+
+// What a pixel's threads leave for the one that judges it, and what that one answers.
+enum Sum { kStudentBase, kTeacherBase, kCEBase, kStudentSum, kTeacherSum, kCross, kCESum, kSums };
+enum Verdict { kGradS, kGradT, kGradCE, kGradTarget, kVerdicts };
+
+constexpr size_t tile_shared_bytes(int pixels, int tile_bytes) {
+  return kScratch * sizeof(double) + sizeof(float) * (kSums + 1) * pixels + 4 * static_cast<size_t>(tile_bytes);
+}
+
+// More classes than one thread holds, either memory layout, any alignment. Tiles of pixels pass through shared memory,
+// where the next one arrives while this one is worked on; the gradient takes the student's place there and leaves in
+// 16-byte stores.
 template <typename T, int kClasses, bool kFreeCE>
 __global__ void __launch_bounds__(256, 1)
-    planes_split(Planes in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
-  constexpr int kPixels = Pack<T>::kSize;
+    staged(Tiles in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
-  const int lanes = 1 << in.lanes_log2, groups = in.groups, team = 1 << in.team_log2;
-  const int lane = threadIdx.x & (lanes - 1), group = threadIdx.x >> in.lanes_log2;
-  const int tile_pixels = lanes * kPixels, row = tile_pixels + 4, own = lane * kPixels;
+  const int groups = 1 << in.groups_log2, group = threadIdx.x & (groups - 1), tile_pixels = 1 << in.pixels_log2;
+  float* sums = reinterpret_cast<float*>(scratch + kScratch);  // [kSums][tile_pixels], then [kVerdicts][tile_pixels]
+  int* y_tile = reinterpret_cast<int*>(sums + kSums * tile_pixels);
+  unsigned char* buffers = reinterpret_cast<unsigned char*>(y_tile + tile_pixels);  // [2][student, teacher]
+  auto buffer = [&](int which, int network) {
+    return reinterpret_cast<T*>(buffers + (2 * which + network) * in.tile_bytes);
+  };
+  // Where class j of pixel p is: p * pixel_step + j * class_step.
+  const int row = tile_row<T>(tile_pixels);
+  const int pixel_s = in.student.rows ? in.classes : 1, class_s = in.student.rows ? 1 : row;
+  const int pixel_t = in.teacher.rows ? in.classes : 1, class_t = in.teacher.rows ? 1 : row;
 
-  float* sums = reinterpret_cast<float*>(scratch + kScratch);  // [kSums][groups][row]
-  float* verdict = sums + kSums * groups * row;                // [kVerdicts][row]
-  int* places = reinterpret_cast<int*>(verdict + kVerdicts * row);
-  // places[row]: the target's slot and group in one number, or its negative label.
-  auto place_of = [&](int y) { return y < 0 ? y : (y / groups) << 8 | y % groups; };
+  auto fetch = [&](unsigned work_tile, int which) {
+    const unsigned image = work_tile / in.tiles_per_image;
+    const int64_t start = static_cast<int64_t>(work_tile - image * in.tiles_per_image) << in.pixels_log2;
+    const int64_t left = in.pixels_per_image - start;
+    const int pixels = left < tile_pixels ? static_cast<int>(left) : tile_pixels;
+    fetch_tile(in.student, buffer(which, 0), image, start, pixels, in);
+    fetch_tile(in.teacher, buffer(which, 1), image, start, pixels, in);
+  };
 
   Totals totals;
   Norms<float> norms;
   PixelLoss<float> total = {0, 0, 0};
-  for (unsigned work_tile = blockIdx.x; work_tile < in.tiles; work_tile += gridDim.x) {
-    const unsigned image = work_tile / in.tiles_per_image, tile = work_tile - image * in.tiles_per_image;
-    const int64_t tile_start = static_cast<int64_t>(tile) * tile_pixels, pixel = tile_start + own;
-    const bool working = pixel < in.pixels_per_image && group < groups;  // the last warp may have threads to spare
-
-    Pack<T> s[kClasses], t[kClasses];
-    load_classes(in, image, pixel, group, groups, working, s, t);
-    if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
-      float* best_logit = sums;
-      int* best_class = reinterpret_cast<int*>(sums + groups * row);
-      if (working) {
-#pragma unroll
-        for (int v = 0; v < kPixels; ++v) {
-          float best = static_cast<float>(t[0].lane[v]);
-          int j = group;
-#pragma unroll
-          for (int i = 1; i < kClasses; ++i) {
-            const float z = static_cast<float>(t[i].lane[v]);
-            if (z > best) best = z, j = group + i * groups;
-          }
-          best_logit[group * row + own + v] = best;
-          best_class[group * row + own + v] = j;
-        }
-      }
-      __syncthreads();
+  if (blockIdx.x < in.tiles) fetch(blockIdx.x, 0);
+  int which = 0;
+  for (unsigned work_tile = blockIdx.x; work_tile < in.tiles; work_tile += gridDim.x, which ^= 1) {
+    const unsigned image = work_tile / in.tiles_per_image;
+    const int64_t start = static_cast<int64_t>(work_tile - image * in.tiles_per_image) << in.pixels_log2;
+    const int64_t left = in.pixels_per_image - start;
+    const int pixels = left < tile_pixels ? static_cast<int>(left) : tile_pixels;
+    T* student = buffer(which, 0);
+    const T* teacher = buffer(which, 1);
+    if (labels.type != Label::kTeacher) {
       for (int p = threadIdx.x; p < tile_pixels; p += blockDim.x) {
-        if (tile_start + p >= in.pixels_per_image) {
-          places[p] = kIgnored;
-          continue;
-        }
-        float best = best_logit[p];
-        int y = best_class[p];
-        for (int g = 1; g < groups; ++g) {
-          const float z = best_logit[g * row + p];
-          const int j = best_class[g * row + p];
-          if (z > best || (z == best && j < y)) best = z, y = j;
-        }
-        places[p] = place_of(y);
-      }
-    } else {
-      for (int p = threadIdx.x; p < tile_pixels; p += blockDim.x) {
-        const bool inside = tile_start + p < in.pixels_per_image;
-        places[p] = inside ? place_of(load_label(labels, image * in.target_image + tile_start + p)) : kIgnored;
+        y_tile[p] = p < pixels ? load_label(labels, image * in.target_image + start + p) : kIgnored;
       }
     }
-    if (work_tile == blockIdx.x) {  // once, while the first logits are under way
+    if (work_tile == blockIdx.x) {
       totals = add_counts(work, scratch);
       norms = norms_of(totals, result);
     }
+    wait_for_copies();
     __syncthreads();
+    if (work_tile + gridDim.x < in.tiles) fetch(work_tile + gridDim.x, which ^ 1);
 
-    float es[kPixels][kClasses], et[kPixels][kClasses], ec[kFreeCE ? kPixels : 1][kFreeCE ? kClasses : 1];
-    int place[kPixels];
-    read_row(places + own, place);
-    auto slot_of = [&](int v) { return (place[v] & 255) == group ? place[v] >> 8 : -1; };
-    Pack<float> mine[kSums];  // four pixels at a time, so that they go out 16 bytes wide
-    repeat<kPixels>([&](auto index) {
-      constexpr int v = decltype(index)::value;
-      const PixelSums<float> z = sum_classes<v, kFreeCE>(s, t, slot_of(v), terms, es[v], et[v], ec[kFreeCE ? v : 0]);
-      // An absent group must not raise the common base.
-      mine[kStudentBase].lane[v % 4] = z.student_sum == 0 ? -infinity<float>() : z.student_base;
-      mine[kTeacherBase].lane[v % 4] = z.teacher_sum == 0 ? -infinity<float>() : z.teacher_base;
-      mine[kCEBase].lane[v % 4] = z.student_sum == 0 ? -infinity<float>() : z.ce_base;
-      mine[kStudentSum].lane[v % 4] = z.student_sum;
-      mine[kTeacherSum].lane[v % 4] = z.teacher_sum;
-      mine[kCross].lane[v % 4] = z.cross;
-      mine[kCESum].lane[v % 4] = z.ce_sum;
-      if constexpr (v % 4 == 3) {
-        if (working) {
+    float es[kTilePixels][kClasses], et[kTilePixels][kClasses], ec[kTilePixels][kFreeCE ? kClasses : 1];
+    int slots[kTilePixels];
+    const int first = threadIdx.x >> in.groups_log2, step = blockDim.x >> in.groups_log2;
+    repeat<kTilePixels>([&](auto index) {
+      constexpr int q = decltype(index)::value;
+      const int p = first + q * step;
+      const bool inside = p < pixels;
 #pragma unroll
-          for (int q = 0; q < kSums; ++q) {
-            *reinterpret_cast<Pack<float>*>(sums + (q * groups + group) * row + own + v - 3) = mine[q];
-          }
+      for (int i = 0; i < kClasses; ++i) {
+        const int j = group + (i << in.groups_log2);
+        const bool here = inside && j < in.classes;
+        es[q][i] = here ? static_cast<float>(student[p * pixel_s + j * class_s]) : -infinity<float>();
+        et[q][i] = here ? static_cast<float>(teacher[p * pixel_t + j * class_t]) : -infinity<float>();
+      }
+      int y;
+      if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
+        float best = et[q][0];
+        y = group;
+#pragma unroll
+        for (int i = 1; i < kClasses; ++i) {
+          if (et[q][i] > best) best = et[q][i], y = group + (i << in.groups_log2);
         }
+        for (int offset = 1; offset < groups; offset *= 2) {
+          const float z = __shfl_xor_sync(kFullMask, best, offset);
+          const int j = __shfl_xor_sync(kFullMask, y, offset);
+          if (z > best || (z == best && j < y)) best = z, y = j;
+        }
+        if (!inside) y = kIgnored;
+        if (group == 0 && p < tile_pixels) y_tile[p] = y;
+      } else {
+        y = p < tile_pixels ? y_tile[p] : kIgnored;
+      }
+      slots[q] = y >= 0 && (y & (groups - 1)) == group ? y >> in.groups_log2 : y < 0 ? y : kElsewhere;
+#pragma unroll
+      for (int i = 0; i < kClasses; ++i) {
+        if (i == slots[q]) es[q][i] = et[q][i] = -infinity<float>();
+      }
+      auto join = [&](float value, auto combine) {
+        for (int offset = 1; offset < groups; offset *= 2) {
+          value = combine(value, __shfl_xor_sync(kFullMask, value, offset));
+        }
+        return value;
+      };
+      const PixelSums<float> z = sum_exponentials<kFreeCE>(es[q], et[q], ec[q], terms, join);
+      if (group == 0 && inside) {
+        const float mine[kSums] = {z.student_base, z.teacher_base, z.ce_base, z.student_sum,
+                                   z.teacher_sum,  z.cross,        z.ce_sum};
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[(i << in.pixels_log2) + p] = mine[i];
       }
     });
     __syncthreads();
 
-    for (int item = threadIdx.x; item < tile_pixels * team; item += blockDim.x) {  // whole warps come and go together
-      const int p = item >> in.team_log2, member = item & (team - 1);
-      const bool inside = tile_start + p < in.pixels_per_image;
-      const int place = places[p], y = place < 0 ? place : (place >> 8) * groups + (place & 255);
-      const bool judge = inside && member == 0;
-      PixelSums<float> z;
-      z.student_target = z.teacher_target = 0;
-      if (judge && y >= 0) {
-        const int64_t offset = tile_start + p;
-        z.student_target = *at<T>(in.student, image * in.student_image + y * in.student_class + offset);
-        z.teacher_target = *at<T>(in.teacher, image * in.teacher_image + y * in.teacher_class + offset);
+    for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
+      const int y = y_tile[p];
+      auto sum = [&](int i) { return sums[(i << in.pixels_log2) + p]; };
+      PixelSums<float> z = {sum(kStudentBase),
+                            sum(kTeacherBase),
+                            sum(kStudentSum),
+                            sum(kTeacherSum),
+                            sum(kCross),
+                            sum(kCEBase),
+                            sum(kCESum),
+                            0,
+                            0};
+      if (y >= 0) {
+        z.student_target = static_cast<float>(student[p * pixel_s + y * class_s]);
+        z.teacher_target = static_cast<float>(teacher[p * pixel_t + y * class_t]);
       }
-      auto sum_at = [&](int q, int g) { return sums[(q * groups + g) * row + p]; };
-      z.student_base = z.teacher_base = z.ce_base = -infinity<float>();
-      for (int g = member; inside && g < groups; g += team) {
-        z.student_base = larger(z.student_base, sum_at(kStudentBase, g));
-        z.teacher_base = larger(z.teacher_base, sum_at(kTeacherBase, g));
-        z.ce_base = larger(z.ce_base, sum_at(kCEBase, g));
-      }
-      for (int offset = 1; offset < team; offset *= 2) {
-        z.student_base = larger(z.student_base, __shfl_xor_sync(kFullMask, z.student_base, offset));
-        z.teacher_base = larger(z.teacher_base, __shfl_xor_sync(kFullMask, z.teacher_base, offset));
-        z.ce_base = larger(z.ce_base, __shfl_xor_sync(kFullMask, z.ce_base, offset));
-      }
-      if (z.student_base == -infinity<float>()) z.student_base = z.ce_base = 0;
-      if (z.teacher_base == -infinity<float>()) z.teacher_base = 0;
-      z.student_sum = z.teacher_sum = z.cross = z.ce_sum = 0;
-      for (int g = member; inside && g < groups; g += team) {
-        // How much of a group's own scale is left on the common one; 0 where it has no class at all.
-        const float shift_s = sum_at(kStudentBase, g) - z.student_base,
-                    shift_t = sum_at(kTeacherBase, g) - z.teacher_base;
-        const float factor_t = exp2_fast(shift_t), sum_t = sum_at(kTeacherSum, g);
-        z.student_sum = fmaf(sum_at(kStudentSum, g), exp2_fast(shift_s), z.student_sum);
-        z.ce_sum = fmaf(sum_at(kCESum, g), exp2_fast(sum_at(kCEBase, g) - z.ce_base), z.ce_sum);
-        z.teacher_sum = fmaf(sum_t, factor_t, z.teacher_sum);
-        if (factor_t != 0 && sum_t != 0) {
-          z.cross = fmaf(factor_t, fmaf(sum_t, shift_t - shift_s, sum_at(kCross, g)), z.cross);
-        }
-      }
-      for (int offset = 1; offset < team; offset *= 2) {
-        z.student_sum += __shfl_xor_sync(kFullMask, z.student_sum, offset);
-        z.ce_sum += __shfl_xor_sync(kFullMask, z.ce_sum, offset);
-        z.teacher_sum += __shfl_xor_sync(kFullMask, z.teacher_sum, offset);
-        z.cross += __shfl_xor_sync(kFullMask, z.cross, offset);
-      }
-      if (!judge) continue;
       PixelLoss<float> loss;
       PixelGrad<float> grad;
       judge_pixel(z, y, terms, in.class_weight, norms.kd, norms.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
-      if (in.loss_map != nullptr) {
-        static_cast<float*>(in.loss_map)[image * in.pixels_per_image + tile_start + p] = pixel_loss(loss, terms);
-      }
-      const float told[kVerdicts] = {z.student_base, z.teacher_base, z.ce_base,  grad.student,
-                                     grad.teacher,   grad.ce,        grad.target};
+      if (in.loss_map != nullptr) in.loss_map[image * in.pixels_per_image + start + p] = pixel_loss(loss, terms);
+      const float answer[kVerdicts] = {grad.student, grad.teacher, grad.ce, grad.target};
 #pragma unroll
-      for (int q = 0; q < kVerdicts; ++q) verdict[q * row + p] = told[q];
+      for (int i = 0; i < kVerdicts; ++i) sums[(i << in.pixels_log2) + p] = answer[i];
     }
     __syncthreads();
 
-    if (in.grad != nullptr && working) {
-      repeat<kPixels / 4>([&](auto quarter) {
-        constexpr int first = 4 * decltype(quarter)::value;
-        float told[kVerdicts][4], base_s[4], base_t[4], base_ce[4];
+    if (in.grad.data != nullptr) {
+      repeat<kTilePixels>([&](auto index) {
+        constexpr int q = decltype(index)::value;
+        const int p = first + q * step;
+        if (p >= pixels) return;
+        auto answer = [&](int i) { return sums[(i << in.pixels_log2) + p]; };
+        const GradientOf<kFreeCE> gradient(terms,
+                                           {answer(kGradS), answer(kGradT), answer(kGradCE), answer(kGradTarget)});
 #pragma unroll
-        for (int q = 0; q < kVerdicts; ++q) read_row(verdict + q * row + own + first, told[q]);
-        read_row(sums + (kStudentBase * groups + group) * row + own + first, base_s);
-        read_row(sums + (kTeacherBase * groups + group) * row + own + first, base_t);
-        read_row(sums + (kCEBase * groups + group) * row + own + first, base_ce);
-        repeat<4>([&](auto index) {
-          constexpr int i = decltype(index)::value, v = first + i;
-          PixelGrad<float> grad;
-          grad.student = told[kGradS][i] * exp2_fast(base_s[i] - told[kBaseS][i]);
-          grad.teacher = told[kGradT][i] * exp2_fast(base_t[i] - told[kBaseT][i]);
-          grad.ce = told[kGradCE][i] * exp2_fast(base_ce[i] - told[kBaseCE][i]);
-          grad.target = told[kGradTarget][i];
-          put_gradient<v, kFreeCE>(s, slot_of(v), place[v] == kIgnored, terms, grad, es[v], et[v], ec[kFreeCE ? v : 0]);
-        });
+        for (int i = 0; i < kClasses; ++i) {
+          const int j = group + (i << in.groups_log2);
+          float g = gradient(es[q][i], et[q][i], ec[q][kFreeCE ? i : 0]);
+          if (i == slots[q]) g = gradient.factors.target;
+          if (slots[q] == kIgnored) g = 0;  // whatever stands in the logits
+          if (j < in.classes) student[p * pixel_s + j * class_s] = static_cast<T>(g);
+        }
       });
-      store_classes(in, image, pixel, group, groups, s);
+      __syncthreads();
+      store_tile(in.grad, student, image, start, pixels, in);
     }
-    __syncthreads();  // the next tile writes where this one read
+    __syncthreads();  // this tile's memory is about to be filled again
   }
   finish_block(total, terms, work, result, totals, scratch);
 }
@@ -907,17 +957,16 @@ __global__ void __launch_bounds__(128, 1)
 }
 
 // ------------------------------------------------------------------------------------------------------------- plans
-constexpr int kMaxCountBlocks = 256, kAnyThreads = 128, kWholeThreads = 128, kSplitThreads = 256;
+constexpr int kMaxCountBlocks = 256, kAnyThreads = 128, kWholeThreads = 128;
 constexpr int64_t kMaxTiles = std::numeric_limits<int32_t>::max();
 
-// How many classes a thread may hold: the variants that are compiled, within what its registers take without a spill.
+// How many classes a thread may hold: the variants that are compiled.
 template <int... kCounts>
 struct ClassCounts {
   static constexpr int kLargest = std::max({kCounts...});
 };
 using WholeClasses = ClassCounts<2, 4, 6, 8>;
-template <typename T>
-using SplitClasses = std::conditional_t<sizeof(T) == 4, ClassCounts<6, 8, 10>, ClassCounts<4, 5, 6>>;
+using StagedClasses = ClassCounts<2, 4, 6, 8, 10, 16, 32>;
 
 // Calls body(integral_constant<int, m>) for the m among kCounts that equals `count`.
 template <int... kCounts, typename Body>
@@ -925,28 +974,30 @@ void one_of(ClassCounts<kCounts...>, int count, const Body& body) {
   ((count == kCounts ? body(std::integral_constant<int, kCounts>{}) : void()), ...);
 }
 
-// The count that pads K classes least over groups of threads, then the one with the fewest groups.
-constexpr int kMaxGroups = 64;
+// The smallest count of classes a thread that holds K over `groups` threads; 0 where none does.
 template <int... kCounts>
-int best_count(ClassCounts<kCounts...>, int classes) {
-  int best = 0, padded = std::numeric_limits<int>::max();
+int smallest_count(ClassCounts<kCounts...>, int64_t classes, int groups) {
+  int best = 0;
   for (int m : {kCounts...}) {
-    const int groups = static_cast<int>(ceil_div(classes, m)), needed = groups * m;
-    if (groups > kMaxGroups) continue;
-    if (needed < padded || (needed == padded && m > best)) best = m, padded = needed;
+    if (static_cast<int64_t>(m) * groups >= classes && (best == 0 || m < best)) best = m;
   }
   return best;
 }
 
+enum class Kernel { kAny, kWhole, kStaged };
+
 // The launch chosen for a call. Workspace and kernel sizes follow from it alone.
 struct TnkdPlan {
-  const char* name = "any_layout";  // the kernel
-  bool fast = false, split = false;
-  int classes_per_thread = 0, groups = 1, lanes_log2 = 0, team_log2 = 0, threads = kAnyThreads;
+  Kernel kernel = Kernel::kAny;
+  int classes_per_thread = 0, groups_log2 = 0, pixels_log2 = 0, tile_bytes = 0, threads = kAnyThreads;
   int64_t tiles_per_image = 0, tiles = 0, blocks = 1;
   int count_blocks = 1;
   size_t shared = kScratch * sizeof(double);
 };
+
+inline const char* kernel_name(Kernel kernel) {
+  return kernel == Kernel::kAny ? "any_layout" : kernel == Kernel::kWhole ? "planes_whole" : "staged";
+}
 
 inline int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -985,61 +1036,71 @@ inline void set_space(TnkdArgs& args, int64_t logit_dims, const int64_t* size, c
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Planes: at most batch and one merged dimension of pixels, side by side, every row of every class on 16 bytes.
-inline bool planes_fit(const TnkdArgs& args) {
-  const int dims = args.dims;
-  if (args.student_dtype != args.teacher_dtype || args.student_dtype == Dtype::kFloat64 || dims > 2) return false;
-  const int vector = 16 / bytes_of(args.student_dtype);
-  const int64_t per_image = args.size[dims - 1];
-  auto good = [&](const void* pointer, const Strides& strides) {
-    return pointer == nullptr || (aligned(pointer) && strides.pixel[dims - 1] == 1 && strides.klass % vector == 0 &&
-                                  (dims == 1 || strides.pixel[0] % vector == 0));
-  };
-  return args.pixels > 0 && per_image % vector == 0 && good(args.student, args.student_strides) &&
-         good(args.teacher, args.teacher_strides) && good(args.grad, args.grad_strides) &&
-         (!args.has_target || args.target_strides[dims - 1] == 1) &&
-         args.classes <= kMaxGroups * (vector == 4 ? SplitClasses<float>::kLargest : SplitClasses<Half>::kLargest);
+// How the fast kernels see a tensor: pixels side by side in every class, classes side by side at every pixel, or
+// neither.
+enum class Shape { kPlanes, kRows, kNeither };
+
+inline Shape shape_of(const TnkdArgs& args, const Strides& strides) {
+  if (args.dims > 2) return Shape::kNeither;
+  const int64_t pixel = strides.pixel[args.dims - 1], per_image = args.size[args.dims - 1];
+  if (strides.klass == 1 && (pixel == args.classes || per_image == 1)) return Shape::kRows;
+  return pixel == 1 || per_image == 1 ? Shape::kPlanes : Shape::kNeither;
+}
+
+// Every run of pixels (or of classes) that a kernel reads at once starts on 16 bytes.
+inline bool on_packs(const TnkdArgs& args, const void* data, const Strides& strides, int vector) {
+  const bool images = args.dims == 1 || strides.pixel[0] % vector == 0;
+  if (shape_of(args, strides) == Shape::kRows) return aligned(data) && images;
+  return aligned(data) && images && strides.klass % vector == 0 && args.size[args.dims - 1] % vector == 0;
 }
 
 inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
-  TnkdPlan plan;
   const bool count = args.mean && args.has_target && (args.has_ignore_index || args.class_weight != nullptr);
+  TnkdPlan plan;
   plan.count_blocks = count ? static_cast<int>(std::clamp<int64_t>(
                                   ceil_div(args.pixels, kCountThreads * kCountPixels * 2), 1, kMaxCountBlocks))
                             : 1;
-  if (planes_fit(args)) {
-    const bool wide = args.student_dtype == Dtype::kFloat32;
-    const int vector = wide ? 4 : 8, k = static_cast<int>(args.classes);
-    const int64_t images = args.dims == 2 ? args.size[0] : 1, per_image = args.size[args.dims - 1];
-    plan.fast = true;
-    plan.name = "planes_whole";
-    if (k <= WholeClasses::kLargest) {  // one group holds all
-      plan.classes_per_thread = best_count(WholeClasses(), k);
-      plan.threads = kWholeThreads;
-      plan.tiles_per_image = ceil_div(per_image, kWholeThreads * vector);
-    } else {
-      plan.split = true;
-      plan.name = "planes_split";
-      plan.classes_per_thread = wide ? best_count(SplitClasses<float>(), k) : best_count(SplitClasses<Half>(), k);
-      plan.groups = static_cast<int>(ceil_div(k, plan.classes_per_thread));
-      while (plan.lanes_log2 < 6 && (2 << plan.lanes_log2) * plan.groups <= kSplitThreads) ++plan.lanes_log2;
-      const int lanes = 1 << plan.lanes_log2, tile = lanes * vector;
-      plan.threads = static_cast<int>(ceil_div(lanes * plan.groups, kWarp)) * kWarp;
-      while (plan.team_log2 < 5 && (tile << plan.team_log2) < plan.threads) ++plan.team_log2;
-      while ((tile << plan.team_log2) % kWarp != 0) ++plan.team_log2;
-      plan.tiles_per_image = ceil_div(per_image, tile);
-      plan.shared += sizeof(float) * split_shared_floats(plan.groups, tile);
-    }
-    plan.tiles = plan.tiles_per_image * images;
-    // Enough blocks to fill the chip and to even out the end, few enough to make their fixed cost small.
-    plan.blocks = std::min<int64_t>(plan.tiles, device.multiprocessors * 8);
-    if (plan.tiles <= kMaxTiles && plan.shared <= static_cast<size_t>(device.shared_bytes)) return plan;
-    const int count_blocks = plan.count_blocks;
-    plan = TnkdPlan();
-    plan.count_blocks = count_blocks;
+  TnkdPlan any = plan;
+  any.blocks = std::clamp<int64_t>(ceil_div(args.pixels, kAnyThreads), 1, 1 << 20);
+
+  const Shape student = shape_of(args, args.student_strides), teacher = shape_of(args, args.teacher_strides);
+  const Shape grad = args.grad == nullptr ? student : shape_of(args, args.grad_strides);
+  if (args.pixels == 0 || args.student_dtype != args.teacher_dtype || args.student_dtype == Dtype::kFloat64 ||
+      student == Shape::kNeither || teacher == Shape::kNeither || grad != student ||
+      (args.has_target && args.target_strides[args.dims - 1] != 1 && args.size[args.dims - 1] != 1)) {
+    return any;
   }
-  plan.blocks = std::clamp<int64_t>(ceil_div(args.pixels, kAnyThreads), 1, 1 << 20);
-  return plan;
+  const int bytes = bytes_of(args.student_dtype), vector = 16 / bytes, k = static_cast<int>(args.classes);
+  const int64_t images = args.dims == 2 ? args.size[0] : 1, per_image = args.size[args.dims - 1];
+  if (student == Shape::kPlanes && teacher == Shape::kPlanes && k <= WholeClasses::kLargest &&
+      on_packs(args, args.student, args.student_strides, vector) &&
+      on_packs(args, args.teacher, args.teacher_strides, vector) &&
+      on_packs(args, args.grad, args.grad_strides, vector)) {
+    plan.kernel = Kernel::kWhole;
+    plan.classes_per_thread = smallest_count(WholeClasses(), k, 1);
+    plan.threads = kWholeThreads;
+    plan.tiles_per_image = ceil_div(per_image, kWholeThreads * vector);
+  } else {
+    plan.kernel = Kernel::kStaged;
+    // Up to 10 classes a thread, more only where a warp cannot share them out further.
+    while (plan.groups_log2 < 5 && (10 << plan.groups_log2) < k) ++plan.groups_log2;
+    plan.classes_per_thread = smallest_count(StagedClasses(), k, 1 << plan.groups_log2);
+    if (plan.classes_per_thread == 0) return any;
+    // At least 128 bytes of pixels side by side; half of them where memory would not hold two tiles of each network.
+    for (plan.threads = plan.groups_log2 >= 3 ? 256 : 128; plan.threads >= 128; plan.threads /= 2) {
+      plan.pixels_log2 = 0;
+      while ((1 << plan.pixels_log2) < kTilePixels * plan.threads >> plan.groups_log2) ++plan.pixels_log2;
+      plan.tile_bytes = static_cast<int>(ceil_div(k * ((1 << plan.pixels_log2) + vector) * bytes, 16)) * 16;
+      plan.shared = tile_shared_bytes(1 << plan.pixels_log2, plan.tile_bytes);
+      if (plan.shared <= static_cast<size_t>(device.shared_bytes)) break;
+    }
+    const int pixels = 1 << plan.pixels_log2;
+    plan.tiles_per_image = ceil_div(per_image, pixels);
+  }
+  plan.tiles = plan.tiles_per_image * images;
+  // Enough blocks to fill the chip and to even out the end, few enough to make their fixed cost small.
+  plan.blocks = std::min<int64_t>(plan.tiles, device.multiprocessors * 8);
+  return plan.tiles <= kMaxTiles && plan.shared <= static_cast<size_t>(device.shared_bytes) ? plan : any;
 }
 
 // 16 bytes for the ticket, then counts, weights and partials.
@@ -1074,45 +1135,53 @@ inline Workspace workspace_of(const TnkdArgs& args, const TnkdPlan& plan) {
   return work;
 }
 
-template <typename T, int kClasses, bool kSplit>
-void launch_planes(const TnkdPlan& plan, bool free_ce, const Planes& in, const Labels& labels, const TnkdArgs& args,
-                   const Workspace& work, cudaStream_t stream) {
-  auto go = [&](auto kernel) {
-    launch("tnkd", kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work,
-           result_of<float>(args));
-  };
-  if constexpr (kSplit) {
-    free_ce ? go(planes_split<T, kClasses, true>) : go(planes_split<T, kClasses, false>);
-  } else {
-    free_ce ? go(planes_whole<T, kClasses, true>) : go(planes_whole<T, kClasses, false>);
-  }
+inline int64_t image_stride(const TnkdArgs& args, const Strides& strides) {
+  return args.dims == 1 ? 0 : strides.pixel[0];
 }
 
 template <typename T>
-void launch_planes(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                   cudaStream_t stream) {
-  const int last = args.dims - 1;
+void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
+                  cudaStream_t stream) {
   Planes in;
   in.student = args.student, in.teacher = args.teacher, in.grad = args.grad;
-  in.loss_map = args.loss_map, in.class_weight = static_cast<const float*>(args.class_weight);
-  auto image_stride = [&](const Strides& strides) { return last == 0 ? 0 : strides.pixel[0]; };
-  in.student_image = image_stride(args.student_strides), in.student_class = args.student_strides.klass;
-  in.teacher_image = image_stride(args.teacher_strides), in.teacher_class = args.teacher_strides.klass;
-  in.grad_image = image_stride(args.grad_strides), in.grad_class = args.grad_strides.klass;
-  in.target_image = last == 0 ? 0 : args.target_strides[0];
-  in.pixels_per_image = args.size[last];
+  in.loss_map = static_cast<float*>(args.loss_map), in.class_weight = static_cast<const float*>(args.class_weight);
+  in.student_image = image_stride(args, args.student_strides), in.student_class = args.student_strides.klass;
+  in.teacher_image = image_stride(args, args.teacher_strides), in.teacher_class = args.teacher_strides.klass;
+  in.grad_image = image_stride(args, args.grad_strides), in.grad_class = args.grad_strides.klass;
+  in.target_image = args.dims == 1 ? 0 : args.target_strides[0];
+  in.pixels_per_image = args.size[args.dims - 1];
   in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
   in.classes = static_cast<int>(args.classes);
-  in.lanes_log2 = plan.lanes_log2, in.groups = plan.groups, in.team_log2 = plan.team_log2;
   const bool free_ce = args.with_ce && args.temperature != 1 && args.temperature != 2;
-  auto go = [&](auto classes, auto split) {
-    launch_planes<T, decltype(classes)::value, decltype(split)::value>(plan, free_ce, in, labels, args, work, stream);
+  one_of(WholeClasses(), plan.classes_per_thread, [&](auto classes) {
+    constexpr int kClasses = decltype(classes)::value;
+    launch("tnkd", free_ce ? planes_whole<T, kClasses, true> : planes_whole<T, kClasses, false>, plan.blocks,
+           plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work, result_of<float>(args));
+  });
+}
+
+template <typename T>
+void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
+                   cudaStream_t stream) {
+  auto tensor = [&](const void* data, const Strides& strides) {
+    return TileTensor{data, image_stride(args, strides), strides.klass, shape_of(args, strides) == Shape::kRows,
+                      on_packs(args, data, strides, Pack<T>::kSize)};
   };
-  if (plan.split) {
-    one_of(SplitClasses<T>(), plan.classes_per_thread, [&](auto m) { go(m, std::true_type()); });
-  } else {
-    one_of(WholeClasses(), plan.classes_per_thread, [&](auto m) { go(m, std::false_type()); });
-  }
+  Tiles in;
+  in.student = tensor(args.student, args.student_strides), in.teacher = tensor(args.teacher, args.teacher_strides);
+  in.grad = tensor(args.grad, args.grad_strides);
+  in.loss_map = static_cast<float*>(args.loss_map), in.class_weight = static_cast<const float*>(args.class_weight);
+  in.target_image = args.dims == 1 ? 0 : args.target_strides[0];
+  in.pixels_per_image = args.size[args.dims - 1];
+  in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
+  in.classes = static_cast<int>(args.classes);
+  in.groups_log2 = plan.groups_log2, in.pixels_log2 = plan.pixels_log2, in.tile_bytes = plan.tile_bytes;
+  const bool free_ce = args.with_ce && args.temperature != 1 && args.temperature != 2;
+  one_of(StagedClasses(), plan.classes_per_thread, [&](auto classes) {
+    constexpr int kClasses = decltype(classes)::value;
+    launch("tnkd", free_ce ? staged<T, kClasses, true> : staged<T, kClasses, false>, plan.blocks, plan.threads,
+           plan.shared, stream, in, labels, terms_of<float>(args), work, result_of<float>(args));
+  });
 }
 
 template <typename A>
@@ -1167,14 +1236,19 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, cudaStream_t st
   }
   launch("tnkd", count_pixels<float>, plan.count_blocks, kCountThreads, shared, stream, labels, space, target_stride,
          args.pixels, static_cast<const float*>(args.class_weight), count, work);
-  if (!plan.fast) return launch_any<float>(plan, args, labels, work, stream);
+  auto by_dtype = [&](auto type) {
+    using T = decltype(type);
+    if (plan.kernel == Kernel::kWhole) return launch_whole<T>(plan, args, labels, work, stream);
+    return launch_staged<T>(plan, args, labels, work, stream);
+  };
+  if (plan.kernel == Kernel::kAny) return launch_any<float>(plan, args, labels, work, stream);
   switch (args.student_dtype) {
     case Dtype::kFloat32:
-      return launch_planes<float>(plan, args, labels, work, stream);
+      return by_dtype(float());
     case Dtype::kFloat16:
-      return launch_planes<Half>(plan, args, labels, work, stream);
+      return by_dtype(Half());
     default:
-      return launch_planes<BFloat16>(plan, args, labels, work, stream);
+      return by_dtype(BFloat16());
   }
 }
 

@@ -120,7 +120,7 @@ void run_tnkd(const Case& c) {
   Buffer workspace(tnkd_workspace_bytes(plan));
   args.workspace = workspace.data;
   tnkd_run(args, plan, nullptr);
-  std::cout << plan.name << "\n";
+  std::cout << kernel_name(plan.kernel) << "\n";
   for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
 }
 

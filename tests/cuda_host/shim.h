@@ -1,14 +1,15 @@
 // CUDA's words for a host compiler: the kernels of csrc/*/*_kernels.cuh run here, unchanged, on the CPU. Test-only.
 //
-// A block is a group of std::threads, one per CUDA thread; blocks run one after the other. __syncthreads is a barrier
-// of the block, a shuffle is two barriers of the warp around an exchange, so ThreadSanitizer sees a missing
-// __syncthreads as the race it is. Shared memory is one heap allocation per block, of exactly the bytes that the
-// launch asked for (AddressSanitizer sees an overrun) and filled with NaN before each block (nobody reads what nobody
-// wrote). Not modelled: warps in lockstep (there is no implicit synchronisation, as on Volta and later), the memory
-// order of different blocks (they are sequential), registers, banks, caches.
+// A block is a group of CUDA threads that meet at barriers; blocks run one after the other. A CUDA thread is a fibre,
+// or, with SHIM_THREADS, a std::thread: slow, but ThreadSanitizer then sees a missing __syncthreads as the race it is.
+// A shuffle is two barriers of the warp around an exchange. Shared memory is one heap allocation per block, of exactly
+// the bytes that the launch asked for (AddressSanitizer sees an overrun), filled with NaN before each block (nobody
+// reads what nobody wrote). Not modelled: warps in lockstep (there is no implicit synchronisation, as on Volta and
+// later), blocks side by side (they are sequential), asynchronous copies (they arrive at once), registers, banks, caches.
 #pragma once
 
 #include <pthread.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <array>
@@ -28,7 +29,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define DSCT_SHARED(name) unsigned char* name = ::shim::block->shared
 
@@ -42,15 +42,101 @@ struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
 
+#ifdef SHIM_THREADS
+
+inline thread_local Index thread_index;
+
 class Barrier {
  public:
   explicit Barrier(unsigned count) { pthread_barrier_init(&barrier_, nullptr, count); }
   ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  Barrier(const Barrier&) = delete;
   void wait() { pthread_barrier_wait(&barrier_); }
 
  private:
   pthread_barrier_t barrier_;
 };
+
+// Runs body(t) for t in [0, threads), all of them alive at once.
+template <typename Body>
+void together(unsigned threads, const Body& body) {
+  std::vector<std::thread> group;
+  for (unsigned t = 0; t < threads; ++t) {
+    group.emplace_back([&body, t] {
+      thread_index.x = t;
+      body(t);
+    });
+  }
+  for (std::thread& thread : group) thread.join();
+}
+
+#else
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  unsigned index = 0;
+  bool done = false;
+};
+
+inline Index thread_index;
+inline ucontext_t scheduler;
+inline Fibre* current = nullptr;
+inline void (*entry)(void*, unsigned) = nullptr;
+inline void* entry_body = nullptr;
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned count) : count_(count) {}
+  void wait() {
+    const unsigned mine = generation_;
+    if (++arrived_ == count_) {
+      arrived_ = 0;
+      ++generation_;
+    }
+    while (generation_ == mine) yield();
+  }
+
+ private:
+  unsigned count_, arrived_ = 0, generation_ = 0;
+};
+
+inline void start() {
+  entry(entry_body, current->index);
+  current->done = true;
+  yield();
+}
+
+template <typename Body>
+void together(unsigned threads, const Body& body) {
+  constexpr size_t kStack = 256 * 1024;
+  entry = [](void* b, unsigned t) { (*static_cast<const Body*>(b))(t); };
+  entry_body = const_cast<Body*>(&body);
+  std::vector<Fibre> fibres(threads);
+  for (unsigned t = 0; t < threads; ++t) {
+    Fibre& fibre = fibres[t];
+    fibre.index = t;
+    fibre.stack.reset(new unsigned char[kStack]);
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStack;
+    makecontext(&fibre.context, start, 0);
+  }
+  // Last thread first: whoever relies on thread 0 having gone ahead without a barrier is wrong here.
+  for (unsigned left = threads; left > 0;) {
+    for (unsigned t = threads; t-- > 0;) {
+      if (fibres[t].done) continue;
+      current = &fibres[t];
+      thread_index.x = t;
+      swapcontext(&scheduler, &fibres[t].context);
+      left -= fibres[t].done;
+    }
+  }
+}
+
+#endif
 
 struct Warp {
   explicit Warp(unsigned lanes) : barrier(lanes) {}
@@ -69,9 +155,8 @@ struct Block {
   unsigned char* shared = nullptr;
 };
 
-inline thread_local Block* block = nullptr;
-inline thread_local Index thread_index, block_index;
-inline Index block_size, grid_size;
+inline Block* block = nullptr;
+inline Index block_index, block_size, grid_size;
 
 template <typename T>
 T exchange(T value, unsigned from) {
@@ -84,33 +169,29 @@ T exchange(T value, unsigned from) {
   return value;
 }
 
-// Every CUDA thread keeps its host thread for the whole launch and walks through the blocks.
+// Every CUDA thread walks through all the blocks.
 template <typename Body>
 void run(unsigned blocks, unsigned threads, size_t shared_bytes, const Body& body) {
   block_size = {threads, 1, 1};
   grid_size = {blocks, 1, 1};
   Block state(threads);
-  std::vector<std::thread> group;
-  for (unsigned t = 0; t < threads; ++t) {
-    group.emplace_back([&, t] {
-      block = &state;
-      thread_index = {t, 0, 0};
-      for (unsigned b = 0; b < blocks; ++b) {
+  block = &state;
+  together(threads, [&](unsigned t) {
+    for (unsigned b = 0; b < blocks; ++b) {
+      if (t == 0) {
         block_index = {b, 0, 0};
-        if (t == 0) {
-          // aligned_alloc, so that 16-byte vectors are aligned and the end is where the launch said.
-          state.shared = static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
-          const float nan = std::numeric_limits<float>::quiet_NaN();
-          for (size_t i = 0; i + 4 <= shared_bytes; i += 4) std::memcpy(state.shared + i, &nan, 4);
-        }
-        state.barrier.wait();
-        body();
-        state.barrier.wait();
-        if (t == 0) std::free(state.shared);
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 16, std::max<size_t>(shared_bytes, 1)) != 0) std::abort();
+        const float nan = std::numeric_limits<float>::quiet_NaN();
+        for (size_t i = 0; i + 4 <= shared_bytes; i += 4) std::memcpy(static_cast<char*>(memory) + i, &nan, 4);
+        state.shared = static_cast<unsigned char*>(memory);
       }
-    });
-  }
-  for (std::thread& thread : group) thread.join();
+      state.barrier.wait();
+      body();
+      state.barrier.wait();
+      if (t == 0) std::free(state.shared);
+    }
+  });
 }
 
 }  // namespace shim
@@ -121,7 +202,6 @@ void run(unsigned blocks, unsigned threads, size_t shared_bytes, const Body& bod
 #define gridDim ::shim::grid_size
 
 inline void __syncthreads() { ::shim::block->barrier.wait(); }
-inline void __syncwarp(unsigned = ~0u) { ::shim::block->warps[threadIdx.x / ::shim::kWarpSize]->barrier.wait(); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 template <typename T>
@@ -132,8 +212,6 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   return std::atomic_ref<unsigned>(*address).fetch_add(value);
 }
-
-using std::fabs;
 
 namespace dsct::cuda {
 
