@@ -308,9 +308,12 @@ def test_second_derivative_is_a_clear_error(device, backend):
     for name, loss in losses_of(backend, device).items():
         x = problem(device)[0].requires_grad_()
         (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        # A gradient penalty beside other terms: without the error its gradient would be silently missing.
         with pytest.raises(RuntimeError, match="first derivative only"):
-            torch.autograd.grad(grad.square().sum(), x)
+            (grad.square().sum() + x.sum()).backward()
             pytest.fail(name)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grad.square().sum(), x)
 
 
 def test_bitwise_repeatable(device, backend):

@@ -21,10 +21,10 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kMean = 1, kNone = 0;
-constexpr int64_t kSerialLogits = 1 << 15;    // below, waking threads costs more than it saves
-constexpr int64_t kChunkLogits = 1 << 16;     // work of one task; fixed, so that sums do not depend on the threads
+constexpr int64_t kSerialLogits = 1 << 15;  // below, waking threads costs more than it saves
+constexpr int64_t kChunkLogits = 1 << 16;   // work of one task; fixed, so that sums do not depend on the threads
 constexpr int64_t kChunkLabels = 1 << 16;
-constexpr int64_t kStreamBytes = 8 << 20;     // a gradient this large leaves the caches before backward reads it
+constexpr int64_t kStreamBytes = 8 << 20;  // a gradient this large leaves the caches before backward reads it
 constexpr int64_t kHugePageBytes = 4 << 20;
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
@@ -202,8 +202,8 @@ int64_t label_at(const void* data, LabelType type, int64_t i) {
     const bool ignored = args.has_ignore && label == args.ignore_index;
     if (!ignored && (label < 0 || label >= args.classes))
       fail("target: label " + std::to_string(label) + " at position " + shape(index) + " is outside [0, " +
-           std::to_string(args.classes) + ") and is not ignore_index=" +
-           (args.has_ignore ? std::to_string(args.ignore_index) : "None"));
+           std::to_string(args.classes) +
+           ") and is not ignore_index=" + (args.has_ignore ? std::to_string(args.ignore_index) : "None"));
     for (size_t d = sizes.size(); d-- > 0;) {
       if (++index[d] < sizes[d]) break;
       index[d] = 0;
@@ -219,9 +219,8 @@ LabelCount count_labels(const TnkdArgs& args, const TnkdKernels& kernel, bool se
     return total;
   }
   std::vector<LabelCount> counts(size_t((args.pixels + kChunkLabels - 1) / kChunkLabels));
-  for_chunks(args.pixels, kChunkLabels, serial, [&](int64_t i, int64_t begin, int64_t end) {
-    counts[size_t(i)] = kernel.count_labels(args, begin, end);
-  });
+  for_chunks(args.pixels, kChunkLabels, serial,
+             [&](int64_t i, int64_t begin, int64_t end) { counts[size_t(i)] = kernel.count_labels(args, begin, end); });
   for (const LabelCount& c : counts) {
     total.valid += c.valid;
     total.weight += c.weight;
@@ -324,8 +323,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   // Mean: CE over the sum of the weights (F.cross_entropy's rule), TNKD over the valid pixels; over nothing it is 0.
   const double by_count = reduction == kMean && count > 0 ? 1 / count : 1;
   const double by_weight = reduction == kMean && weight > 0 ? 1 / weight : 1;
-  // float16 gradients of a mean would underflow before a GradScaler could scale them: 1 / count stays outside.
-  const double outside = student_type == FloatType::kF16 ? by_count : 1;
+  // float16 gradients of a mean would underflow before a GradScaler could scale them: a division by about the count
+  // stays outside. By a power of two, so that float16 rounds once.
+  const bool defer = student_type == FloatType::kF16 && reduction == kMean && count > 0;
+  const double outside = defer ? std::exp2(-std::ilogb(count)) : 1;
   args.tnkd_scale = by_count / outside;
   args.ce_scale = by_weight / outside;
 

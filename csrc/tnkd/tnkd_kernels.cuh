@@ -322,6 +322,9 @@ DSCT_DEVICE Totals add_counts(const Workspace& work, double* scratch) {
   return {sums[0], sums[1]};
 }
 
+// The largest power of two that count reaches: dividing a float16 by it does not round.
+DSCT_DEVICE double power_of_two_below(double count) { return count >= 1 ? scalbn(1.0, ilogb(count)) : 1.0; }
+
 // Adds this block's sums to the result; the last block to arrive reduces all of them in block order.
 template <typename A>
 DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, const Workspace& work,
@@ -360,7 +363,7 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
       if (weight[i] != 0) loss += weight[i] * part[i];  // weight 0 takes no part: 0 * inf would be NaN
     }
     if (result.loss != nullptr) *result.loss = static_cast<A>(loss);
-    *result.grad_scale = static_cast<A>(result.defer ? kd : 1);
+    *result.grad_scale = static_cast<A>(result.defer && result.mean ? 1 / power_of_two_below(totals.count) : 1);
   }
 }
 
@@ -374,7 +377,7 @@ DSCT_DEVICE A pixel_loss(const PixelLoss<A>& part, const Terms<A>& terms) {
   return loss;
 }
 
-// Gradient factors of the two normalisers. With `defer` both are multiplied by the count of valid pixels.
+// Gradient factors of the two normalisers. With `defer` both are multiplied by about the count of valid pixels.
 template <typename A>
 struct Norms {
   A kd = 1, ce = 1;
@@ -383,7 +386,8 @@ template <typename A>
 DSCT_DEVICE Norms<A> norms_of(const Totals& totals, const Result<A>& result) {
   if (!result.mean) return {};
   const double count = totals.count > 0 ? totals.count : 1, weight = totals.weight != 0 ? totals.weight : 1;
-  return {static_cast<A>(result.defer ? 1 : 1 / count), static_cast<A>(result.defer ? count / weight : 1 / weight)};
+  const double kept = result.defer ? power_of_two_below(count) : 1;
+  return {static_cast<A>(kept / count), static_cast<A>(kept / weight)};
 }
 
 // ------------------------------------------------------------------------------------------------- classes in planes

@@ -1,5 +1,6 @@
 """Teachers and students: transformers models by preset name or by folder, and what the losses read from them."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,8 +169,9 @@ def gflops(model: nn.Module, size: int) -> float:
     """Forward multiply-adds, counted as two, of one size x size image."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next(model.parameters()).device
+    # A copy on the CPU: the counter does not know every attention kernel that a GPU would choose.
+    model = copy.deepcopy(model).cpu().eval()
     counter = FlopCounterMode(display=False)
     with counter:
-        forward(model.eval(), torch.zeros(1, 3, size, size, device=device))
+        forward(model, torch.zeros(1, 3, size, size))
     return counter.get_total_flops() / 1e9

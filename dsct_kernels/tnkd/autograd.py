@@ -25,7 +25,8 @@ def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: boo
     """
     if per_pixel:
         grad_output = grad_output.unsqueeze(1)
-    if torch.compiler.is_compiling() or per_pixel:  # functional: a compiler fuses it, and reuses the buffer on its own
+    tracing = torch.compiler.is_compiling() or type(grad) is not Tensor  # a fake tensor's numbers cannot be asked for
+    if tracing or per_pixel:  # functional: a compiler fuses it, and reuses the buffer on its own
         return (grad.to(grad_scale.dtype) * (grad_output * grad_scale)).to(grad.dtype)
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     if grad.device.type == "cpu":

@@ -173,17 +173,22 @@ def _factors(counts, weights, num_counts, num_pixels, ce_weight, MEAN_: tl.const
              HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
              ACC: tl.constexpr):  # fmt: skip
     """What the gradient of the TNKD terms and of CE is multiplied by: 1/count and ce_weight/weights, or, where the
-    normaliser is left to grad_scale, both times count."""
+    normaliser is left to grad_scale, both divided by grad_scale."""
     ce_factor = tl.full([], ce_weight, ACC)
     mean_factor = tl.full([], 1.0, ACC)
-    if MEAN_ and (FOLD or (WITH_CE and HAS_WEIGHT)):
+    if MEAN_:
         count, weight = _totals(counts, weights, num_counts, num_pixels, HAS_COUNT, HAS_WEIGHT, COUNTS, ACC)
-        if FOLD:
-            mean_factor = tl.where(count > 0, 1.0 / count, 0.0)
-            ce_factor = tl.where(weight > 0, ce_factor / weight, 0.0)
-        else:
-            ce_factor = tl.where(weight > 0, ce_factor * (count / weight), 0.0)
+        kept = 1.0 if FOLD else _power_of_two_below(count, ACC)
+        mean_factor = tl.where(count > 0, kept / count, 0.0)
+        ce_factor = tl.where(weight > 0, ce_factor * (kept / weight), 0.0)
     return ce_factor, mean_factor
+
+
+@triton.jit
+def _power_of_two_below(count, ACC: tl.constexpr):
+    """The largest power of two that count >= 1 reaches: its exponent bits. Dividing a float16 by it does not round."""
+    bits = tl.maximum(count, 1.0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True).to(ACC)
 
 
 @triton.jit
@@ -498,7 +503,7 @@ def finish_kernel(partial, counts, weights, loss, parts, grad_scale, num_program
         nckd *= over
         ce *= tl.where(weight > 0, 1.0 / weight, 0.0)
         if not FOLD:
-            scale = over
+            scale = 1.0 / _power_of_two_below(count, ACC)
     if not NONE_:
         value = _weighted(tl.full([], tckd_weight_, ACC), tckd) + _weighted(tl.full([], nckd_weight_, ACC), nckd)
         if WITH_CE:
