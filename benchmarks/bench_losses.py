@@ -5,7 +5,7 @@ Examples:
     python benchmarks/bench_losses.py --quick                           # about a minute
     python benchmarks/bench_losses.py --device cuda --json out.json --chart out.png
     python benchmarks/bench_losses.py --loss tnkd --only-shape 4x6x512x512 --dtype fp32 --layout contiguous
-    python benchmarks/bench_losses.py --read out.json --markdown        # the README's table, no timing
+    python benchmarks/bench_losses.py --read out.json --markdown --dtype fp32   # the README's table
     python benchmarks/bench_losses.py --read out.json --check           # the required ratios, exit code 1 on a miss
 """
 
@@ -68,7 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("what comes out")
     out.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write every measurement")
     out.add_argument("--append", action="store_true", help="keep what the JSON file holds of other cases")
-    out.add_argument("--read", type=pathlib.Path, metavar="JSON", help="time nothing, take the results from a file")
+    out.add_argument(
+        "--read", type=pathlib.Path, metavar="JSON", help="time nothing; of a file, take what the options above name"
+    )
     out.add_argument("--chart", type=pathlib.Path, metavar="PNG", help="draw the ratios; several losses: PNG-LOSS")
     out.add_argument("--markdown", action="store_true", help="print the README's table")
     out.add_argument("--check", action="store_true", help="hold it against the required ratios; exit code 1 on a miss")
@@ -165,13 +167,28 @@ def run(options: argparse.Namespace, say: Any) -> report.Result:
     return result
 
 
+def select(result: report.Result, options: argparse.Namespace) -> report.Result:
+    """Of a result that was read, the cases that the options name; all where they name none."""
+    wanted = {
+        "loss": options.loss,
+        "shape": options.only_shape,
+        "layout": options.layout,
+        "dtype": options.dtype,
+        "phase": options.phase,
+    }
+    kept = [m for m in result["measurements"] if all(not names or m[key] in names for key, names in wanted.items())]
+    if not kept:
+        sys.exit(f"{options.read}: holds none of the cases named")
+    return {**result, "measurements": kept}
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 220)
     if options.read:
-        result = json.loads(options.read.read_text())
+        result = select(json.loads(options.read.read_text()), options)
     else:
         progress = Console(stderr=True)
         result = run(options, lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True))

@@ -230,5 +230,10 @@ def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
     capsys.readouterr()
     assert bench_losses.main(["--read", str(path), "--markdown"]) == 0
     assert "| tnkd | 2 x 3 x 4 x 4 | contiguous | bf16 |" in capsys.readouterr().out
+    assert bench_losses.main(["--read", str(path), "--markdown", "--dtype", "fp32", "--loss", "tnkd", "cafd"]) == 0
+    fp32 = capsys.readouterr().out
+    assert "| cafd | 2 x 3 x 4 x 4 | contiguous | fp32 |" in fp32 and "bf16" not in fp32 and "| dsct |" not in fp32
+    with pytest.raises(SystemExit, match="none of the cases"):
+        bench_losses.main(["--read", str(path), "--layout", "channels_last"])
     assert bench_losses.main(["--read", str(path), "--check"]) == 1  # no required shape was run: not a pass
     assert "0 of 0" in capsys.readouterr().out
