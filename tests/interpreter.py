@@ -4,7 +4,7 @@ import numpy as np
 
 
 def compute_bfloat16_as_a_gpu_does() -> None:
-    """float32 to bfloat16 rounds to nearest even (was: cut off); float64 from and to it converts (was: took the bits)."""
+    """float32 to bfloat16 rounds to nearest even (was: cut off); float64 from and to it converts (was: the bits)."""
     import triton.language as tl
     from triton.runtime import interpreter
 

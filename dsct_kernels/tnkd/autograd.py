@@ -16,18 +16,18 @@ REDUCTION = 9  # position of the argument `reduction`, 0 for none
 InPlaceScale = Callable[[Tensor, Tensor], None]
 
 
-def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: bool, scale_: InPlaceScale) -> Tensor:
-    """grad * (grad_scale * grad_output), the product taken in float32 or better.
+def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: bool) -> Tensor:
+    """grad * (grad_scale * grad_output) as a new tensor, the product taken in float32 or better."""
+    factor = (grad_output.unsqueeze(1) if per_pixel else grad_output) * grad_scale
+    return (grad.to(grad_scale.dtype) * factor).to(grad.dtype)
 
-    `grad` is saved for backward. While the graph lives on (retain_graph=True) it is only read. When this is its last
-    use, it is handed over as the result: as it is where the factor is 1, scaled in place where not, so that one tensor
-    of the student's size is all that a loss ever allocates.
+
+def handed_over(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, scale_: InPlaceScale) -> Tensor:
+    """The same for a scalar grad_output and a `grad` that nobody else sees, without a second tensor of its size.
+
+    While the graph lives on (retain_graph=True) the saved `grad` is only read. When this is its last use it becomes the
+    result: as it is where the factor is 1, scaled in place where not.
     """
-    if per_pixel:
-        grad_output = grad_output.unsqueeze(1)
-    tracing = torch.compiler.is_compiling() or type(grad) is not Tensor  # a fake tensor's numbers cannot be asked for
-    if tracing or per_pixel:  # functional: a compiler fuses it, and reuses the buffer on its own
-        return (grad.to(grad_scale.dtype) * (grad_output * grad_scale)).to(grad.dtype)
     keep = torch._C._autograd._get_current_graph_task_keep_graph()
     if grad.device.type == "cpu":
         number = float(grad_output) * float(grad_scale)  # a Python number is not rounded to half precision
@@ -38,13 +38,6 @@ def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: boo
         grad = grad.clone()
     scale_(grad, grad_output * grad_scale)  # returns at once where the factor is 1, without asking the host
     return grad
-
-
-def _backward(ctx: Any, scale_: InPlaceScale, grad_output: Tensor | None) -> Tensor | None:
-    if grad_output is None:
-        return None
-    grad, grad_scale = ctx.saved_tensors
-    return first_derivative_only(scaled(grad, grad_scale, grad_output, ctx.per_pixel, scale_), "tnkd_loss")
 
 
 class EagerTNKD(torch.autograd.Function):
@@ -61,11 +54,19 @@ class EagerTNKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        return None, None, _backward(ctx, ctx.scale_, grad_output), *[None] * (NUM_INPUTS - 2)
+        grad = None
+        if grad_output is not None:
+            grad, scale = ctx.saved_tensors
+            if ctx.per_pixel:
+                grad = scaled(grad, scale, grad_output, True)
+            else:
+                grad = handed_over(grad, scale, grad_output, ctx.scale_)
+            grad = first_derivative_only(grad, "tnkd_loss")
+        return None, None, grad, *[None] * (NUM_INPUTS - 2)
 
 
-def register(name: str, scale_: InPlaceScale) -> None:
-    """Gives the op `name` (with the contract of dsct_kernels::tnkd) its autograd."""
+def register(name: str) -> None:
+    """Gives the op `name`, of the contract of dsct_kernels::tnkd, its autograd; its output `grad` is never written."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, parts, grad, grad_scale = output
@@ -75,7 +76,11 @@ def register(name: str, scale_: InPlaceScale) -> None:
         ctx.per_pixel = inputs[REDUCTION] == 0
 
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, scale_, grad_output), *[None] * (NUM_INPUTS - 1)
+        grad = None
+        if grad_output is not None:
+            grad, scale = ctx.saved_tensors
+            grad = first_derivative_only(scaled(grad, scale, grad_output, ctx.per_pixel), "tnkd_loss")
+        return grad, *[None] * (NUM_INPUTS - 1)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
 

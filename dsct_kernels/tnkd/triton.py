@@ -230,7 +230,7 @@ LIBRARY.define(
 LIBRARY.impl("tnkd_triton", forward, "CUDA")
 LIBRARY.impl("tnkd_triton", forward, "CPU")  # only the interpreter runs it
 torch.library.register_fake("dsct_kernels::tnkd_triton", autograd.fake)
-autograd.register("dsct_kernels::tnkd_triton", scale_in_place)
+autograd.register("dsct_kernels::tnkd_triton")
 _op = torch.ops.dsct_kernels.tnkd_triton.default
 
 
