@@ -7,7 +7,7 @@ from dsct_kernels import cafd_loss, channel_attention_map, tnkd_loss
 from tests.helpers import assert_as_good_as_reference
 
 NAN, INF = float("nan"), float("inf")
-# A loss is a difference of terms of size 1 (TNKD: temperature^2); where it is near 0, a few roundings of these are left.
+# A loss is a difference of terms of size 1 (TNKD: temperature^2); where it is near 0, a few roundings of these remain.
 ROUNDING = {torch.float32: 4 * 1.2e-7, torch.float64: 4 * 2.3e-16}
 LABEL_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 
