@@ -309,3 +309,19 @@ CAFD = [
     CafdCase("columns columns", (1, 24, 20, 20), dtype=torch.bfloat16, layout="channels_last", why="chunks"),
     CafdCase("rows rows", (2, 70, 2, 4), spatial_temperature=0.5, why="shares of channels"),
 ]  # fmt: skip
+
+# For ThreadSanitizer, whose threads are slow: every kernel and every barrier once.
+SMALL_TNKD = [
+    TnkdCase(WHOLE, (2, 5, 4, 8), weighted=True),
+    TnkdCase(WHOLE, (1, 6, 50, 48), torch.bfloat16, why="several tiles a block"),
+    TnkdCase(STAGED, (1, 19, 10, 40), torch.bfloat16, why="several tiles a block"),
+    TnkdCase(STAGED, (1, 150, 10, 20), why="many threads a pixel"),
+    TnkdCase(STAGED, (1, 19, 5, 7), layout="channels_last", label=None, logits=ties),
+    TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", reduction=0),
+]
+SMALL_CAFD = [
+    CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
+    CafdCase("rows rows", (1, 3, 32, 96), why="several warps a row"),
+    CafdCase("columns columns columns", (1, 24, 3, 5), (1, 40, 3, 5), torch.bfloat16, layout="channels_last"),
+    CafdCase("any any any", (1, 3, 7, 5), (1, 3, 5, 7), why="pooled"),
+]

@@ -7,6 +7,7 @@ beside it. Executables rather than a library: ThreadSanitizer and AddressSanitiz
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {
     "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-O0", "-g1", "-fsanitize=thread", "-DSHIM_THREADS"],
+    "address": ["-O0", "-g1", "-fsanitize=address"],
 }
 
 
@@ -25,11 +26,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build(folder: Path, check: str, csrc: Path = ROOT / "csrc") -> Path:
+def build(folder: Path, check: str, csrc: Path = ROOT / "csrc", more: Sequence[str] = ()) -> Path:
     """The driver, compiled against the kernels in `csrc` with the sanitizer of `check`."""
     out = folder / f"driver_{check}"
     include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{csrc}", f"-I{ROOT / 'tests/cuda_host'}"]
-    command = ["g++", "-std=c++20", "-DDSCT_HOST_SHIM", "-pthread", "-w", *FLAGS[check], *include]
+    command = ["g++", "-std=c++20", "-DDSCT_HOST_SHIM", "-pthread", "-w", *FLAGS[check], *more, *include]
     done = subprocess.run(
         [*command, str(ROOT / "tests/cuda_host/driver.cpp"), "-o", str(out)], capture_output=True, text=True
     )
@@ -83,5 +84,8 @@ def run_raw(driver: Path, cases: list[Case], folder: Path) -> subprocess.Complet
     """The same, whatever the driver and its sanitizer had to say."""
     shutil.rmtree(folder, ignore_errors=True)
     paths = [str(case.write(folder / str(i))) for i, case in enumerate(cases)]
-    env = os.environ | {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    env = os.environ | {
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
     return subprocess.run([str(driver), *paths], capture_output=True, text=True, env=env, timeout=600)

@@ -5,7 +5,8 @@
 // A shuffle is two barriers of the warp around an exchange. Shared memory is one heap allocation per block, of exactly
 // the bytes that the launch asked for (AddressSanitizer sees an overrun), filled with NaN before each block (nobody
 // reads what nobody wrote). Not modelled: warps in lockstep (there is no implicit synchronisation, as on Volta and
-// later), blocks side by side (they are sequential), asynchronous copies (they arrive at once), registers, banks, caches.
+// later), blocks side by side (they are sequential), asynchronous copies (they arrive at once), registers, banks,
+// caches.
 #pragma once
 
 #include <pthread.h>
