@@ -33,7 +33,7 @@ struct Loops {
   static size_t scratch(const Features& x) {
     const int64_t positions = x.H * x.W;
     const int64_t rows = kRows * pitch(positions) * sizeof(S) + 2 * pitch(positions) * sizeof(T);
-    const int64_t channels = 6 * pitch(x.C) * sizeof(S);
+    const int64_t channels = 4 * pitch(x.C) * sizeof(S) + 2 * positions * sizeof(T*);
     return static_cast<size_t>(rows > channels ? rows : channels);
   }
 
@@ -66,12 +66,21 @@ struct Loops {
     for (int64_t h = 0; h < x.H; h++)
       for (int64_t w = 0; w < x.W; w++) p[h * x.stride_h + w * x.stride_w] = copy[h * x.W + w];
   }
-  static T* position(const Features& x, int64_t n, int64_t i) {
-    return static_cast<T*>(x.data) + n * x.stride_n + (i / x.W) * x.stride_h + (i % x.W) * x.stride_w;
-  }
 
-  // e^(v / T - max / T). The difference first: it is exact near the maximum whatever the magnitude.
-  DSCT_INLINE V attention(V v, V max, V inv_temperature) { return exp<A>((v - max) * inv_temperature); }
+  // e^((v - max) / T), v <= max. The difference first: it is exact near the maximum whatever the magnitude. A product
+  // in full, less a whole number: the fma makes that exact too, and one constant does for 1 / T and for log2(e).
+  struct Exponential {
+    V k, lowest;
+    DSCT_INLINE Exponential of(const Side& side) {
+      const double k = 1.4426950408889634 / side.spatial_temperature;
+      return {A::set1(static_cast<S>(k)), A::set1(static_cast<S>(Coefficients<A>::exp2_low / k))};
+    }
+    __attribute__((always_inline)) V operator()(V v, V max) const {
+      const V x = A::max(lowest, v - max);
+      const V n = A::round(x * k);
+      return A::scale(horner<A>(A::fma(x, k, -n), Coefficients<A>::exp2), n);
+    }
+  };
 
   // --- by rows ---
 
@@ -112,8 +121,8 @@ struct Loops {
 
   // exp of a row into e, padded with 0; their sum, and with D the sum of e D.
   template <bool with_d>
-  DSCT_INLINE double exp_row(const T* p, int64_t count, S row_max, S inv_t, S* e, const S* d) {
-    const V max = A::set1(row_max), inv = A::set1(inv_t);
+  DSCT_INLINE double exp_row(const T* p, int64_t count, S row_max, const Exponential& exponential, S* e, const S* d) {
+    const V max = A::set1(row_max);
     double total = 0;
     for (int64_t start = 0; start < count; start += kChunk) {
       const int64_t stop = start + kChunk < count ? start + kChunk : count;
@@ -121,18 +130,18 @@ struct Loops {
       int64_t i = start;
       for (; i + 4 * N <= stop; i += 4 * N)
         for (int k = 0; k < 4; k++) {
-          const V y = attention(A::load(p + i + k * N), max, inv);
+          const V y = exponential(A::load(p + i + k * N), max);
           A::store(e + i + k * N, y);
           acc[k] = with_d ? A::fma(y, A::load(d + i + k * N), acc[k]) : acc[k] + y;
         }
       for (; i + N <= stop; i += N) {
-        const V y = attention(A::load(p + i), max, inv);
+        const V y = exponential(A::load(p + i), max);
         A::store(e + i, y);
         acc[0] = with_d ? A::fma(y, A::load(d + i), acc[0]) : acc[0] + y;
       }
       if (i < stop) {
         const int left = static_cast<int>(stop - i);
-        const V y = A::keep(A::first(left), attention(load_n<A>(p + i, left), max, inv));
+        const V y = A::keep(A::first(left), exponential(load_n<A>(p + i, left), max));
         A::store(e + i, y);
         acc[1] = with_d ? A::fma(y, A::load(d + i), acc[1]) : acc[1] + y;
       }
@@ -170,13 +179,13 @@ struct Loops {
     T* copy = reinterpret_cast<T*>(e + kRows * padded);
     S *a = static_cast<S*>(part), *b = a + padded;
     memset(a, 0, static_cast<size_t>(padded) * sizeof(S) * (mixed ? 2 : 1));
-    const S inv_t = static_cast<S>(1 / side.spatial_temperature);
+    const Exponential exponential = Exponential::of(side);
     for (int64_t c = begin; c < end; c += kRows) {
       const int rows = static_cast<int>(end - c < kRows ? end - c : kRows);
       S ka[kRows], kb[kRows];
       for (int k = 0; k < rows; k++) {
         const T* p = gather(side.x, n, c + k, copy);
-        const double total = exp_row<false>(p, count, maximum(side, n)[c + k], inv_t, e + k * padded, nullptr);
+        const double total = exp_row<false>(p, count, maximum(side, n)[c + k], exponential, e + k * padded, nullptr);
         inverse_sum(side, n)[c + k] = static_cast<S>(1 / total);
         ka[k] = static_cast<S>(weight(side, n)[c + k] / total);
         kb[k] = ka[k] * relative(side, n)[c + k];
@@ -227,10 +236,10 @@ struct Loops {
     S* e = static_cast<S*>(scratch);
     T* copy = reinterpret_cast<T*>(e + padded);
     T* out_copy = copy + padded;
-    const S inv_t = static_cast<S>(1 / side.spatial_temperature);
+    const Exponential exponential = Exponential::of(side);
     for (int64_t c = begin; c < end; c++) {
       const T* p = gather(side.x, n, c, copy);
-      const double total = exp_row<true>(p, count, maximum(side, n)[c], inv_t, e, d);
+      const double total = exp_row<true>(p, count, maximum(side, n)[c], exponential, e, d);
       const S rho_c = static_cast<S>(total * inverse_sum(side, n)[c]);
       const Slope slope = slopes(side, n, c, rho_c, shared);
       const V k = A::set1(slope.k), rho = A::set1(rho_c), dg = A::set1(slope.dg);
@@ -321,15 +330,36 @@ struct Loops {
 
   // --- by positions ---
 
-  DSCT_INLINE V load_channels(const T* p, int64_t c, int64_t C) {
-    return c + N <= C ? A::load(p + c) : load_n<A>(p + c, static_cast<int>(C - c));
+  template <bool value>
+  struct Flag {
+    static constexpr bool whole = value;
+  };
+  // body(c, left, Flag): every vector of channels, the last one perhaps not whole.
+  template <class Body>
+  DSCT_INLINE void for_channels(int64_t C, const Body& body) {
+    int64_t c = 0;
+    for (; c + N <= C; c += N) body(c, static_cast<int>(N), Flag<true>{});
+    if (c < C) body(c, static_cast<int>(C - c), Flag<false>{});
+  }
+  template <bool whole>
+  DSCT_INLINE V load_channels(const T* p, int left) {
+    return whole ? A::load(p) : load_n<A>(p, left);
+  }
+  // Where each of these positions begins: a division a position, not one a look.
+  static T** locate(const Features& x, int64_t n, int64_t begin, int64_t end, void* to) {
+    T** at = static_cast<T**>(to);
+    T* sample = static_cast<T*>(x.data) + n * x.stride_n;
+    for (int64_t i = begin; i < end; i++) at[i - begin] = sample + (i / x.W) * x.stride_h + (i % x.W) * x.stride_w;
+    return at;
   }
 
   static void moments_positions(const Side& side, int64_t n, int64_t begin, int64_t end, void* part, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(part), *total = max + padded, *size = total + padded;
     S *block_max = static_cast<S*>(scratch), *block_size = block_max + padded;
-    const V lowest = A::set1(S(-__builtin_inf())), inv = A::set1(static_cast<S>(1 / side.spatial_temperature));
+    const T* const* at = locate(side.x, n, begin, end, block_size + padded);
+    const Exponential exponential = Exponential::of(side);
+    const V lowest = A::set1(S(-__builtin_inf()));
     for (int64_t c = 0; c < padded; c += N) {
       A::store(max + c, lowest);
       A::store(total + c, V{});
@@ -338,51 +368,52 @@ struct Loops {
     // Blocks small enough that the second look at one, for the exp, finds it in L2.
     int64_t step = int64_t(128 * 1024) / (C * static_cast<int64_t>(sizeof(T))) / 4 * 4;
     if (step < 4) step = 4;
-    for (int64_t start = begin; start < end; start += step) {
-      const int64_t stop = start + step < end ? start + step : end;
+    for (int64_t start = 0; start < end - begin; start += step) {
+      const int64_t stop = start + step < end - begin ? start + step : end - begin;
       for (int64_t c = 0; c < padded; c += N) {
         A::store(block_max + c, lowest);
         A::store(block_size + c, V{});
       }
       int64_t i = start;
       for (; i + 4 <= stop; i += 4) {
-        const T *p0 = position(side.x, n, i), *p1 = position(side.x, n, i + 1), *p2 = position(side.x, n, i + 2),
-                *p3 = position(side.x, n, i + 3);
-        for (int64_t c = 0; c < C; c += N) {
-          const V v0 = load_channels(p0, c, C), v1 = load_channels(p1, c, C), v2 = load_channels(p2, c, C),
-                  v3 = load_channels(p3, c, C);
+        const T *p0 = at[i], *p1 = at[i + 1], *p2 = at[i + 2], *p3 = at[i + 3];
+        for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
+          constexpr bool whole = decltype(flag)::whole;
+          const V v0 = load_channels<whole>(p0 + c, left), v1 = load_channels<whole>(p1 + c, left),
+                  v2 = load_channels<whole>(p2 + c, left), v3 = load_channels<whole>(p3 + c, left);
           A::store(block_max + c, A::max(A::load(block_max + c), A::max(A::max(v0, v1), A::max(v2, v3))));
           A::store(block_size + c, A::load(block_size + c) + ((A::abs(v0) + A::abs(v1)) + (A::abs(v2) + A::abs(v3))));
-        }
+        });
       }
       for (; i < stop; i++) {
-        const T* p = position(side.x, n, i);
-        for (int64_t c = 0; c < C; c += N) {
-          const V v = load_channels(p, c, C);
+        const T* p = at[i];
+        for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
+          const V v = load_channels<decltype(flag)::whole>(p + c, left);
           A::store(block_max + c, A::max(A::load(block_max + c), v));
           A::store(block_size + c, A::load(block_size + c) + A::abs(v));
-        }
+        });
       }
-      for (int64_t c = 0; c < C; c += N) {
+      for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
+        constexpr bool whole = decltype(flag)::whole;
         const V before = A::load(max + c), now = A::max(before, A::load(block_max + c));
-        V sum0 = A::load(total + c) * attention(before, now, inv), sum1 = {};
+        V sum0 = A::load(total + c) * exponential(before, now), sum1 = {};
         int64_t j = start;
         for (; j + 2 <= stop; j += 2) {
-          sum0 = sum0 + attention(load_channels(position(side.x, n, j), c, C), now, inv);
-          sum1 = sum1 + attention(load_channels(position(side.x, n, j + 1), c, C), now, inv);
+          sum0 = sum0 + exponential(load_channels<whole>(at[j] + c, left), now);
+          sum1 = sum1 + exponential(load_channels<whole>(at[j + 1] + c, left), now);
         }
-        if (j < stop) sum0 = sum0 + attention(load_channels(position(side.x, n, j), c, C), now, inv);
+        if (j < stop) sum0 = sum0 + exponential(load_channels<whole>(at[j] + c, left), now);
         A::store(total + c, sum0 + sum1);
         A::store(max + c, now);
         A::store(size + c, A::load(size + c) + A::load(block_size + c));
-      }
+      });
     }
   }
 
   static void join_moments(const Side& side, int64_t n, const void* parts, int64_t blocks) {
     const int64_t C = side.x.C, padded = pitch(C);
     const S* part = static_cast<const S*>(parts);
-    const V inv = A::set1(static_cast<S>(1 / side.spatial_temperature));
+    const Exponential exponential = Exponential::of(side);
     for (int64_t c = 0; c < padded; c += N) {
       V max = A::load(part + c);
       for (int64_t k = 1; k < blocks; k++) max = A::max(max, A::load(part + k * 3 * padded + c));
@@ -390,7 +421,7 @@ struct Loops {
       double size[N] = {};
       for (int64_t k = 0; k < blocks; k++) {
         const S* p = part + k * 3 * padded + c;
-        total = A::fma(A::load(p + padded), attention(A::load(p), max, inv), total);
+        total = A::fma(A::load(p + padded), exponential(A::load(p), max), total);
         for (int64_t lane = 0; lane < N; lane++) size[lane] += static_cast<double>(p[2 * padded + lane]);
       }
       const int left = static_cast<int>(C - c < N ? C - c : N);
@@ -406,75 +437,81 @@ struct Loops {
     for (int64_t c = count; c < pitch(count); c++) to[c] = 0;
   }
 
+  // A and B of some positions: channels along the lanes, so one sum across them each at the end.
   template <int positions, bool mixed>
-  DSCT_INLINE void attend(const Side& side, int64_t n, int64_t i, const S* max, const S* ka, const S* kb) {
-    const V inv = A::set1(static_cast<S>(1 / side.spatial_temperature));
-    const int64_t C = side.x.C;
+  DSCT_INLINE void attend(const T* const* at, int64_t C, const Exponential& exponential, const S* max, const S* ka,
+                          const S* kb, S* to_a, S* to_b) {
     const T* p[positions];
-    for (int k = 0; k < positions; k++) p[k] = position(side.x, n, i + k);
+    for (int k = 0; k < positions; k++) p[k] = at[k];
     V a[positions] = {}, b[positions] = {};
-    for (int64_t c = 0; c < C; c += N) {
-      const V m = A::load(max + c), wa = A::load(ka + c);
+    for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
+      const V m = A::load(max + c), wa = A::load(ka + c), wb = mixed ? A::load(kb + c) : V{};
       for (int k = 0; k < positions; k++) {
-        const V y = attention(load_channels(p[k], c, C), m, inv);
+        const V y = exponential(load_channels<decltype(flag)::whole>(p[k] + c, left), m);
         a[k] = A::fma(y, wa, a[k]);
-        if (mixed) b[k] = A::fma(y, A::load(kb + c), b[k]);
+        if (mixed) b[k] = A::fma(y, wb, b[k]);
       }
-    }
+    });
     for (int k = 0; k < positions; k++) {
-      map(side, n)[i + k] = sum<A>(a[k]);
-      if (mixed) mixed_map(side, n)[i + k] = sum<A>(b[k]);
+      to_a[k] = sum<A>(a[k]);
+      if (mixed) to_b[k] = sum<A>(b[k]);
     }
   }
-
-  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, bool mixed, void* scratch) {
+  template <bool mixed>
+  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(scratch), *ka = max + padded, *kb = ka + padded;
+    const T* const* at = locate(side.x, n, begin, end, kb + padded);
+    const Exponential exponential = Exponential::of(side);
     pad(maximum(side, n), C, max);
     pad(weight(side, n), C, ka);
+    pad(relative(side, n), C, kb);
     for (int64_t c = 0; c < C; c++) {
       ka[c] *= inverse_sum(side, n)[c];
-      kb[c] = ka[c] * relative(side, n)[c];
+      kb[c] *= ka[c];
     }
-    for (int64_t c = C; c < padded; c++) kb[c] = 0;
+    S *a = map(side, n), *b = mixed_map(side, n);
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4) {
-      if (mixed)
-        attend<4, true>(side, n, i, max, ka, kb);
-      else
-        attend<4, false>(side, n, i, max, ka, kb);
-    }
-    for (; i < end; i++) attend<1, true>(side, n, i, max, ka, kb);
+    for (; i + 4 <= end; i += 4) attend<4, mixed>(at + (i - begin), C, exponential, max, ka, kb, a + i, b + i);
+    for (; i < end; i++) attend<1, mixed>(at + (i - begin), C, exponential, max, ka, kb, a + i, b + i);
+  }
+  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, bool mixed, void* scratch) {
+    if (mixed)
+      attend_positions<true>(side, n, begin, end, scratch);
+    else
+      attend_positions<false>(side, n, begin, end, scratch);
   }
 
   template <int positions>
-  DSCT_INLINE void add_rho(const Side& side, int64_t n, int64_t i, const S* d, const S* max, S* rho) {
-    const V inv = A::set1(static_cast<S>(1 / side.spatial_temperature));
-    const int64_t C = side.x.C;
+  DSCT_INLINE void add_rho(const T* const* at, int64_t C, const Exponential& exponential, const S* d, const S* max,
+                           S* rho) {
     const T* p[positions];
-    V weights[positions];
+    V along[positions];
     for (int k = 0; k < positions; k++) {
-      p[k] = position(side.x, n, i + k);
-      weights[k] = A::set1(d[i + k]);
+      p[k] = at[k];
+      along[k] = A::set1(d[k]);
     }
-    for (int64_t c = 0; c < C; c += N) {
+    for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
       const V m = A::load(max + c);
       V total = A::load(rho + c);
       for (int k = 0; k < positions; k++)
-        total = A::fma(attention(load_channels(p[k], c, C), m, inv), weights[k], total);
+        total = A::fma(exponential(load_channels<decltype(flag)::whole>(p[k] + c, left), m), along[k], total);
       A::store(rho + c, total);
-    }
+    });
   }
 
   static void rho_positions(const Side& side, int64_t n, int64_t begin, int64_t end, const void* centred, void* part,
                             void* scratch) {
     const int64_t C = side.x.C;
     S *max = static_cast<S*>(scratch), *rho = static_cast<S*>(part);
+    const T* const* at = locate(side.x, n, begin, end, max + pitch(C));
+    const Exponential exponential = Exponential::of(side);
+    const S* d = static_cast<const S*>(centred);
     pad(maximum(side, n), C, max);
     memset(rho, 0, static_cast<size_t>(pitch(C)) * sizeof(S));
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4) add_rho<4>(side, n, i, static_cast<const S*>(centred), max, rho);
-    for (; i < end; i++) add_rho<1>(side, n, i, static_cast<const S*>(centred), max, rho);
+    for (; i + 4 <= end; i += 4) add_rho<4>(at + (i - begin), C, exponential, d + i, max, rho);
+    for (; i < end; i++) add_rho<1>(at + (i - begin), C, exponential, d + i, max, rho);
   }
 
   static void join_rho(const Side& side, int64_t n, const void* parts, int64_t blocks, void* rho) {
@@ -488,28 +525,37 @@ struct Loops {
   }
 
   template <int positions>
-  DSCT_INLINE void differentiate(const Side& side, int64_t n, int64_t i, const S* d, const S* max, const S* k,
-                                 const S* rho, const S* dg, const Features& out) {
-    const V inv = A::set1(static_cast<S>(1 / side.spatial_temperature));
-    const int64_t C = side.x.C;
-    for (int64_t c = 0; c < C; c += N) {
+  DSCT_INLINE void differentiate(const T* const* at, T* const* to, int64_t C, const Exponential& exponential,
+                                 const S* d, const S* max, const S* k, const S* rho, const S* dg) {
+    const T* p[positions];
+    T* q[positions];
+    V vd[positions];
+    for (int j = 0; j < positions; j++) {
+      p[j] = at[j];
+      q[j] = to[j];
+      vd[j] = A::set1(d[j]);
+    }
+    for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
+      constexpr bool whole = decltype(flag)::whole;
       const V vm = A::load(max + c), vk = A::load(k + c), vrho = A::load(rho + c), vdg = A::load(dg + c);
       for (int j = 0; j < positions; j++) {
-        const V v = load_channels(position(side.x, n, i + j), c, C);
-        const V y = gradient(v, attention(v, vm, inv), A::set1(d[i + j]), vk, vrho, vdg);
-        T* to = position(out, n, i + j) + c;
-        if (c + N <= C)
-          A::store(to, y);
+        const V v = load_channels<whole>(p[j] + c, left);
+        const V y = gradient(v, exponential(v, vm), vd[j], vk, vrho, vdg);
+        if (whole)
+          A::store(q[j] + c, y);
         else
-          store_n<A>(to, y, static_cast<int>(C - c));
+          store_n<A>(q[j] + c, y, left);
       }
-    }
+    });
   }
 
   static void backward_positions(const Side& side, int64_t n, int64_t begin, int64_t end, const void* centred,
                                  const void* rho_in, const Shared& shared, const Features& out, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(scratch), *rho = max + padded, *k = rho + padded, *dg = k + padded;
+    const T* const* at = locate(side.x, n, begin, end, dg + padded);
+    T* const* to = locate(out, n, begin, end, dg + padded + (end - begin) * sizeof(T*) / sizeof(S));
+    const Exponential exponential = Exponential::of(side);
     pad(maximum(side, n), C, max);
     pad(static_cast<const S*>(rho_in), C, rho);
     for (int64_t c = 0; c < padded; c++) {
@@ -519,8 +565,9 @@ struct Loops {
     }
     const S* d = static_cast<const S*>(centred);
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4) differentiate<4>(side, n, i, d, max, k, rho, dg, out);
-    for (; i < end; i++) differentiate<1>(side, n, i, d, max, k, rho, dg, out);
+    for (; i + 4 <= end; i += 4)
+      differentiate<4>(at + (i - begin), to + (i - begin), C, exponential, d + i, max, k, rho, dg);
+    for (; i < end; i++) differentiate<1>(at + (i - begin), to + (i - begin), C, exponential, d + i, max, k, rho, dg);
   }
 
   static constexpr CafdLoops table() {
