@@ -111,7 +111,7 @@ ScalarType acc_type(bool is_double) { return is_double ? ScalarType::Double : Sc
 
 // Samples whose second read should still find them in cache.
 int64_t group_size(int64_t bytes_per_sample, int64_t samples) {
-  const int64_t cache = std::max<int64_t>(int64_t(16) << 20, (int64_t(3) << 20) * torch::stable::get_num_threads());
+  const int64_t cache = std::max<int64_t>(int64_t(8) << 20, (int64_t(3) << 20) * torch::stable::get_num_threads());
   return std::clamp<int64_t>(cache / std::max<int64_t>(1, bytes_per_sample), 1, std::max<int64_t>(1, samples));
 }
 
@@ -120,98 +120,158 @@ struct Network {
   Side side;
   const CafdLoops* loops;
   bool by_positions, mixed;
-  int64_t part_bytes;  // of one block
+  int64_t element_size, blocks, part_bytes;  // blocks of a sample; bytes of one block's partial result
   std::vector<double> strength;
-  Buffer parts;
 
   Network(const char* name, const Tensor& x, double channel_temperature, double spatial_temperature, bool mixed_map)
       : side{features_of(name, x), channel_temperature, spatial_temperature, nullptr, nullptr},
         loops(&kernels().loops[static_cast<int>(feature_type(name, x))]),
         by_positions(walk_positions(side.x)),
         mixed(mixed_map),
+        element_size(static_cast<int64_t>(x.element_size())),
+        blocks(std::clamp<int64_t>(elements() / (2 * kMinWork), 1, 8)),
+        part_bytes(static_cast<int64_t>(loops->acc_size) *
+                   (by_positions ? 3 * loops->pitch(side.x.C) : 2 * loops->pitch(positions(side.x)))),
         strength(static_cast<size_t>(side.x.N * side.x.C)) {
     side.strength = strength.data();
-    part_bytes = static_cast<int64_t>(loops->acc_size) *
-                 (by_positions ? 3 * loops->pitch(side.x.C) : 2 * loops->pitch(positions(side.x)));
   }
   int64_t elements() const { return side.x.C * positions(side.x); }
-  int64_t walked() const { return by_positions ? positions(side.x) : side.x.C; }
+  // Channels or positions before `block`.
+  int64_t start(int64_t block) const { return (by_positions ? positions(side.x) : side.x.C) * block / blocks; }
   char* map(int64_t n, int64_t i) const {
     return static_cast<char*>(side.stats) +
            (n * stats_row(side.x) + 4 * side.x.C + i) * static_cast<int64_t>(loops->acc_size);
   }
+  // A block's bytes where they lie in one piece.
+  Ahead bytes(int64_t n, int64_t block) const {
+    const Features& x = side.x;
+    const bool in_one =
+        by_positions ? x.stride_w == x.C && (x.H == 1 || x.stride_h == x.W * x.C)
+                     : x.stride_c == positions(x) && (x.W == 1 || x.stride_w == 1) && (x.H == 1 || x.stride_h == x.W);
+    if (!in_one) return {nullptr, nullptr};
+    const char* sample = static_cast<const char*>(x.data) + n * x.stride_n * element_size;
+    const int64_t run = (by_positions ? x.C : positions(x)) * element_size;
+    return {sample + start(block) * run, sample + start(block + 1) * run};
+  }
 };
 
-// The attention maps of every network, group by group: after(first, count) is called while a group is still in cache.
-// inside(n, chunk) is called for every kMapChunk positions of every sample once they are final.
-template <class Inside, class After>
-void attend(std::vector<Network*> networks, int64_t element_size, const Inside& inside, const After& after) {
-  const int64_t N = networks[0]->side.x.N;
-  int64_t elements = 0, bytes = 0, longest = 0;
-  size_t scratch_bytes = 0;
-  for (Network* net : networks) {
-    elements += net->elements();
-    longest = std::max(longest, positions(net->side.x));
-    scratch_bytes = std::max(scratch_bytes, net->loops->scratch(net->side.x));
-  }
-  bytes = elements * element_size;
-  const int64_t blocks = std::clamp<int64_t>(elements / (4 * kMinWork), 1, 8);
-  const int64_t chunks = (longest + kMapChunk - 1) / kMapChunk;
-  const int64_t group = group_size(bytes, N);
-  for (Network* net : networks) net->parts = allocate(static_cast<size_t>(net->part_bytes * blocks * group));
+// Samples of some networks that go through the forward together.
+struct Step {
+  std::vector<const Network*> networks;
+  int64_t first, count;
+  char* parts;
 
-  for (int64_t first = 0; first < N; first += group) {
-    const int64_t count = std::min(group, N - first);
-    const auto part = [&](const Network& net, int64_t n, int64_t block) {
-      return net.parts.get() + ((n - first) * blocks + block) * net.part_bytes;
-    };
-    parallel(count * blocks, elements / blocks, [&](int64_t begin, int64_t end) {
+  int64_t blocks() const {  // of one sample
+    int64_t total = 0;
+    for (const Network* net : networks) total += net->blocks;
+    return total;
+  }
+  int64_t part_bytes() const {
+    int64_t total = 0;
+    for (const Network* net : networks) total += net->blocks * net->part_bytes;
+    return total;
+  }
+  struct Task {
+    const Network* net;
+    int64_t n, block;
+    char* part;
+  };
+  Task task(int64_t t) const {
+    const int64_t sample = t / blocks();
+    int64_t block = t % blocks();
+    char* part = parts + sample * part_bytes();
+    for (const Network* net : networks) {
+      if (block < net->blocks) return {net, first + sample, block, part + block * net->part_bytes};
+      part += net->blocks * net->part_bytes;
+      block -= net->blocks;
+    }
+    return {};
+  }
+};
+
+// Everything together where it fits into cache, else one network after the other, some samples at a time.
+std::vector<Step> plan(const std::vector<const Network*>& networks) {
+  const int64_t N = networks[0]->side.x.N;
+  int64_t bytes = 0;
+  for (const Network* net : networks) bytes += net->elements() * net->element_size;
+  if (group_size(bytes, N) == N) return {{networks, 0, N, nullptr}};
+  std::vector<Step> steps;
+  for (const Network* net : networks) {
+    const int64_t group = group_size(net->elements() * net->element_size, N);
+    for (int64_t first = 0; first < N; first += group)
+      steps.push_back({{net}, first, std::min(group, N - first), nullptr});
+  }
+  return steps;
+}
+
+// The attention maps of every network. The second read of one step goes side by side with the first read of the next:
+// that one waits for memory, while this one computes. When the last network's maps are final, done(n, chunk) is called
+// for every kMapChunk positions of every sample.
+template <class Done>
+void attend(const std::vector<const Network*>& networks, const Done& done) {
+  std::vector<Step> steps = plan(networks);
+  size_t scratch_bytes = 0, parts_bytes = 0;
+  for (const Network* net : networks) scratch_bytes = std::max(scratch_bytes, net->loops->scratch(net->side.x));
+  for (const Step& step : steps)
+    parts_bytes = std::max(parts_bytes, static_cast<size_t>(step.part_bytes() * step.count));
+  const Buffer parts[2] = {allocate(parts_bytes), allocate(steps.size() > 1 ? parts_bytes : 0)};
+  for (size_t i = 0; i < steps.size(); i++) steps[i].parts = parts[i % 2].get();
+
+  for (size_t i = 0; i <= steps.size(); i++) {
+    const Step* now = i > 0 ? &steps[i - 1] : nullptr;
+    const Step* next = i < steps.size() ? &steps[i] : nullptr;
+    const int64_t second = now ? now->count * now->blocks() : 0, first = next ? next->count * next->blocks() : 0;
+    parallel(std::max(first, second), kMinWork, [&](int64_t begin, int64_t end) {
       const Buffer scratch = allocate(scratch_bytes);
       for (int64_t t = begin; t < end; t++) {
-        const int64_t n = first + t / blocks, block = t % blocks;
-        for (Network* net : networks) {
-          const int64_t from = net->walked() * block / blocks, to = net->walked() * (block + 1) / blocks;
-          if (net->by_positions)
-            net->loops->moments_positions(net->side, n, from, to, part(*net, n, block), scratch.get());
+        const Step::Task b = t < first ? next->task(t) : Step::Task{};
+        if (t < second) {
+          const Step::Task a = now->task(t);
+          const int64_t from = a.net->start(a.block), to = a.net->start(a.block + 1);
+          const Ahead ahead = t < first ? b.net->bytes(b.n, b.block) : Ahead{nullptr, nullptr};
+          if (a.net->by_positions)
+            a.net->loops->attend_positions(a.net->side, a.n, from, to, a.net->mixed, ahead, scratch.get());
           else
-            net->loops->moments_rows(net->side, n, from, to, scratch.get());
+            a.net->loops->attend_rows(a.net->side, a.n, from, to, a.net->mixed, ahead, a.part, scratch.get());
+        }
+        if (t < first) {
+          const int64_t from = b.net->start(b.block), to = b.net->start(b.block + 1);
+          if (b.net->by_positions)
+            b.net->loops->moments_positions(b.net->side, b.n, from, to, b.part, scratch.get());
+          else
+            b.net->loops->moments_rows(b.net->side, b.n, from, to, scratch.get());
         }
       }
     });
-    const int64_t nets = static_cast<int64_t>(networks.size());
-    parallel(count * nets, networks[0]->side.x.C * 8, [&](int64_t begin, int64_t end) {
+    int64_t longest = 0;
+    if (now)
+      for (const Network* net : now->networks) longest = std::max(longest, positions(net->side.x));
+    const int64_t chunks = (longest + kMapChunk - 1) / kMapChunk, joins = now ? now->count * chunks : 0;
+    const int64_t nets = next ? static_cast<int64_t>(next->networks.size()) : 0;
+    parallel(joins + (next ? next->count * nets : 0), 8 * kMapChunk, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
-        const Network& net = *networks[static_cast<size_t>(t % nets)];
-        const int64_t n = first + t / nets;
-        if (net.by_positions) net.loops->join_moments(net.side, n, part(net, n, 0), blocks);
-        net.loops->weights(net.side, n);
-      }
-    });
-    parallel(count * blocks, elements / blocks, [&](int64_t begin, int64_t end) {
-      const Buffer scratch = allocate(scratch_bytes);
-      for (int64_t t = begin; t < end; t++) {
-        const int64_t n = first + t / blocks, block = t % blocks;
-        for (Network* net : networks) {
-          const int64_t from = net->walked() * block / blocks, to = net->walked() * (block + 1) / blocks;
-          if (net->by_positions)
-            net->loops->attend_positions(net->side, n, from, to, net->mixed, scratch.get());
-          else
-            net->loops->attend_rows(net->side, n, from, to, net->mixed, part(*net, n, block), scratch.get());
+        if (t >= joins) {
+          const int64_t sample = (t - joins) / nets, which = (t - joins) % nets;
+          int64_t block = sample * next->blocks();
+          for (int64_t k = 0; k < which; k++) block += next->networks[static_cast<size_t>(k)]->blocks;
+          const Step::Task task = next->task(block);
+          if (task.net->by_positions)
+            task.net->loops->join_moments(task.net->side, task.n, task.part, task.net->blocks);
+          task.net->loops->weights(task.net->side, task.n);
+          continue;
         }
-      }
-    });
-    parallel(count * chunks, kMapChunk * 8, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; t++) {
-        const int64_t n = first + t / chunks, chunk = t % chunks;
-        for (Network* net : networks) {
+        const int64_t sample = t / chunks, chunk = t % chunks;
+        int64_t block = sample * now->blocks();
+        for (const Network* net : now->networks) {
           const int64_t from = chunk * kMapChunk, to = std::min(from + kMapChunk, positions(net->side.x));
           if (!net->by_positions && from < to)
-            net->loops->join_maps(net->side, n, from, to, net->mixed, part(*net, n, 0), blocks);
+            net->loops->join_maps(net->side, now->first + sample, from, to, net->mixed, now->task(block).part,
+                                  net->blocks);
+          block += net->blocks;
         }
-        inside(n, chunk);
+        if (now->networks.back() == networks.back()) done(now->first + sample, chunk);
       }
     });
-    after(first, count);
   }
 }
 
@@ -326,26 +386,20 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, cons
   const bool same_grid = s.H == t.H && s.W == t.W;
   const int64_t chunks = same_grid ? (positions(s) + kMapChunk - 1) / kMapChunk : 1;
   std::vector<double> losses(static_cast<size_t>(s.N * chunks));
-  const int64_t size = std::max(student_features.element_size(), teacher_features.element_size());
   if (s.N > 0)
-    attend(
-        {&student, &teacher}, size,
-        [&](int64_t n, int64_t chunk) {
-          if (!same_grid) return;
-          const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(s) - i);
-          char* to =
-              grad == nullptr ? nullptr : grad + (n * positions(s) + i) * static_cast<int64_t>(student.loops->acc_size);
-          losses[static_cast<size_t>(n * chunks + chunk)] =
-              kernels().divergence(teacher.map(n, i), teacher_double, student.map(n, i), student_double, count,
-                                   positions(s), scale, to, student_double);
-        },
-        [&](int64_t first, int64_t count) {
-          if (same_grid) return;
-          parallel(count, 8 * (positions(s) + positions(t)), [&](int64_t begin, int64_t end) {
-            for (int64_t n = first + begin; n < first + end; n++)
-              losses[static_cast<size_t>(n)] = divergence_on_common_grid(student, teacher, n, scale, grad);
-          });
-        });
+    attend({&teacher, &student}, [&](int64_t n, int64_t chunk) {
+      if (!same_grid) return;
+      const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(s) - i);
+      char* to = grad ? grad + (n * positions(s) + i) * static_cast<int64_t>(student.loops->acc_size) : nullptr;
+      losses[static_cast<size_t>(n * chunks + chunk)] =
+          kernels().divergence(teacher.map(n, i), teacher_double, student.map(n, i), student_double, count,
+                               positions(s), scale, to, student_double);
+    });
+  if (!same_grid)
+    parallel(s.N, 8 * (positions(s) + positions(t)), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++)
+        losses[static_cast<size_t>(n)] = divergence_on_common_grid(student, teacher, n, scale, grad);
+    });
 
   double total = 0;
   for (int64_t n = 0; n < s.N; n++) {
@@ -378,13 +432,10 @@ std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double chan
   char* to = static_cast<char*>(map.mutable_data_ptr());
   const int64_t bytes = static_cast<int64_t>(net.loops->acc_size);
   if (x.N > 0)
-    attend(
-        {&net}, static_cast<int64_t>(features.element_size()),
-        [&](int64_t n, int64_t chunk) {
-          const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(x) - i);
-          std::memcpy(to + (n * positions(x) + i) * bytes, net.map(n, i), static_cast<size_t>(count * bytes));
-        },
-        [](int64_t, int64_t) {});
+    attend({&net}, [&](int64_t n, int64_t chunk) {
+      const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(x) - i);
+      std::memcpy(to + (n * positions(x) + i) * bytes, net.map(n, i), static_cast<size_t>(count * bytes));
+    });
   return {map, stats};
 }
 

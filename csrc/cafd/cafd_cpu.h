@@ -24,6 +24,11 @@ struct Side {
   double* strength;  // (N, C), forward only: sum_i |F_{c,i}|
 };
 
+// Bytes that are read next, to be fetched from memory while something else is computed.
+struct Ahead {
+  const char *next, *end;
+};
+
 // What a sample's channels share in the backward.
 struct Shared {
   double mean_rho;  // sum_k w_k rho_k
@@ -45,8 +50,8 @@ struct CafdLoops {
   void (*join_moments)(const Side&, int64_t n, const void* parts, int64_t blocks);  // of positions
   void (*weights)(const Side&, int64_t n);
   // Forward, second read: A and, if mixed, B. Rows: these channels' share, into part (2, H W). Positions: final.
-  void (*attend_rows)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, void* part, void* scratch);
-  void (*attend_positions)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, void* scratch);
+  void (*attend_rows)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, Ahead, void* part, void* scratch);
+  void (*attend_positions)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, Ahead, void* scratch);
   void (*join_maps)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, const void* parts, int64_t blocks);
 
   // Backward. grad_map: D (H, W) of the sample. centred (H W): D less its mean under A.

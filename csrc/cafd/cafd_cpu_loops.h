@@ -20,6 +20,13 @@ constexpr int64_t kChunk = 4096;
 // Rows whose exp wait in L2 for their sum, to be added to A and B together: A and B are loaded and stored once for all.
 constexpr int kRows = 4;
 
+// Asks for the next `bytes` of ahead, to L2.
+DSCT_INLINE void fetch(Ahead& ahead, int64_t bytes) {
+  if (ahead.next >= ahead.end) return;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead.next + i, 0, 2);
+  ahead.next += bytes;
+}
+
 template <class A, class T>
 struct Loops {
   using V = typename A::V;
@@ -121,19 +128,22 @@ struct Loops {
 
   // exp of a row into e, padded with 0; their sum, and with D the sum of e D.
   template <bool with_d>
-  DSCT_INLINE double exp_row(const T* p, int64_t count, S row_max, const Exponential& exponential, S* e, const S* d) {
+  DSCT_INLINE double exp_row(const T* p, int64_t count, S row_max, const Exponential& exponential, Ahead& ahead, S* e,
+                             const S* d) {
     const V max = A::set1(row_max);
     double total = 0;
     for (int64_t start = 0; start < count; start += kChunk) {
       const int64_t stop = start + kChunk < count ? start + kChunk : count;
       V acc[4] = {};
       int64_t i = start;
-      for (; i + 4 * N <= stop; i += 4 * N)
+      for (; i + 4 * N <= stop; i += 4 * N) {
+        fetch(ahead, 4 * N * static_cast<int64_t>(sizeof(T)));
         for (int k = 0; k < 4; k++) {
           const V y = exponential(A::load(p + i + k * N), max);
           A::store(e + i + k * N, y);
           acc[k] = with_d ? A::fma(y, A::load(d + i + k * N), acc[k]) : acc[k] + y;
         }
+      }
       for (; i + N <= stop; i += N) {
         const V y = exponential(A::load(p + i), max);
         A::store(e + i, y);
@@ -172,7 +182,7 @@ struct Loops {
       add_rows<rows, false>(e, padded, ka, kb, a, b);
   }
 
-  static void attend_rows(const Side& side, int64_t n, int64_t begin, int64_t end, bool mixed, void* part,
+  static void attend_rows(const Side& side, int64_t n, int64_t begin, int64_t end, bool mixed, Ahead ahead, void* part,
                           void* scratch) {
     const int64_t count = side.x.H * side.x.W, padded = pitch(count);
     S* e = static_cast<S*>(scratch);
@@ -185,7 +195,8 @@ struct Loops {
       S ka[kRows], kb[kRows];
       for (int k = 0; k < rows; k++) {
         const T* p = gather(side.x, n, c + k, copy);
-        const double total = exp_row<false>(p, count, maximum(side, n)[c + k], exponential, e + k * padded, nullptr);
+        const double total =
+            exp_row<false>(p, count, maximum(side, n)[c + k], exponential, ahead, e + k * padded, nullptr);
         inverse_sum(side, n)[c + k] = static_cast<S>(1 / total);
         ka[k] = static_cast<S>(weight(side, n)[c + k] / total);
         kb[k] = ka[k] * relative(side, n)[c + k];
@@ -239,7 +250,8 @@ struct Loops {
     const Exponential exponential = Exponential::of(side);
     for (int64_t c = begin; c < end; c++) {
       const T* p = gather(side.x, n, c, copy);
-      const double total = exp_row<true>(p, count, maximum(side, n)[c], exponential, e, d);
+      Ahead ahead{nullptr, nullptr};
+      const double total = exp_row<true>(p, count, maximum(side, n)[c], exponential, ahead, e, d);
       const S rho_c = static_cast<S>(total * inverse_sum(side, n)[c]);
       const Slope slope = slopes(side, n, c, rho_c, shared);
       const V k = A::set1(slope.k), rho = A::set1(rho_c), dg = A::set1(slope.dg);
@@ -396,14 +408,13 @@ struct Loops {
       for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
         constexpr bool whole = decltype(flag)::whole;
         const V before = A::load(max + c), now = A::max(before, A::load(block_max + c));
-        V sum0 = A::load(total + c) * exponential(before, now), sum1 = {};
+        V acc[4] = {};  // short chains of additions: the sum of exp needs its digits
         int64_t j = start;
-        for (; j + 2 <= stop; j += 2) {
-          sum0 = sum0 + exponential(load_channels<whole>(at[j] + c, left), now);
-          sum1 = sum1 + exponential(load_channels<whole>(at[j + 1] + c, left), now);
-        }
-        if (j < stop) sum0 = sum0 + exponential(load_channels<whole>(at[j] + c, left), now);
-        A::store(total + c, sum0 + sum1);
+        for (; j + 4 <= stop; j += 4)
+          for (int k = 0; k < 4; k++) acc[k] = acc[k] + exponential(load_channels<whole>(at[j + k] + c, left), now);
+        for (; j < stop; j++) acc[0] = acc[0] + exponential(load_channels<whole>(at[j] + c, left), now);
+        A::store(total + c,
+                 A::fma(A::load(total + c), exponential(before, now), (acc[0] + acc[1]) + (acc[2] + acc[3])));
         A::store(max + c, now);
         A::store(size + c, A::load(size + c) + A::load(block_size + c));
       });
@@ -440,12 +451,13 @@ struct Loops {
   // A and B of some positions: channels along the lanes, so one sum across them each at the end.
   template <int positions, bool mixed>
   DSCT_INLINE void attend(const T* const* at, int64_t C, const Exponential& exponential, const S* max, const S* ka,
-                          const S* kb, S* to_a, S* to_b) {
+                          const S* kb, Ahead& ahead, S* to_a, S* to_b) {
     const T* p[positions];
     for (int k = 0; k < positions; k++) p[k] = at[k];
     V a[positions] = {}, b[positions] = {};
     for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
       const V m = A::load(max + c), wa = A::load(ka + c), wb = mixed ? A::load(kb + c) : V{};
+      fetch(ahead, positions * N * static_cast<int64_t>(sizeof(T)));
       for (int k = 0; k < positions; k++) {
         const V y = exponential(load_channels<decltype(flag)::whole>(p[k] + c, left), m);
         a[k] = A::fma(y, wa, a[k]);
@@ -458,7 +470,7 @@ struct Loops {
     }
   }
   template <bool mixed>
-  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, void* scratch) {
+  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, Ahead ahead, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(scratch), *ka = max + padded, *kb = ka + padded;
     const T* const* at = locate(side.x, n, begin, end, kb + padded);
@@ -472,14 +484,15 @@ struct Loops {
     }
     S *a = map(side, n), *b = mixed_map(side, n);
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4) attend<4, mixed>(at + (i - begin), C, exponential, max, ka, kb, a + i, b + i);
-    for (; i < end; i++) attend<1, mixed>(at + (i - begin), C, exponential, max, ka, kb, a + i, b + i);
+    for (; i + 4 <= end; i += 4) attend<4, mixed>(at + (i - begin), C, exponential, max, ka, kb, ahead, a + i, b + i);
+    for (; i < end; i++) attend<1, mixed>(at + (i - begin), C, exponential, max, ka, kb, ahead, a + i, b + i);
   }
-  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, bool mixed, void* scratch) {
+  static void attend_positions(const Side& side, int64_t n, int64_t begin, int64_t end, bool mixed, Ahead ahead,
+                               void* scratch) {
     if (mixed)
-      attend_positions<true>(side, n, begin, end, scratch);
+      attend_positions<true>(side, n, begin, end, ahead, scratch);
     else
-      attend_positions<false>(side, n, begin, end, scratch);
+      attend_positions<false>(side, n, begin, end, ahead, scratch);
   }
 
   template <int positions>
