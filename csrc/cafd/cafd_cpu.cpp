@@ -16,11 +16,9 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "../common/cpu_isa.h"
+#include "../common/huge_pages.h"
 #include "cafd.h"
 
 namespace dsct {
@@ -30,7 +28,6 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kMinWork = 32 * 1024;  // elements below which another thread costs more than it does
 constexpr int64_t kMapChunk = 2048;      // positions of a map in one task; a multiple of every vector
-constexpr double kEps = 1e-6;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -96,6 +93,15 @@ Features features_of(const char* name, const Tensor& x) {
   return f;
 }
 
+void check_temperatures(double channel_temperature, double spatial_temperature) {
+  if (!(channel_temperature > 0))
+    throw std::invalid_argument("channel_temperature: expected a number > 0, got " +
+                                std::to_string(channel_temperature));
+  if (!(spatial_temperature > 0))
+    throw std::invalid_argument("spatial_temperature: expected a number > 0, got " +
+                                std::to_string(spatial_temperature));
+}
+
 int64_t positions(const Features& x) { return x.H * x.W; }
 
 // Channels innermost: walk position by position. With a single position both hold, and this is the longer run.
@@ -130,8 +136,8 @@ struct Network {
         mixed(mixed_map),
         element_size(static_cast<int64_t>(x.element_size())),
         blocks(std::clamp<int64_t>(elements() / (2 * kMinWork), 1, 8)),
-        part_bytes(static_cast<int64_t>(loops->acc_size) *
-                   (by_positions ? 3 * loops->pitch(side.x.C) : 2 * loops->pitch(positions(side.x)))),
+        part_bytes(by_positions ? loops->moments_bytes(side.x)
+                                : static_cast<int64_t>(loops->acc_size) * 2 * loops->pitch(positions(side.x))),
         strength(static_cast<size_t>(side.x.N * side.x.C)) {
     side.strength = strength.data();
   }
@@ -346,22 +352,14 @@ double divergence_on_common_grid(const Network& student, const Network& teacher,
   return loss;
 }
 
-// Fresh memory of this size comes from the kernel page by page; in 4 KiB pages that takes longer than the backward.
-void want_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20, kPage = 4096;
-  if (bytes < 2 * kHuge) return;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a hint: failure costs time only
-#endif
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, const Tensor& teacher_features,
                                             double channel_temperature, double spatial_temperature, int64_t reduction,
                                             bool needs_grad) {
+  check_temperatures(channel_temperature, spatial_temperature);
+  if (reduction < 0 || reduction > 2)
+    throw std::invalid_argument("reduction: expected 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(reduction));
   Network student("student_features", student_features, channel_temperature, spatial_temperature, needs_grad);
   Network teacher("teacher_features", teacher_features, channel_temperature, spatial_temperature, false);
   const Features &s = student.side.x, &t = teacher.side.x;
@@ -401,6 +399,9 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, cons
         losses[static_cast<size_t>(n)] = divergence_on_common_grid(student, teacher, n, scale, grad);
     });
 
+  if (!needs_grad)
+    for (int64_t n = 0; n < s.N; n++)
+      std::memset(student.map(n, positions(s)), 0, static_cast<size_t>(positions(s)) * student.loops->acc_size);
   double total = 0;
   for (int64_t n = 0; n < s.N; n++) {
     double sample = 0;
@@ -423,6 +424,7 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, cons
 
 std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double channel_temperature,
                                              double spatial_temperature) {
+  check_temperatures(channel_temperature, spatial_temperature);
   Network net("features", features, channel_temperature, spatial_temperature, true);
   const Features& x = net.side.x;
   const ScalarType acc = acc_type(is_double(features));
@@ -441,6 +443,7 @@ std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double chan
 
 Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
                                   double channel_temperature, double spatial_temperature) {
+  check_temperatures(channel_temperature, spatial_temperature);
   const CafdLoops& loops = kernels().loops[static_cast<int>(feature_type("features", features))];
   Side side{features_of("features", features), channel_temperature, spatial_temperature,
             const_cast<void*>(stats.const_data_ptr()), nullptr};
@@ -455,10 +458,11 @@ Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map
   if (x.N == 0) return grad;
   Features out{grad.mutable_data_ptr(), x.N,           x.C, x.H, x.W, grad.stride(0), grad.stride(1),
                grad.stride(2),          grad.stride(3)};
-  want_huge_pages(out.data, static_cast<size_t>(grad.numel()) * grad.element_size());
+  advise_huge_pages(out.data, static_cast<size_t>(grad.numel()) * grad.element_size());
 
   const int64_t count = positions(x), acc_size = static_cast<int64_t>(loops.acc_size);
-  const int64_t map_bytes = loops.pitch(count) * acc_size, channel_bytes = loops.pitch(x.C) * acc_size;
+  const int64_t map_bytes = loops.pitch(count) * acc_size;
+  const int64_t part_bytes = 2 * x.C * static_cast<int64_t>(sizeof(double));
   const bool by_positions = walk_positions(x) && (x.C == 1 || out.stride_c == 1);
   const int64_t elements = x.C * count;
   const int64_t blocks = std::clamp<int64_t>(elements / (2 * kMinWork), 1, by_positions ? 8 : x.C);
@@ -488,20 +492,19 @@ Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map
     });
     return grad;
   }
-  const Buffer parts = allocate(static_cast<size_t>(channel_bytes * blocks * group));
-  const Buffer rho = allocate(static_cast<size_t>(channel_bytes * group));
+  const Buffer parts = allocate(static_cast<size_t>(part_bytes * blocks * group));
+  std::vector<double> rho(static_cast<size_t>(x.C * group));
   for (int64_t first = 0; first < x.N; first += group) {
     const int64_t samples = std::min(group, x.N - first);
     per_block(first, samples, [&](int64_t n, int64_t block, int64_t from, int64_t to, void* scratch) {
       loops.rho_positions(side, n, from, to, centred.get() + n * map_bytes,
-                          parts.get() + ((n - first) * blocks + block) * channel_bytes, scratch);
+                          parts.get() + ((n - first) * blocks + block) * part_bytes, scratch);
     });
     for (int64_t n = first; n < first + samples; n++)
-      loops.join_rho(side, n, parts.get() + (n - first) * blocks * channel_bytes, blocks,
-                     rho.get() + (n - first) * channel_bytes);
+      loops.join_rho(side, parts.get() + (n - first) * blocks * part_bytes, blocks, rho.data() + (n - first) * x.C);
     per_block(first, samples, [&](int64_t n, int64_t, int64_t from, int64_t to, void* scratch) {
-      loops.backward_positions(side, n, from, to, centred.get() + n * map_bytes,
-                               rho.get() + (n - first) * channel_bytes, shared[static_cast<size_t>(n)], out, scratch);
+      loops.backward_positions(side, n, from, to, centred.get() + n * map_bytes, rho.data() + (n - first) * x.C,
+                               shared[static_cast<size_t>(n)], out, scratch);
     });
   }
   return grad;

@@ -40,11 +40,12 @@ struct Shared {
 // channels side by side (channels_last). Arrays handed in are acc and padded to pitch() elements a row.
 struct CafdLoops {
   size_t acc_size;
-  int64_t (*pitch)(int64_t count);     // count, rounded up to whole vectors
-  size_t (*scratch)(const Features&);  // bytes that any function here may ask for
+  int64_t (*pitch)(int64_t count);            // count, rounded up to whole vectors
+  int64_t (*moments_bytes)(const Features&);  // of one part of moments_positions
+  size_t (*scratch)(const Features&);         // bytes that any function here may ask for
 
   // Forward, first read. Rows: each channel's maximum and strength, into side. Positions: every channel's maximum, sum
-  // of exp and strength over this block, into part (3, C).
+  // of exp (acc) and strength (double) over this block, into part.
   void (*moments_rows)(const Side&, int64_t n, int64_t begin, int64_t end, void* scratch);
   void (*moments_positions)(const Side&, int64_t n, int64_t begin, int64_t end, void* part, void* scratch);
   void (*join_moments)(const Side&, int64_t n, const void* parts, int64_t blocks);  // of positions
@@ -54,16 +55,16 @@ struct CafdLoops {
   void (*attend_positions)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, Ahead, void* scratch);
   void (*join_maps)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, const void* parts, int64_t blocks);
 
-  // Backward. grad_map: D (H, W) of the sample. centred (H W): D less its mean under A.
+  // Backward. grad_map: D (H, W) of the sample. centred (H W): D less a constant.
   void (*centre)(const Side&, int64_t n, const void* grad_map, int64_t stride_h, int64_t stride_w, void* centred,
                  Shared* shared);
   void (*backward_rows)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, const Shared&,
                         const Features& out, void* scratch);
-  // Positions: rho takes a read of its own. part, rho: (C).
+  // Positions: rho takes a read of its own. part: double (2, C), not padded.
   void (*rho_positions)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, void* part,
                         void* scratch);
-  void (*join_rho)(const Side&, int64_t n, const void* parts, int64_t blocks, void* rho);
-  void (*backward_positions)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, const void* rho,
+  void (*join_rho)(const Side&, const void* parts, int64_t blocks, double* rho);
+  void (*backward_positions)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, const double* rho,
                              const Shared&, const Features& out, void* scratch);
 };
 

@@ -19,6 +19,8 @@ namespace {
 constexpr int64_t kChunk = 4096;
 // Rows whose exp wait in L2 for their sum, to be added to A and B together: A and B are loaded and stored once for all.
 constexpr int kRows = 4;
+// Positions whose |F| and e D are summed in floats before they are added to a double.
+constexpr int64_t kStep = 64;
 
 // Asks for the next `bytes` of ahead, to L2.
 DSCT_INLINE void fetch(Ahead& ahead, int64_t bytes) {
@@ -36,6 +38,10 @@ struct Loops {
   // --- shapes ---
 
   static int64_t pitch(int64_t count) { return (count + N - 1) / N * N; }
+
+  static int64_t moments_bytes(const Features& x) {
+    return pitch(x.C) * static_cast<int64_t>(2 * sizeof(S) + sizeof(double));
+  }
 
   static size_t scratch(const Features& x) {
     const int64_t positions = x.H * x.W;
@@ -126,38 +132,37 @@ struct Loops {
     }
   }
 
-  // exp of a row into e, padded with 0; their sum, and with D the sum of e D.
+  // exp of a row into e, padded with 0. Returns their sum and, given D, the sum of e D.
+  struct Sums {
+    double e, ed;
+  };
   template <bool with_d>
-  DSCT_INLINE double exp_row(const T* p, int64_t count, S row_max, const Exponential& exponential, Ahead& ahead, S* e,
-                             const S* d) {
+  DSCT_INLINE Sums exp_row(const T* p, int64_t count, S row_max, const Exponential& exponential, Ahead& ahead, S* e,
+                           const S* d) {
     const V max = A::set1(row_max);
-    double total = 0;
+    Sums sums = {0, 0};
     for (int64_t start = 0; start < count; start += kChunk) {
       const int64_t stop = start + kChunk < count ? start + kChunk : count;
-      V acc[4] = {};
+      V se[4] = {}, sed[4] = {};
+      const auto add = [&](int64_t i, V y, int k) __attribute__((always_inline)) {
+        A::store(e + i, y);
+        se[k] = se[k] + y;
+        if (with_d) sed[k] = A::fma(y, A::load(d + i), sed[k]);
+      };
       int64_t i = start;
       for (; i + 4 * N <= stop; i += 4 * N) {
         fetch(ahead, 4 * N * static_cast<int64_t>(sizeof(T)));
-        for (int k = 0; k < 4; k++) {
-          const V y = exponential(A::load(p + i + k * N), max);
-          A::store(e + i + k * N, y);
-          acc[k] = with_d ? A::fma(y, A::load(d + i + k * N), acc[k]) : acc[k] + y;
-        }
+        for (int k = 0; k < 4; k++) add(i + k * N, exponential(A::load(p + i + k * N), max), k);
       }
-      for (; i + N <= stop; i += N) {
-        const V y = exponential(A::load(p + i), max);
-        A::store(e + i, y);
-        acc[0] = with_d ? A::fma(y, A::load(d + i), acc[0]) : acc[0] + y;
-      }
+      for (; i + N <= stop; i += N) add(i, exponential(A::load(p + i), max), 0);
       if (i < stop) {
         const int left = static_cast<int>(stop - i);
-        const V y = A::keep(A::first(left), exponential(load_n<A>(p + i, left), max));
-        A::store(e + i, y);
-        acc[1] = with_d ? A::fma(y, A::load(d + i), acc[1]) : acc[1] + y;
+        add(i, A::keep(A::first(left), exponential(load_n<A>(p + i, left), max)), 1);
       }
-      total += static_cast<double>(sum<A>((acc[0] + acc[1]) + (acc[2] + acc[3])));
+      sums.e += static_cast<double>(sum<A>((se[0] + se[1]) + (se[2] + se[3])));
+      if (with_d) sums.ed += static_cast<double>(sum<A>((sed[0] + sed[1]) + (sed[2] + sed[3])));
     }
-    return total;
+    return sums;
   }
 
   template <int rows, bool mixed>
@@ -196,7 +201,7 @@ struct Loops {
       for (int k = 0; k < rows; k++) {
         const T* p = gather(side.x, n, c + k, copy);
         const double total =
-            exp_row<false>(p, count, maximum(side, n)[c + k], exponential, ahead, e + k * padded, nullptr);
+            exp_row<false>(p, count, maximum(side, n)[c + k], exponential, ahead, e + k * padded, nullptr).e;
         inverse_sum(side, n)[c + k] = static_cast<S>(1 / total);
         ka[k] = static_cast<S>(weight(side, n)[c + k] / total);
         kb[k] = ka[k] * relative(side, n)[c + k];
@@ -251,10 +256,11 @@ struct Loops {
     for (int64_t c = begin; c < end; c++) {
       const T* p = gather(side.x, n, c, copy);
       Ahead ahead{nullptr, nullptr};
-      const double total = exp_row<true>(p, count, maximum(side, n)[c], exponential, ahead, e, d);
-      const S rho_c = static_cast<S>(total * inverse_sum(side, n)[c]);
+      // Both sums over the very same e: their rounding cancels where D is alike everywhere.
+      const Sums sums = exp_row<true>(p, count, maximum(side, n)[c], exponential, ahead, e, d);
+      const double rho_c = sums.ed / sums.e;
       const Slope slope = slopes(side, n, c, rho_c, shared);
-      const V k = A::set1(slope.k), rho = A::set1(rho_c), dg = A::set1(slope.dg);
+      const V k = A::set1(slope.k), rho = A::set1(static_cast<S>(rho_c)), dg = A::set1(slope.dg);
       const bool direct = dense_rows(out);
       T* to = direct ? row(out, n, c) : out_copy;
       int64_t i = 0;
@@ -303,21 +309,25 @@ struct Loops {
     const S* from = static_cast<const S*>(grad_map);
     const S *a = map(side, n), *b = mixed_map(side, n);
     S* d = static_cast<S*>(centred);
-    double total = 0, along = 0;
+    double total = 0, along = 0, least = __builtin_inf(), most = -__builtin_inf();
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < W; w++) {
-        const double a_i = a[h * W + w];
+        const double a_i = a[h * W + w], d_i = from[h * stride_h + w * stride_w];
         total += a_i;
-        along += a_i * static_cast<double>(from[h * stride_h + w * stride_w]);
+        along += a_i * d_i;
+        least = d_i < least ? d_i : least;
+        most = d_i > most ? d_i : most;
       }
-    // D - rho_c does not change when D is shifted; without its mean it keeps the digits that matter, and where student
-    // and teacher agree (D constant) what is left is exactly 0.
+    // D - rho_c does not change when D is shifted. Where D hardly varies (student and teacher nearly agree) it is
+    // shifted to its mean and keeps the digits that matter: 0 where they do agree. Only where no D_i would lose any by
+    // that.
     const double mean = along / total;
+    const double centre = most - mean < __builtin_fabs(mean) / 2 && mean - least < __builtin_fabs(mean) / 2 ? mean : 0;
     double mean_rho = 0, mixed = 0;
     for (int64_t h = 0; h < H; h++)
       for (int64_t w = 0; w < W; w++) {
         const int64_t i = h * W + w;
-        d[i] = static_cast<S>(static_cast<double>(from[h * stride_h + w * stride_w]) - mean);
+        d[i] = static_cast<S>(static_cast<double>(from[h * stride_h + w * stride_w]) - centre);
         mean_rho += static_cast<double>(a[i]) * d[i];
         mixed += static_cast<double>(b[i]) * d[i];
       }
@@ -332,9 +342,9 @@ struct Loops {
   struct Slope {
     S k, dg;
   };
-  DSCT_INLINE Slope slopes(const Side& side, int64_t n, int64_t c, S rho, const Shared& shared) {
+  DSCT_INLINE Slope slopes(const Side& side, int64_t n, int64_t c, double rho, const Shared& shared) {
     const double w = weight(side, n)[c];
-    const double s = w / side.channel_temperature * (static_cast<double>(rho) - shared.mean_rho);
+    const double s = w / side.channel_temperature * (rho - shared.mean_rho);
     const double mean = *mean_strength(side, n);
     const double dg = mean == 0 ? 0 : (s - shared.mean_sr) / mean / static_cast<double>(side.x.H * side.x.W);
     return {static_cast<S>(w * inverse_sum(side, n)[c] / side.spatial_temperature), static_cast<S>(dg)};
@@ -367,7 +377,8 @@ struct Loops {
 
   static void moments_positions(const Side& side, int64_t n, int64_t begin, int64_t end, void* part, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
-    S *max = static_cast<S*>(part), *total = max + padded, *size = total + padded;
+    S *max = static_cast<S*>(part), *total = max + padded;
+    double* size = reinterpret_cast<double*>(total + padded);
     S *block_max = static_cast<S*>(scratch), *block_size = block_max + padded;
     const T* const* at = locate(side.x, n, begin, end, block_size + padded);
     const Exponential exponential = Exponential::of(side);
@@ -375,11 +386,11 @@ struct Loops {
     for (int64_t c = 0; c < padded; c += N) {
       A::store(max + c, lowest);
       A::store(total + c, V{});
-      A::store(size + c, V{});
     }
-    // Blocks small enough that the second look at one, for the exp, finds it in L2.
+    for (int64_t c = 0; c < padded; c++) size[c] = 0;
+    // Blocks small enough that the second look at one, for the exp, finds it in L2, and short enough for float sums.
     int64_t step = int64_t(128 * 1024) / (C * static_cast<int64_t>(sizeof(T))) / 4 * 4;
-    if (step < 4) step = 4;
+    step = step < 4 ? 4 : step > kStep ? kStep : step;
     for (int64_t start = 0; start < end - begin; start += step) {
       const int64_t stop = start + step < end - begin ? start + step : end - begin;
       for (int64_t c = 0; c < padded; c += N) {
@@ -416,24 +427,26 @@ struct Loops {
         A::store(total + c,
                  A::fma(A::load(total + c), exponential(before, now), (acc[0] + acc[1]) + (acc[2] + acc[3])));
         A::store(max + c, now);
-        A::store(size + c, A::load(size + c) + A::load(block_size + c));
       });
+      for (int64_t c = 0; c < padded; c++) size[c] += block_size[c];
     }
   }
 
   static void join_moments(const Side& side, int64_t n, const void* parts, int64_t blocks) {
     const int64_t C = side.x.C, padded = pitch(C);
     const S* part = static_cast<const S*>(parts);
+    const int64_t stride = moments_bytes(side.x) / static_cast<int64_t>(sizeof(S));
     const Exponential exponential = Exponential::of(side);
     for (int64_t c = 0; c < padded; c += N) {
       V max = A::load(part + c);
-      for (int64_t k = 1; k < blocks; k++) max = A::max(max, A::load(part + k * 3 * padded + c));
+      for (int64_t k = 1; k < blocks; k++) max = A::max(max, A::load(part + k * stride + c));
       V total = {};
       double size[N] = {};
       for (int64_t k = 0; k < blocks; k++) {
-        const S* p = part + k * 3 * padded + c;
-        total = A::fma(A::load(p + padded), exponential(A::load(p), max), total);
-        for (int64_t lane = 0; lane < N; lane++) size[lane] += static_cast<double>(p[2 * padded + lane]);
+        const S* p = part + k * stride;
+        total = A::fma(A::load(p + padded + c), exponential(A::load(p + c), max), total);
+        const double* block_size = reinterpret_cast<const double*>(p + 2 * padded) + c;
+        for (int64_t lane = 0; lane < N; lane++) size[lane] += block_size[lane];
       }
       const int left = static_cast<int>(C - c < N ? C - c : N);
       store_n<A>(maximum(side, n) + c, max, left);
@@ -497,7 +510,7 @@ struct Loops {
 
   template <int positions>
   DSCT_INLINE void add_rho(const T* const* at, int64_t C, const Exponential& exponential, const S* d, const S* max,
-                           S* rho) {
+                           S* sum_e, S* sum_ed) {
     const T* p[positions];
     V along[positions];
     for (int k = 0; k < positions; k++) {
@@ -506,34 +519,54 @@ struct Loops {
     }
     for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
       const V m = A::load(max + c);
-      V total = A::load(rho + c);
-      for (int k = 0; k < positions; k++)
-        total = A::fma(exponential(load_channels<decltype(flag)::whole>(p[k] + c, left), m), along[k], total);
-      A::store(rho + c, total);
+      V e[positions], ed[positions];
+      for (int k = 0; k < positions; k++) {
+        e[k] = exponential(load_channels<decltype(flag)::whole>(p[k] + c, left), m);
+        ed[k] = e[k] * along[k];
+      }
+      for (int half = positions / 2; half > 0; half /= 2)  // pairwise: rho needs its digits
+        for (int k = 0; k < half; k++) {
+          e[k] = e[k] + e[k + half];
+          ed[k] = ed[k] + ed[k + half];
+        }
+      A::store(sum_e + c, A::load(sum_e + c) + e[0]);
+      A::store(sum_ed + c, A::load(sum_ed + c) + ed[0]);
     });
   }
 
   static void rho_positions(const Side& side, int64_t n, int64_t begin, int64_t end, const void* centred, void* part,
                             void* scratch) {
-    const int64_t C = side.x.C;
-    S *max = static_cast<S*>(scratch), *rho = static_cast<S*>(part);
-    const T* const* at = locate(side.x, n, begin, end, max + pitch(C));
+    const int64_t C = side.x.C, padded = pitch(C);
+    S *max = static_cast<S*>(scratch), *sum_e = max + padded, *sum_ed = sum_e + padded;
+    double *total_e = static_cast<double*>(part), *total_ed = total_e + C;
+    const T* const* at = locate(side.x, n, begin, end, sum_ed + padded);
     const Exponential exponential = Exponential::of(side);
     const S* d = static_cast<const S*>(centred);
     pad(maximum(side, n), C, max);
-    memset(rho, 0, static_cast<size_t>(pitch(C)) * sizeof(S));
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) add_rho<4>(at + (i - begin), C, exponential, d + i, max, rho);
-    for (; i < end; i++) add_rho<1>(at + (i - begin), C, exponential, d + i, max, rho);
+    for (int64_t c = 0; c < 2 * C; c++) total_e[c] = 0;
+    for (int64_t start = begin; start < end; start += kStep) {
+      const int64_t stop = start + kStep < end ? start + kStep : end;
+      memset(sum_e, 0, static_cast<size_t>(2 * padded) * sizeof(S));
+      int64_t i = start;
+      for (; i + 4 <= stop; i += 4) add_rho<4>(at + (i - begin), C, exponential, d + i, max, sum_e, sum_ed);
+      for (; i < stop; i++) add_rho<1>(at + (i - begin), C, exponential, d + i, max, sum_e, sum_ed);
+      for (int64_t c = 0; c < C; c++) {
+        total_e[c] += sum_e[c];
+        total_ed[c] += sum_ed[c];
+      }
+    }
   }
 
-  static void join_rho(const Side& side, int64_t n, const void* parts, int64_t blocks, void* rho) {
-    const int64_t C = side.x.C, padded = pitch(C);
-    const S* part = static_cast<const S*>(parts);
+  static void join_rho(const Side& side, const void* parts, int64_t blocks, double* rho) {
+    const int64_t C = side.x.C;
+    const double* part = static_cast<const double*>(parts);
     for (int64_t c = 0; c < C; c++) {
-      double total = 0;
-      for (int64_t k = 0; k < blocks; k++) total += static_cast<double>(part[k * padded + c]);
-      static_cast<S*>(rho)[c] = static_cast<S>(total * inverse_sum(side, n)[c]);
+      double e = 0, ed = 0;
+      for (int64_t k = 0; k < blocks; k++) {
+        e += part[k * 2 * C + c];
+        ed += part[k * 2 * C + C + c];
+      }
+      rho[c] = ed / e;
     }
   }
 
@@ -563,18 +596,18 @@ struct Loops {
   }
 
   static void backward_positions(const Side& side, int64_t n, int64_t begin, int64_t end, const void* centred,
-                                 const void* rho_in, const Shared& shared, const Features& out, void* scratch) {
+                                 const double* rho_in, const Shared& shared, const Features& out, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(scratch), *rho = max + padded, *k = rho + padded, *dg = k + padded;
     const T* const* at = locate(side.x, n, begin, end, dg + padded);
     T* const* to = locate(out, n, begin, end, dg + padded + (end - begin) * sizeof(T*) / sizeof(S));
     const Exponential exponential = Exponential::of(side);
     pad(maximum(side, n), C, max);
-    pad(static_cast<const S*>(rho_in), C, rho);
     for (int64_t c = 0; c < padded; c++) {
-      const Slope slope = c < C ? slopes(side, n, c, rho[c], shared) : Slope{0, 0};
+      const Slope slope = c < C ? slopes(side, n, c, rho_in[c], shared) : Slope{0, 0};
       k[c] = slope.k;
       dg[c] = slope.dg;
+      rho[c] = c < C ? static_cast<S>(rho_in[c]) : S(0);
     }
     const S* d = static_cast<const S*>(centred);
     int64_t i = begin;
@@ -584,9 +617,9 @@ struct Loops {
   }
 
   static constexpr CafdLoops table() {
-    return {sizeof(S),    pitch,         scratch,       moments_rows,     moments_positions,
-            join_moments, weights,       attend_rows,   attend_positions, join_maps,
-            centre,       backward_rows, rho_positions, join_rho,         backward_positions};
+    return {sizeof(S),     pitch,         moments_bytes, scratch,           moments_rows, moments_positions,
+            join_moments,  weights,       attend_rows,   attend_positions,  join_maps,    centre,
+            backward_rows, rho_positions, join_rho,      backward_positions};
   }
 };
 
