@@ -51,7 +51,8 @@ DSCT_PRAGMA_TARGET(DSCT_TARGET)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#define DSCT_INLINE static inline __attribute__((always_inline))
+#define DSCT_FORCE_INLINE inline __attribute__((always_inline))
+#define DSCT_INLINE static DSCT_FORCE_INLINE
 
 namespace dsct {
 namespace DSCT_ISA {
@@ -232,31 +233,27 @@ struct F32 : VecTypes<float, int32_t> {
   DSCT_INLINE void store(float* p, V a) {
     _mm512_storeu_ps(p, a);
   }
-  DSCT_INLINE __m256i to_bf16(V a) {
+  DSCT_INLINE __m256i narrow(V a, const bf16*) {
     const __m512i u = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
     const __m512i kept = _mm512_mask_mov_epi32(rounded, ne(a, a), _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
   }
-  DSCT_INLINE __m256i to_f16(V a) {
+  DSCT_INLINE __m256i narrow(V a, const f16*) {
     return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  DSCT_INLINE void store(bf16* p, V a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
-  }
-  DSCT_INLINE void store(f16* p, V a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(a));
+  template <class Half>
+  DSCT_INLINE void store(Half* p, V a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, p));
   }
   // Past the caches: no read for ownership. p aligned to the bytes written.
   DSCT_INLINE void stream(float* p, V a) {
     _mm512_stream_ps(p, a);
   }
-  DSCT_INLINE void stream(bf16* p, V a) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
-  }
-  DSCT_INLINE void stream(f16* p, V a) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(a));
+  template <class Half>
+  DSCT_INLINE void stream(Half* p, V a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a, p));
   }
 };
 
@@ -613,12 +610,111 @@ DSCT_INLINE typename A::V max_unless(typename A::M m, typename A::V a, typename 
 #endif
 }
 
+// Two neighbouring vectors; halves go out as one line.
+template <class A, class T>
+DSCT_INLINE void stream2(T* p, typename A::V a, typename A::V b) {
+#if defined(DSCT_ISA_AVX512)
+  if constexpr (sizeof(T) == 2 && A::N == 16) {
+    const __m512i low = _mm512_castsi256_si512(A::narrow(a, p));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(low, A::narrow(b, p), 1));
+    return;
+  }
+#endif
+  A::stream(p, a);
+  A::stream(p + A::N, b);
+}
+
+DSCT_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);  // into L2: it waits for one block of pixels
+}
+
 // Orders streaming stores before whatever follows; once, at the end of a chunk of work.
 DSCT_INLINE void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
+
+// Two vectors as one, for long chains of dependent arithmetic: the two chains run interleaved, in half the time.
+template <class A>
+struct Pair {
+  typedef typename A::S S;
+  static constexpr int N = 2 * A::N;
+  struct V {
+    typename A::V a, b;
+    friend DSCT_FORCE_INLINE V operator+(V x, V y) {
+      return {x.a + y.a, x.b + y.b};
+    }
+    friend DSCT_FORCE_INLINE V operator-(V x, V y) {
+      return {x.a - y.a, x.b - y.b};
+    }
+    friend DSCT_FORCE_INLINE V operator*(V x, V y) {
+      return {x.a * y.a, x.b * y.b};
+    }
+    friend DSCT_FORCE_INLINE V operator/(V x, V y) {
+      return {x.a / y.a, x.b / y.b};
+    }
+    friend DSCT_FORCE_INLINE V operator-(V x) {
+      return {-x.a, -x.b};
+    }
+  };
+  struct M {
+    typename A::M a, b;
+  };
+  DSCT_INLINE V set1(S x) {
+    return {A::set1(x), A::set1(x)};
+  }
+  DSCT_INLINE V load(const S* p) {
+    return {A::load(p), A::load(p + A::N)};
+  }
+  DSCT_INLINE void store(S* p, V x) {
+    A::store(p, x.a);
+    A::store(p + A::N, x.b);
+  }
+  DSCT_INLINE V fma(V x, V y, V z) {
+    return {A::fma(x.a, y.a, z.a), A::fma(x.b, y.b, z.b)};
+  }
+  DSCT_INLINE V max(V x, V y) {
+    return {A::max(x.a, y.a), A::max(x.b, y.b)};
+  }
+  DSCT_INLINE V min(V x, V y) {
+    return {A::min(x.a, y.a), A::min(x.b, y.b)};
+  }
+  DSCT_INLINE V abs(V x) {
+    return {A::abs(x.a), A::abs(x.b)};
+  }
+  DSCT_INLINE V round(V x) {
+    return {A::round(x.a), A::round(x.b)};
+  }
+  DSCT_INLINE V scale(V x, V n) {
+    return {A::scale(x.a, n.a), A::scale(x.b, n.b)};
+  }
+  DSCT_INLINE void split(V x, V* mantissa, V* exponent) {
+    A::split(x.a, &mantissa->a, &exponent->a);
+    A::split(x.b, &mantissa->b, &exponent->b);
+  }
+  DSCT_INLINE M eq(V x, V y) {
+    return {A::eq(x.a, y.a), A::eq(x.b, y.b)};
+  }
+  DSCT_INLINE M ne(V x, V y) {
+    return {A::ne(x.a, y.a), A::ne(x.b, y.b)};
+  }
+  DSCT_INLINE M lt(V x, V y) {
+    return {A::lt(x.a, y.a), A::lt(x.b, y.b)};
+  }
+  DSCT_INLINE M le(V x, V y) {
+    return {A::le(x.a, y.a), A::le(x.b, y.b)};
+  }
+  DSCT_INLINE M both(M x, M y) {
+    return {A::both(x.a, y.a), A::both(x.b, y.b)};
+  }
+  DSCT_INLINE V select(M m, V x, V y) {
+    return {A::select(m.a, x.a, y.a), A::select(m.b, x.b, y.b)};
+  }
+  DSCT_INLINE V keep(M m, V x) {
+    return {A::keep(m.a, x.a), A::keep(m.b, x.b)};
+  }
+};
 
 template <class A, class T>
 DSCT_INLINE typename A::V load_n(const T* p, int n) {  // the first n lanes, 0 in the rest

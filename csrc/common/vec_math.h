@@ -42,6 +42,9 @@ struct Coefficients<F64> {
   static constexpr double exp_low = -746.0, exp_high = 710.0, exp2_low = -1077.0, exp2_high = 1025.0;
 };
 
+template <class A>
+struct Coefficients<Pair<A>> : Coefficients<A> {};
+
 template <class A, size_t n>
 DSCT_INLINE typename A::V horner(typename A::V x, const typename A::S (&c)[n]) {
   typename A::V sum = A::set1(c[0]);
@@ -88,28 +91,28 @@ DSCT_INLINE typename A::V exp(typename A::V x) {
 }
 
 // log of a mantissa in [0.75, 1.5) plus exponent * ln2
-DSCT_INLINE F32::V log_split(F32::V m, F32::V e) {
+template <class A>
+DSCT_INLINE typename A::V log_split(typename A::V m, typename A::V e, float) {
   static constexpr float c[] = {0.042877249018f, -0.095625062068f, 0.11681360864f,  -0.12639361161f, 0.14268255241f,
                                 -0.16660809636f, 0.20000141783f,   -0.25000056835f, 0.33333333145f};
-  using A = F32;
-  const A::V f = m - A::set1(1.0f);
-  const A::V square = f * f;
-  A::V y = horner<A>(f, c) * f * square;
+  const typename A::V f = m - A::set1(1.0f);
+  const typename A::V square = f * f;
+  typename A::V y = horner<A>(f, c) * f * square;
   y = A::fma(e, A::set1(Coefficients<A>::ln2_low), y);
   y = A::fma(square, A::set1(-0.5f), y);
   return A::fma(e, A::set1(Coefficients<A>::ln2_high), f + y);
 }
-DSCT_INLINE F64::V log_split(F64::V m, F64::V e) {  // fdlibm's form
+template <class A>
+DSCT_INLINE typename A::V log_split(typename A::V m, typename A::V e, double) {  // fdlibm's form
   static constexpr double c[] = {0.1360401570712407745758, 0.1321036048513261982694, 0.1538883467780191506921,
                                  0.181817384547230255793,  0.2222222303780724187993, 0.2857142856733918926309,
                                  0.4000000000000780055143, 0.666666666666666642283};
-  using A = F64;
-  const A::V f = m - A::set1(1.0);
-  const A::V s = f / (A::set1(2.0) + f);
-  const A::V z = s * s;
-  const A::V tail = horner<A>(z, c) * z;
-  const A::V half_square = f * f * A::set1(0.5);
-  const A::V low = A::fma(e, A::set1(Coefficients<A>::ln2_low), s * (half_square + tail));
+  const typename A::V f = m - A::set1(1.0);
+  const typename A::V s = f / (A::set1(2.0) + f);
+  const typename A::V z = s * s;
+  const typename A::V tail = horner<A>(z, c) * z;
+  const typename A::V half_square = f * f * A::set1(0.5);
+  const typename A::V low = A::fma(e, A::set1(Coefficients<A>::ln2_low), s * (half_square + tail));
   return A::fma(e, A::set1(Coefficients<A>::ln2_high), f - (half_square - low));
 }
 
@@ -117,21 +120,27 @@ template <class A>
 DSCT_INLINE typename A::V log(typename A::V x) {
   typename A::V mantissa, exponent;
   A::split(x, &mantissa, &exponent);
-  const typename A::V y = log_split(mantissa, exponent);
+  const typename A::V y = log_split<A>(mantissa, exponent, typename A::S());
   const typename A::V infinity = A::set1(typename A::S(__builtin_inf()));
   const typename A::M special = A::both(A::eq(A::abs(exponent), infinity), A::eq(mantissa, mantissa));  // 0 and inf
   return A::select(special, exponent, y);
 }
 
 // log(1 + t), 0 <= t <= 1: what a softplus needs.
-DSCT_INLINE F32::V log1p_unit(F32::V t) {
+template <class A>
+DSCT_INLINE typename A::V log1p_unit(typename A::V t, float) {
   static constexpr float c[] = {-0.00317605701843f, 0.019542527261f, -0.0563736128301f, 0.105436237954f, -0.152696670744f,
                                 0.196632742572f,    -0.249516162629f, 0.333297104989f,  -0.499998926481f, 1.0f};
-  return horner<F32>(t, c) * t;
+  return horner<A>(t, c) * t;
 }
-DSCT_INLINE F64::V log1p_unit(F64::V t) {
-  const F64::V w = t + F64::set1(1.0);
-  return log<F64>(w) + (t - (w - F64::set1(1.0))) / w;  // the second term gives back what 1 + t rounded away
+template <class A>
+DSCT_INLINE typename A::V log1p_unit(typename A::V t, double) {
+  const typename A::V one = A::set1(1.0), w = t + one;
+  return log<A>(w) + (t - (w - one)) / w;  // the second term gives back what 1 + t rounded away
+}
+template <class A>
+DSCT_INLINE typename A::V log1p_unit(typename A::V t) {
+  return log1p_unit<A>(t, typename A::S());
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ struct Math : A {
     return DSCT_ISA::log<A>(x);
   }
   DSCT_INLINE V log1p_unit(V x) {
-    return DSCT_ISA::log1p_unit(x);
+    return DSCT_ISA::log1p_unit<A>(x);
   }
 };
 
@@ -60,6 +60,7 @@ struct Scratch {
   S label[kMaxBlock];         // -1: ignored, or past the end
   S ce_factor[kMaxBlock];
   S max_s[kMaxBlock], target_s[kMaxBlock], max_t[kMaxBlock], target_t[kMaxBlock];
+  S sum_s[kMaxBlock], sum_t[kMaxBlock], sum_ce[kMaxBlock], cross[kMaxBlock];
   S coef_s[kMaxBlock], coef_t[kMaxBlock], coef_ce[kMaxBlock], grad_target[kMaxBlock];
   Offsets at_student, at_teacher, at_grad, at_target;
 };
@@ -280,23 +281,61 @@ struct Sums {
   typename A::V s, t, ce, cross;
 };
 
+// The logits of the next block, asked for while this one is computed on, a class at a time: each of its vectors asks for
+// its share of the classes. Without, the reads wait for memory: strides of 1 MiB between the classes leave the hardware's
+// prefetchers behind. A class at a time, because each is on a page of its own, and misses the TLB.
+struct Ahead {
+  const char* p;
+  int64_t step;
+  int lines;
+  DSCT_INLINE void ask(Ahead& a) {
+    for (int i = 0; i < a.lines; i++) prefetch(a.p + 64 * i);
+    a.p += a.step;
+  }
+};
+template <class A>
+DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_t first_class) {
+  const int64_t size = x.type == FloatType::kF64 ? 8 : x.type == FloatType::kF32 ? 4 : 2;
+  const char* data = static_cast<const char*>(x.data);
+  if (!at.uniform || (at.stride != 1 && x.class_stride != 1)) return {data, 0, 0};
+  const int64_t step = (x.class_stride == 1 ? block : x.class_stride) * size;
+  return {data + (at.base + block * at.stride) * size + first_class * step, step, int(block * size / 64)};
+}
+
 template <class A, Ce mode>
-DSCT_INLINE Sums<A> sum_classes(int64_t classes, typename A::V label, typename A::V max_s, typename A::V max_t,
-                                double temperature, typename A::S* student, typename A::S* teacher,
-                                typename A::S* ce) {
+DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, int block) {
   typedef typename A::S S;
   typedef typename A::V V;
   typedef typename A::M M;
   const double log2e = 1.4426950408889634074;
-  const V zero = A::set1(0), one = A::set1(1);
-  const V to_exp2 = A::set1(S(log2e / temperature));
+  const int lane = v * A::N;
+  const int64_t classes = args.classes;
+  S* student = scratch.student + lane * classes;
+  S* teacher = scratch.teacher + lane * classes;
+  S* ce = scratch.ce + lane * classes;
+  const int shares = block / A::N;
+  int share = int((shares - v * classes % shares) % shares);  // classes until the next one to ask for
+  const int64_t first_asked = (v * classes + shares - 1) / shares;
+  Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, first_asked);
+  Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, first_asked);
+  const V zero = A::set1(0), one = A::set1(1), infinity = A::set1(S(__builtin_inf()));
+  const V to_exp2 = A::set1(S(log2e / args.temperature));
+  const V label = A::load(scratch.label + lane);
   const M valid = A::le(zero, label);
+  V max_s = A::load(scratch.max_s + lane), max_t = A::load(scratch.max_t + lane);
+  max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
+  max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
   Sums<A> total = {zero, zero, zero, zero};
   V k = zero;
   for (int64_t begin = 0; begin < classes; begin += kPartial) {
     const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
     Sums<A> part = {zero, zero, zero, zero};
     for (int64_t c = begin; c < end; c++, k = k + one) {
+      if (share-- == 0) {
+        share = shares - 1;
+        Ahead::ask(ahead_s);
+        Ahead::ask(ahead_t);
+      }
       const M other = A::ne_where(valid, label, k);
       const V x_s = A::load(student + c * A::N) - max_s;
       const V x_t = A::load(teacher + c * A::N) - max_t;
@@ -320,9 +359,12 @@ DSCT_INLINE Sums<A> sum_classes(int64_t classes, typename A::V label, typename A
     total.ce = total.ce + part.ce;
     total.cross = total.cross + part.cross;
   }
-  total.cross = total.cross * A::set1(S(1 / log2e));
-  if constexpr (mode == Ce::kNone) total.ce = total.s;
-  return total;
+  A::store(scratch.max_s + lane, max_s);
+  A::store(scratch.max_t + lane, max_t);
+  A::store(scratch.sum_s + lane, total.s);
+  A::store(scratch.sum_t + lane, total.t);
+  A::store(scratch.sum_ce + lane, mode == Ce::kNone ? total.s : total.ce);
+  A::store(scratch.cross + lane, total.cross * A::set1(S(1 / log2e)));
 }
 
 template <class A>
@@ -330,57 +372,51 @@ struct LossSums {
   typename A::V ce, tckd, nckd;
 };
 
-template <class A, Ce mode>
-DSCT_INLINE void vector_of_pixels(const TnkdArgs& args, Scratch<A>& s, int v, int n, int64_t first_pixel,
-                                  LossSums<A>& losses) {
-  typedef typename A::S S;
-  typedef typename A::V V;
-  const int lane = v * A::N;
-  const int64_t column = int64_t(lane) * args.classes;
-  const V zero = A::set1(0), infinity = A::set1(S(__builtin_inf()));
-  const V label = A::load(s.label + lane);
-  V max_s = A::load(s.max_s + lane), max_t = A::load(s.max_t + lane);
-  max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
-  max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
-  const Sums<A> sum = sum_classes<A, mode>(args.classes, label, max_s, max_t, args.temperature, s.student + column,
-                                           s.teacher + column, s.ce + column);
-  const V x_s = A::load(s.target_s + lane) - max_s, x_t = A::load(s.target_t + lane) - max_t;
-  const V by_temperature = A::set1(S(1 / args.temperature));
+// P: A, or a Pair of it.
+template <class P, Ce mode, class A>
+DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, int64_t first_pixel,
+                        LossSums<P>& losses) {
+  typedef typename P::S S;
+  typedef typename P::V V;
+  const V zero = P::set1(0);
+  const V by_temperature = P::set1(S(1 / args.temperature));
   const double factor = args.temperature * args.tnkd_scale;
-  const TnkdPixel<Math<A>> p =
-      tnkd_pixel<Math<A>>(x_s * by_temperature, sum.s, x_t * by_temperature, sum.t, sum.cross,
-                          A::set1(S(args.tckd_weight * factor)), A::set1(S(args.nckd_weight * factor)));
-  const typename A::M valid = A::le(zero, label);
-  const V tckd = A::keep(valid, p.tckd), nckd = A::keep(valid, p.nckd);
+  const V x_s = P::load(s.target_s + lane) - P::load(s.max_s + lane);
+  const V x_t = P::load(s.target_t + lane) - P::load(s.max_t + lane);
+  const TnkdPixel<Math<P>> p = tnkd_pixel<Math<P>>(
+      x_s * by_temperature, P::load(s.sum_s + lane), x_t * by_temperature, P::load(s.sum_t + lane),
+      P::load(s.cross + lane), P::set1(S(args.tckd_weight * factor)), P::set1(S(args.nckd_weight * factor)));
+  const typename P::M valid = P::le(zero, P::load(s.label + lane));
+  const V tckd = P::keep(valid, p.tckd), nckd = P::keep(valid, p.nckd);
   losses.tckd = losses.tckd + tckd;
   losses.nckd = losses.nckd + nckd;
   V ce = zero, coef_s = p.coef_s, coef_ce = zero, grad_target = p.grad_target;
   if (args.with_ce) {
-    const V weight = A::load(s.ce_factor + lane);
-    const CePixel<Math<A>> q = ce_pixel<Math<A>>(x_s, sum.ce);
-    ce = A::keep(A::both(valid, A::ne(weight, zero)), weight * q.ce);
+    const V weight = P::load(s.ce_factor + lane);
+    const CePixel<Math<P>> q = ce_pixel<Math<P>>(x_s, P::load(s.sum_ce + lane));
+    ce = P::keep(P::both(valid, P::ne(weight, zero)), weight * q.ce);
     losses.ce = losses.ce + ce;
-    const V factor_ce = weight * A::set1(S(args.ce_weight * args.ce_scale));
+    const V factor_ce = weight * P::set1(S(args.ce_weight * args.ce_scale));
     coef_ce = factor_ce * q.coef;
-    grad_target = A::fma(-factor_ce, q.miss, grad_target);
+    grad_target = P::fma(-factor_ce, q.miss, grad_target);
     if constexpr (mode == Ce::kNone) coef_s = coef_s + coef_ce;
   }
-  A::store(s.coef_s + lane, A::keep(valid, coef_s));
-  A::store(s.coef_t + lane, A::keep(valid, p.coef_t));
-  A::store(s.coef_ce + lane, A::keep(valid, coef_ce));
-  A::store(s.grad_target + lane, A::keep(valid, grad_target));
+  P::store(s.coef_s + lane, P::keep(valid, coef_s));
+  P::store(s.coef_t + lane, P::keep(valid, p.coef_t));
+  P::store(s.coef_ce + lane, P::keep(valid, coef_ce));
+  P::store(s.grad_target + lane, P::keep(valid, grad_target));
   if (args.loss_map != nullptr) {
     // A part with weight 0 takes no part: 0 * inf would be NaN.
     const double square = args.temperature * args.temperature;
     V loss = zero;
-    if (args.tckd_weight != 0) loss = A::fma(A::set1(S(args.tckd_weight * square)), tckd, loss);
-    if (args.nckd_weight != 0) loss = A::fma(A::set1(S(args.nckd_weight * square)), nckd, loss);
-    if (args.ce_weight != 0) loss = A::fma(A::set1(S(args.ce_weight)), ce, loss);
+    if (args.tckd_weight != 0) loss = P::fma(P::set1(S(args.tckd_weight * square)), tckd, loss);
+    if (args.nckd_weight != 0) loss = P::fma(P::set1(S(args.nckd_weight * square)), nckd, loss);
+    if (args.ce_weight != 0) loss = P::fma(P::set1(S(args.ce_weight)), ce, loss);
     S* out = static_cast<S*>(args.loss_map) + first_pixel + lane;
-    if (n - lane >= A::N)
-      A::store(out, loss);
+    if (n - lane >= P::N)
+      P::store(out, loss);
     else
-      store_n<A>(out, loss, n - lane);
+      store_n<P>(out, loss, n - lane);
   }
 }
 
@@ -416,17 +452,18 @@ struct Gradient {
 template <class A, Ce mode, class T>
 DSCT_INLINE void write_rows(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
   typedef typename A::V V;
-  constexpr int kRun = A::N == 16 ? 2 : 2;
+  constexpr int kRun = 2;
   const int64_t stride = args.grad.class_stride;
   for (int v = v0; v < v0 + Scratch<A>::kGroup && v * A::N < n; v += kRun) {
     T* p = static_cast<T*>(const_cast<void*>(args.grad.data)) + s.at_grad.base + v * A::N;
     Gradient<A, mode> g[kRun];
     for (int r = 0; r < kRun; r++) Gradient<A, mode>::begin(g[r], s, v + r, args.classes);
     V k = A::set1(0);
-    const bool aligned = (reinterpret_cast<uintptr_t>(p) | uintptr_t(stride * int64_t(sizeof(T)))) % (A::N * sizeof(T)) == 0;
-    if ((v + kRun) * A::N <= n && aligned && args.stream) {
+    const uintptr_t bytes = reinterpret_cast<uintptr_t>(p) | uintptr_t(stride * int64_t(sizeof(T)));
+    const bool aligned = bytes % (kRun * A::N * sizeof(T)) == 0;
+    if ((v + kRun) * A::N <= n && args.stream && aligned) {
       for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
-        for (int r = 0; r < kRun; r++) A::stream(p + r * A::N, Gradient<A, mode>::at(g[r], c, k));
+        stream2<A>(p, Gradient<A, mode>::at(g[0], c, k), Gradient<A, mode>::at(g[1], c, k));
     } else if ((v + kRun) * A::N <= n) {
       for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
         for (int r = 0; r < kRun; r++) A::store(p + r * A::N, Gradient<A, mode>::at(g[r], c, k));
@@ -545,12 +582,19 @@ DSCT_INLINE bool load_labels_as(const TnkdArgs& args, const Offsets& at, int n, 
   const bool has_ignore = args.has_ignore && int64_t(T(args.ignore_index)) == args.ignore_index;
   const T ignore = has_ignore ? T(args.ignore_index) : T(0);
   bool any = false;
-  for (int i = 0; i < n; i++) {
-    const T y = p[at.uniform ? at.base + i * at.stride : at.each[i]];
+  const auto take = [&](int i, T y) {
     const bool ignored = has_ignore & (y == ignore);
     any |= !ignored;
     label[i] = ignored ? typename A::S(-1) : typename A::S(y);
-  }
+  };
+  if (!at.uniform)
+    for (int i = 0; i < n; i++) take(i, p[at.each[i]]);
+  else if (at.stride != 1)
+    for (int i = 0; i < n; i++) take(i, p[at.base + i * at.stride]);
+  else if (n == kMaxBlock)
+    for (int i = 0; i < kMaxBlock; i++) take(i, p[at.base + i]);  // vectorises
+  else
+    for (int i = 0; i < n; i++) take(i, p[at.base + i]);
   return any;
 }
 
@@ -620,8 +664,9 @@ DSCT_INLINE void locate(const TnkdArgs& args, const Position& p, const int64_t* 
   }
 }
 
-template <class A, Ce mode>
-DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel, LossSums<A>& losses) {
+template <class A, class P, Ce mode>
+DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel,
+                           LossSums<P>& losses) {
   typedef typename A::S S;
   constexpr int kGroup = Scratch<A>::kGroup;
   bool any = true;
@@ -654,14 +699,22 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int64_t p
     memset(s.grad_target, 0, sizeof(s.grad_target));
   }
   for (int v0 = 0; v0 * A::N < n; v0 += kGroup) {
-    if (any)
-      for (int v = v0; v < v0 + kGroup && v * A::N < n; v++) vector_of_pixels<A, mode>(args, s, v, n, pixel, losses);
+    if (any) {
+      for (int v = v0; v < v0 + kGroup && v * A::N < n; v++) sum_classes<A, mode>(args, s, v, block);
+      for (int lane = v0 * A::N; lane < (v0 + kGroup) * A::N && lane < n; lane += P::N)
+        pixels<P, mode>(args, s, lane, n, pixel, losses);
+    }
     if (args.grad.data != nullptr) write<A, mode>(args, s, v0, n);
   }
 }
 
 template <class A, Ce mode>
 PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
+#ifdef DSCT_ISA_AVX512
+  typedef Pair<A> P;  // it has the registers for two
+#else
+  typedef A P;
+#endif
   PixelSums sums = {0, 0, 0};
   const int block = block_pixels<A>(args.classes);
   for (int64_t pixel = begin; pixel < end;) {
@@ -672,11 +725,11 @@ PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>&
     locate(args, p, args.teacher.pixel_strides, n, uniform, &s.at_teacher);
     if (args.grad.data != nullptr) locate(args, p, args.grad.pixel_strides, n, uniform, &s.at_grad);
     if (args.target != nullptr) locate(args, p, args.target_strides, n, uniform, &s.at_target);
-    LossSums<A> losses = {A::set1(0), A::set1(0), A::set1(0)};
-    run_block<A, mode>(args, s, n, pixel, losses);
-    sums.ce += double(sum<A>(losses.ce));
-    sums.tckd += double(sum<A>(losses.tckd));
-    sums.nckd += double(sum<A>(losses.nckd));
+    LossSums<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
+    run_block<A, P, mode>(args, s, n, block, pixel, losses);
+    sums.ce += double(sum<P>(losses.ce));
+    sums.tckd += double(sum<P>(losses.tckd));
+    sums.nckd += double(sum<P>(losses.nckd));
     pixel += n;
   }
   if (args.stream) stream_fence();
