@@ -64,15 +64,14 @@ def compare(
     same = eager(student, teacher, target, **own)
     truth = eager(student.double(), teacher.double(), target, **double)
     # A divergence is a difference of logs of order 1. Over a handful of pixels the reference may hit it by luck, so a
-    # rounding of such a log, times tau^2, is allowed to each pixel.
+    # few roundings of such a log, times tau^2, are allowed to each pixel.
     args = {**DEFAULTS, **options}
-    pixels = student[:, 0].numel() if args["reduction"] == SUM else 1
-    rounding = torch.finfo(acc).eps * args["temperature"] ** 2 * 3 * pixels
+    pixels = student[:, 0].numel()
+    per_pixel = 3 * torch.finfo(acc).eps * args["temperature"] ** 2
     for name, *values in zip(("loss", "parts", "grad"), got, same, truth):
-        size = values[2].norm().item() / max(values[2].numel(), 1) ** 0.5
-        extra = 1e-6 + (rounding / size if name != "grad" and 0 < size < INF else rounding if size == 0 else 0)
+        count = {NONE: pixels if name == "parts" else pixels**0.5, MEAN: 1, SUM: pixels}[args["reduction"]]
         what = f"{name} of {tuple(student.shape)} {student.dtype} {layout} {options}"
-        assert_as_good_as_reference(*values, what, extra)
+        assert_as_good_as_reference(*values, what, floor=0 if name == "grad" else per_pixel * count)
 
 
 def logits(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 3.0, seed: int = 0) -> Tensor:
@@ -90,7 +89,7 @@ def labels(*shape: int, classes: int, ignored: float = 0.2, ignore_index: int | 
 # (2, 6, ..) and (2, 19, ..): chunks of 8 and 16 + 4 classes; 150 and 1000: several tiles, several partial sums;
 # (70, 21) and (128, 100): no spatial dimensions; (3, 5, 7): rows shorter than a vector; 4 spatial dimensions merge.
 SHAPES = [
-    (2, 6, 16, 24), (2, 19, 13, 11), (1, 150, 8, 9), (1, 1000, 5, 7), (70, 21), (128, 100), (1, 2, 333), (3, 5, 7),
+    (2, 6, 16, 24), (2, 19, 13, 11), (1, 150, 8, 9), (1, 1000, 3, 7), (70, 21), (128, 100), (1, 2, 333), (3, 5, 7),
     (2, 3, 2, 3, 4), (1, 33, 1, 1),
 ]  # fmt: skip
 
@@ -176,7 +175,7 @@ def test_float16_keeps_the_count_out_of_the_gradient() -> None:
     target = labels(4, 64, 64, classes=6)
     _, _, grad, scale = torch.ops.dsct_kernels.tnkd(student, teacher, target, *DEFAULTS.values(), True)
     count = (target != 255).sum().item()
-    assert scale.item() == pytest.approx(1 / count)
+    assert math.log2(scale.item()).is_integer() and 0.5 <= scale.item() * count <= 2  # a power of two: rounds once
     assert grad.abs().max() > 0.1  # divided by the count it would be subnormal
     weight = torch.arange(1.0, 7.0)
     compare(student, teacher, target, class_weight=weight)
@@ -451,12 +450,13 @@ def test_inputs_are_never_written() -> None:
 @pytest.mark.skipif("DSCT_KERNELS_CPU" in os.environ, reason="this is the run with the instruction set lowered")
 @pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
 def test_every_instruction_set(isa: str) -> None:
-    """These tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
+    """Some of these tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
     if isa not in str(backends.build_info()["cpu_isas"]):
         pytest.skip(f"{isa} is not built in")
     if isa == backends.build_info()["cpu_isa"]:
         pytest.skip(f"{isa} is what the tests above ran with")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    again = "shapes or temperature or magnitudes or ignored or nan or absent or streaming or argmax or strides"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", again, __file__]
     run = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 
@@ -492,7 +492,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_any_problem(problem: dict[str, Any]) -> None:
     compare(**problem)
