@@ -35,17 +35,18 @@ A* data_of(const Tensor& tensor) {
 
 int64_t stats_size(const Features& f) { return 4 * f.channels + 2 * f.positions() + 1; }
 
-// Statistics of one network, (samples, stats_size), and the map in a tensor of its own where one is given.
+// One network, and the tensors that its kernels write.
 template <typename A>
-Tensor run_map(const Tensor& tensor, const Features& f, double channel_temperature, double spatial_temperature, A* map,
-               const cuda::Device& device, cudaStream_t stream) {
-  const CafdPlan plan = cuda::cafd_plan(f, nullptr, device);
-  const Tensor stats = make_empty(tensor, {f.samples, stats_size(f)}, scalar_type<A>());
-  const Tensor workspace = make_empty(tensor, {cuda::map_workspace(f, plan)}, scalar_type<A>());
-  cuda::map_run<A>(f, plan, channel_temperature, spatial_temperature, data_of<A>(stats), map, data_of<A>(workspace),
-                   stream);
-  return stats;
-}
+struct Prepared {
+  CafdPlan plan;
+  Tensor stats, workspace;
+  cuda::Network<A> network;
+  Prepared(const Tensor& tensor, const Features& f, A* map, const cuda::Device& device)
+      : plan(cuda::cafd_plan(f, nullptr, device)),
+        stats(make_empty(tensor, {f.samples, stats_size(f)}, scalar_type<A>())),
+        workspace(make_empty(tensor, {cuda::map_workspace(f, plan)}, scalar_type<A>())),
+        network(cuda::network<A>(f, plan, data_of<A>(stats), map, data_of<A>(workspace))) {}
+};
 
 template <typename SA, typename TA>
 std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor& teacher, double channel_temperature,
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor&
                                             const cuda::Device& device, cudaStream_t stream) {
   using A = std::common_type_t<SA, TA>;
   const Features s = features_of(student, "student_features"), t = features_of(teacher, "teacher_features");
-  const Tensor s_stats = run_map<SA>(student, s, channel_temperature, spatial_temperature, nullptr, device, stream);
-  const Tensor t_stats = run_map<TA>(teacher, t, channel_temperature, spatial_temperature, nullptr, device, stream);
+  const Prepared<SA> s_run(student, s, nullptr, device);
+  const Prepared<TA> t_run(teacher, t, nullptr, device);
   const ScalarType acc = scalar_type<A>();
   const bool none = reduction == 0;
   const Tensor loss = none ? make_empty(student, {s.samples}, acc) : make_empty(student, {}, acc);
@@ -75,9 +76,17 @@ std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor&
   comparison.samples = s.samples;
   comparison.norm = reduction == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
   comparison.loss = none ? nullptr : data_of<A>(loss);
-  cuda::compare_run<A, SA, TA>(comparison, data_of<SA>(s_stats), s, data_of<TA>(t_stats), t,
-                               needs_grad ? data_of<SA>(grad_map) : nullptr, stream);
-  return {loss, grad_map, s_stats};
+  cuda::cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, channel_temperature,
+                 spatial_temperature, needs_grad ? data_of<SA>(grad_map) : nullptr, stream);
+  return {loss, grad_map, s_run.stats};
+}
+
+template <typename A>
+Tensor run_map(const Tensor& features, const Features& f, const Tensor& map, double channel_temperature,
+               double spatial_temperature, const cuda::Device& device, cudaStream_t stream) {
+  const Prepared<A> run(features, f, data_of<A>(map), device);
+  cuda::maps_run(&run.network, 1, run.plan.layout, channel_temperature, spatial_temperature, nullptr, stream);
+  return run.stats;
 }
 
 template <typename A>
@@ -113,10 +122,8 @@ std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, double cha
   const Features f = features_of(features, "features");
   const Tensor map = make_empty(features, {f.samples, f.height, f.width}, acc_of(features));
   cudaStream_t stream = cuda::stream_of(features);
-  const Tensor stats =
-      acc_of(features) == ScalarType::Double
-          ? run_map<double>(features, f, channel_temperature, spatial_temperature, data_of<double>(map), device, stream)
-          : run_map<float>(features, f, channel_temperature, spatial_temperature, data_of<float>(map), device, stream);
+  auto run = acc_of(features) == ScalarType::Double ? run_map<double> : run_map<float>;
+  const Tensor stats = run(features, f, map, channel_temperature, spatial_temperature, device, stream);
   return {map, stats};
 }
 

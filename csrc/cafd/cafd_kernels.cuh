@@ -46,20 +46,26 @@ struct Stats {
   DSCT_DEVICE A& mean(int64_t n) const { return map(n)[2 * positions]; }
 };
 
+inline Features make_features(const void* data, Dtype dtype, const int64_t* size, const int64_t* stride) {
+  Features f{data, dtype, size[0], size[1], size[2], size[3], {stride[0], stride[1], stride[2], stride[3]}};
+  if (f.width == 1) f.stride[3] = f.stride[2];  // the step from one position to the next
+  return f;
+}
+
 // ---------------------------------------------------------------------------------------------------- reading a row
 // 16 bytes of neighbouring positions at a time.
 template <typename T>
 struct SideBySide {
   using Acc = float;
   using Held = Pack<T>;
-  static constexpr int kSize = Pack<T>::kSize;
+  static constexpr int kSize = Pack<T>::kSize, kBlocks = 4;  // kBlocks: a multiprocessor should hold at least
   DSCT_DEVICE static const void* row(const Features& f, int64_t n, int64_t c) {
     return static_cast<const T*>(f.data) + n * f.stride[0] + c * f.stride[1];
   }
   DSCT_DEVICE static Held load(const Features&, const void* row, int64_t index) {
     return load_pack_cached(static_cast<const T*>(row) + index * kSize);
   }
-  DSCT_DEVICE static float value(const Held& held, int v) { return static_cast<float>(held.lane[v]); }
+  DSCT_DEVICE static float value(const Held& held, int v) { return number(held, v); }
   DSCT_DEVICE static void store(const Features&, const void* row, int64_t index, const float (&g)[kSize]) {
     Held held;
 #pragma unroll
@@ -108,7 +114,7 @@ struct Anywhere {
   struct Held {
     A value;
   };
-  static constexpr int kSize = 1;
+  static constexpr int kSize = 1, kBlocks = 2;
   DSCT_DEVICE static const void* row(const Features& f, int64_t n, int64_t c) {
     return static_cast<const char*>(f.data) + (n * f.stride[0] + c * f.stride[1]) * size_of(f.dtype);
   }
@@ -170,16 +176,71 @@ struct PartialStats {
   DSCT_DEVICE A* at(int64_t n, int64_t chunk) const { return base + (n * chunks + chunk) * 3 * channels; }
 };
 
-// A row of a channel belongs to `row_warps` warps of a block.
+// Shares of the maps: [share][2][positions] a sample, A then B.
+template <typename A>
+struct PartialMaps {
+  A* base;
+  int shares;
+  int64_t positions;
+  DSCT_DEVICE A* at(int64_t n, int64_t share) const { return base + (n * shares + share) * 2 * positions; }
+};
+
+struct RowMaps {
+  int64_t position_tiles;
+  int share_channels;
+};
+
+// Columns: a block is `lanes` threads along the channels (16 bytes each) times kCafdThreads / lanes positions.
+struct Columns {
+  int lanes_log2;
+  int channel_tiles, chunks;  // blocks: samples x channel_tiles x chunks of positions
+  int64_t chunk_positions;
+};
+
+// All that the forward kernels know of one network.
+template <typename A>
+struct Network {
+  Features f;
+  int row_warps;  // a row of a channel belongs to so many warps of a block
+  RowMaps row_maps;
+  Columns columns;
+  PartialStats<A> partial;
+  Stats<A> stats;
+  PartialMaps<A> maps;
+  A* map;  // or nullptr
+  int64_t stats_blocks, map_blocks;
+};
+
+// Student and teacher go through the same launches where dtype and layout allow: blocks of the first, then the second.
+template <typename A>
+struct Networks {
+  Network<A> each[2];
+  A scale2, channel_scale2;  // log2(e) / temperature
+  unsigned* ticket;          // of compare_maps, which add_maps sets to 0; or nullptr
+};
+
+template <typename A>
+DSCT_DEVICE const Network<A>& network_of(const Networks<A>& networks, int64_t first_blocks, int64_t& block) {
+  const bool second = blockIdx.x >= first_blocks;
+  block = second ? blockIdx.x - first_blocks : blockIdx.x;
+  return networks.each[second];
+}
+
 template <typename Row>
-__global__ void __launch_bounds__(kCafdThreads, 1)
-    row_stats(Features f, int row_warps, typename Row::Acc scale2, PartialStats<typename Row::Acc> partial) {
+__global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
+    row_stats(const __grid_constant__ Networks<typename Row::Acc> nets) {
   using A = typename Row::Acc;
   constexpr int kBatch = 4;  // loads in flight a thread
   DSCT_SHARED(shared);
   RowSums<A>* warps = reinterpret_cast<RowSums<A>*>(shared);
-  const int warp = threadIdx.x / kWarp, rows = kCafdWarps / row_warps, row_threads = row_warps * kWarp;
-  const int64_t row_index = static_cast<int64_t>(blockIdx.x) * rows + warp / row_warps;
+  int64_t block;
+  const Network<A>& net = network_of(nets, nets.each[0].stats_blocks, block);
+  const Features& f = net.f;
+  const PartialStats<A>& partial = net.partial;
+  const A scale2 = nets.scale2;
+  const int row_warps = net.row_warps, warp = threadIdx.x / kWarp;
+  const int rows = kCafdWarps / row_warps, row_threads = row_warps * kWarp;
+  const int64_t row_index = block * rows + warp / row_warps;
   const bool inside = row_index < f.samples * f.channels;
   const int64_t n = row_index / f.channels, c = row_index - n * f.channels;
   RowSums<A> sums;
@@ -220,22 +281,16 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
   }
 }
 
-// Columns: a block is `lanes` threads along the channels (16 bytes each) times kCafdThreads / lanes positions.
-struct Columns {
-  int lanes_log2;
-  int channel_tiles, chunks;  // blocks: samples x channel_tiles x chunks of positions
-  int64_t chunk_positions;
-};
-
 struct ColumnPlace {
   int64_t n, channel, first, last;  // this thread's first channel; the block's range of positions
   int chunk, lane, row, rows;
   bool inside;
 };
 template <int kSize>
-DSCT_DEVICE ColumnPlace place_of(const Features& f, const Columns& grid) {
+DSCT_DEVICE ColumnPlace place_of(const Features& f, const Columns& grid, int64_t block) {
   ColumnPlace place;
-  const unsigned tile = blockIdx.x % grid.channel_tiles, rest = blockIdx.x / grid.channel_tiles;
+  const unsigned number = static_cast<unsigned>(block);
+  const unsigned tile = number % grid.channel_tiles, rest = number / grid.channel_tiles;
   place.chunk = rest % grid.chunks;
   place.n = rest / grid.chunks;
   place.lane = threadIdx.x & ((1 << grid.lanes_log2) - 1);
@@ -255,12 +310,17 @@ DSCT_DEVICE const T* column_at(const Features& f, const ColumnPlace& place, int6
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kCafdThreads, 1)
-    column_stats(Features f, Columns grid, float scale2, PartialStats<float> partial) {
+__global__ void __launch_bounds__(kCafdThreads, 2) column_stats(const __grid_constant__ Networks<float> nets) {
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
   RowSums<float>* rows = reinterpret_cast<RowSums<float>*>(shared);  // [rows][lanes]
-  const ColumnPlace place = place_of<kSize>(f, grid);
+  int64_t block;
+  const Network<float>& net = network_of(nets, nets.each[0].stats_blocks, block);
+  const Features& f = net.f;
+  const Columns& grid = net.columns;
+  const PartialStats<float>& partial = net.partial;
+  const float scale2 = nets.scale2;
+  const ColumnPlace place = place_of<kSize>(f, grid, block);
   RowSums<float> sums[kSize];
   if (place.inside) {
     for (int64_t first = place.first + place.row; first < place.last; first += kBatch * place.rows) {
@@ -275,7 +335,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
         if (first + b * place.rows >= place.last) break;
 #pragma unroll
         for (int v = 0; v < kSize; ++v) {
-          const float x = static_cast<float>(pack[b].lane[v]), base = larger(sums[v].max, x);
+          const float x = number(pack[b], v), base = larger(sums[v].max, x);
           sums[v].sum = sums[v].sum * (sums[v].max == base ? 1.0f : exp2_fast((sums[v].max - base) * scale2)) +
                         exp2_fast((x - base) * scale2);
           sums[v].max = base;
@@ -300,11 +360,15 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
 
 // One block per sample: joins the chunks, then r_c = g_c / mean g and w_c = softmax_c(r_c / channel_temperature).
 template <typename A>
-__global__ void __launch_bounds__(kCafdThreads, 1)
-    channel_weights(PartialStats<A> partial, Stats<A> stats, A scale2, A channel_scale2) {
+__global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_constant__ Networks<A> nets) {
   DSCT_SHARED(shared);
   A* scratch = reinterpret_cast<A*>(shared);
-  const int64_t n = blockIdx.x, channels = stats.channels;
+  int64_t n;
+  const Network<A>& net = network_of(nets, nets.each[0].f.samples, n);
+  const Stats<A>& stats = net.stats;
+  const PartialStats<A>& partial = net.partial;
+  const A scale2 = nets.scale2, channel_scale2 = nets.channel_scale2;
+  const int64_t channels = stats.channels;
   A total[1] = {0};
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     RowSums<A> sums;
@@ -346,27 +410,19 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
 }
 
 // --------------------------------------------------------------------------------------------------------------- maps
-// Shares of the maps: [share][2][positions] a sample (A, then B where wanted).
-template <typename A>
-struct PartialMaps {
-  A* base;
-  int shares;
-  int64_t positions;
-  DSCT_DEVICE A* at(int64_t n, int64_t share) const { return base + (n * shares + share) * 2 * positions; }
-};
-
-struct RowMaps {
-  int64_t position_tiles;
-  int share_channels;
-};
-
 template <typename Row>
-__global__ void __launch_bounds__(kCafdThreads, 1)
-    row_maps(Features f, RowMaps grid, typename Row::Acc scale2, Stats<typename Row::Acc> stats,
-             PartialMaps<typename Row::Acc> partial) {
+__global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
+    row_maps(const __grid_constant__ Networks<typename Row::Acc> nets) {
   using A = typename Row::Acc;
   constexpr int kBatch = 4;
-  const int64_t tile = blockIdx.x % grid.position_tiles, rest = blockIdx.x / grid.position_tiles;
+  int64_t block;
+  const Network<A>& net = network_of(nets, nets.each[0].map_blocks, block);
+  const Features& f = net.f;
+  const RowMaps& grid = net.row_maps;
+  const Stats<A>& stats = net.stats;
+  const PartialMaps<A>& partial = net.maps;
+  const A scale2 = nets.scale2;
+  const int64_t tile = block % grid.position_tiles, rest = block / grid.position_tiles;
   const int64_t share = rest % partial.shares, n = rest / partial.shares;
   const int64_t index = tile * blockDim.x + threadIdx.x;
   if (index >= f.positions() / Row::kSize) return;
@@ -393,20 +449,23 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
     }
   }
   A* out = partial.at(n, share) + index * Row::kSize;
-#pragma unroll
-  for (int v = 0; v < Row::kSize; ++v) {
-    out[v] = a[v];
-    out[partial.positions + v] = b[v];
-  }
+  store_run(out, a);
+  store_run(out + partial.positions, b);
 }
 
 // A thread keeps its channels' constants and walks over positions; the lanes of a position add up through shuffles.
 // Its channel tile is the share. lanes is at most a warp.
 template <typename T>
-__global__ void __launch_bounds__(kCafdThreads, 1)
-    column_maps(Features f, Columns grid, float scale2, Stats<float> stats, PartialMaps<float> partial) {
+__global__ void __launch_bounds__(kCafdThreads, 2) column_maps(const __grid_constant__ Networks<float> nets) {
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
-  const ColumnPlace place = place_of<kSize>(f, grid);
+  int64_t block;
+  const Network<float>& net = network_of(nets, nets.each[0].map_blocks, block);
+  const Features& f = net.f;
+  const Columns& grid = net.columns;
+  const Stats<float>& stats = net.stats;
+  const PartialMaps<float>& partial = net.maps;
+  const float scale2 = nets.scale2;
+  const ColumnPlace place = place_of<kSize>(f, grid, block);
   const int64_t tile = place.channel / kSize >> grid.lanes_log2;
   float max[kSize], weight[kSize], relative[kSize];
 #pragma unroll
@@ -432,7 +491,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
       float a = 0, b = 0;
 #pragma unroll
       for (int v = 0; v < kSize; ++v) {
-        const float p = weight[v] * exp2_fast((static_cast<float>(pack[k].lane[v]) - max[v]) * scale2);
+        const float p = weight[v] * exp2_fast((number(pack[k], v) - max[v]) * scale2);
         a += p;
         b += relative[v] * p;
       }
@@ -448,19 +507,29 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
 
 // A and B from their shares, into the statistics and, where asked, into a map of its own.
 template <typename A>
-__global__ void __launch_bounds__(kCafdThreads, 1)
-    add_maps(PartialMaps<A> partial, Stats<A> stats, int64_t samples, A* map) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+DSCT_HOST_DEVICE int64_t add_blocks(const Network<A>& net) {
+  return (net.f.samples * net.f.positions() + kCafdThreads - 1) / kCafdThreads;
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kCafdThreads, 1) add_maps(const __grid_constant__ Networks<A> nets) {
+  int64_t block;
+  const Network<A>& net = network_of(nets, add_blocks(nets.each[0]), block);
+  const PartialMaps<A>& partial = net.maps;
+  const Stats<A>& stats = net.stats;
+  if (nets.ticket != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *nets.ticket = 0;
+  const int64_t index = block * blockDim.x + threadIdx.x;
   const int64_t n = index / partial.positions, i = index - n * partial.positions;
-  if (n >= samples) return;
+  if (n >= net.f.samples) return;
   A a = 0, b = 0;
+#pragma unroll 4
   for (int k = 0; k < partial.shares; ++k) {
     a += partial.at(n, k)[i];
     b += partial.at(n, k)[partial.positions + i];
   }
   stats.map(n)[i] = a;
   stats.relative_map(n)[i] = b;
-  if (map != nullptr) map[index] = a;
+  if (net.map != nullptr) net.map[index] = a;
 }
 
 // --------------------------------------------------------------------------------------------------------- the loss
@@ -493,7 +562,7 @@ struct Comparison {
   A norm;     // 1 / samples for the mean, else 1
   int64_t samples;
   A* loss;           // () or nullptr for no reduction
-  unsigned* ticket;  // 0 at the start
+  unsigned* ticket;  // 0 at the start: add_maps sees to it
 };
 
 // One block per sample. SA, TA: accumulation dtypes of the two networks' maps; A: the wider.
@@ -524,6 +593,7 @@ __global__ void __launch_bounds__(1024, 1)
   const A scale_s = same_s ? A(1) : 1 / sums[0], scale_t = same_t ? A(1) : 1 / sums[1];
   const A floor = static_cast<A>(kMapEps / positions), keep = static_cast<A>(1 - kMapEps);
   sums[0] = sums[1] = 0;  // KL, and sum of gradient times map for the rescaling
+#pragma unroll 4
   for (int k = threadIdx.x; k < positions; k += blockDim.x) {
     const A raw = (same_s ? static_cast<A>(map_s[k]) : pool_s[k]) * scale_s;
     const A s = keep * raw + floor;
@@ -584,6 +654,7 @@ __global__ void __launch_bounds__(1024, 1) map_products(Stats<A> stats, const A*
   DSCT_SHARED(shared);
   const int64_t n = blockIdx.x;
   A sums[3] = {0, 0, 0};
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < stats.positions; i += blockDim.x) {
     const A d = grad_map[n * stats.positions + i];
     sums[0] += stats.map(n)[i] * d;
@@ -626,7 +697,9 @@ DSCT_DEVICE A feature_grad(const ChannelGrad<A>& c, A x, A d, A scale2) {
 
 // kHeld packs a thread hold the row between the two passes; 0: any length, read again from cache.
 template <typename Row, int kHeld>
-__global__ void __launch_bounds__(kCafdThreads, 1)
+__global__ void __launch_bounds__(kCafdThreads, kHeld > 8   ? 2
+                                                : kHeld > 4 ? 3
+                                                            : 4)
     row_backward(Features f, Features out, int row_warps, typename Row::Acc scale, typename Row::Acc channel_scale,
                  Stats<typename Row::Acc> stats, const typename Row::Acc* grad_map, const typename Row::Acc* products) {
   using A = typename Row::Acc;
@@ -644,10 +717,10 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
   typename Row::Held held[kHeld > 0 ? kHeld : 1];
   A rho = 0;
   auto add = [&](const typename Row::Held& pack, int64_t i) {
+    A di[Row::kSize];
+    load_run(d + i * Row::kSize, di);
 #pragma unroll
-    for (int v = 0; v < Row::kSize; ++v) {
-      rho += exp2_fast((Row::value(pack, v) - max) * scale2) * d[i * Row::kSize + v];
-    }
+    for (int v = 0; v < Row::kSize; ++v) rho += exp2_fast((Row::value(pack, v) - max) * scale2) * di[v];
   };
   if constexpr (kHeld > 0) {
 #pragma unroll
@@ -671,8 +744,9 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
   const void* out_row = Row::row(out, n, c);
   auto put = [&](const typename Row::Held& pack, int64_t i) {
     A g[Row::kSize];
+    load_run(d + i * Row::kSize, g);
 #pragma unroll
-    for (int v = 0; v < Row::kSize; ++v) g[v] = feature_grad(grad, Row::value(pack, v), d[i * Row::kSize + v], scale2);
+    for (int v = 0; v < Row::kSize; ++v) g[v] = feature_grad(grad, Row::value(pack, v), g[v], scale2);
     Row::store(out, out_row, i, g);
   };
   if constexpr (kHeld > 0) {
@@ -692,7 +766,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
   float* rows = reinterpret_cast<float*>(shared);
-  const ColumnPlace place = place_of<kSize>(f, grid);
+  const ColumnPlace place = place_of<kSize>(f, grid, blockIdx.x);
   const float* d = grad_map + place.n * f.positions();
   float max[kSize], rho[kSize] = {};
 #pragma unroll
@@ -712,7 +786,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
         const float di = d[i];
 #pragma unroll
         for (int v = 0; v < kSize; ++v) {
-          rho[v] += exp2_fast((static_cast<float>(pack[b].lane[v]) - max[v]) * scale2) * di;
+          rho[v] += exp2_fast((number(pack[b], v) - max[v]) * scale2) * di;
         }
       }
     }
@@ -734,7 +808,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
     column_backward(Features f, Features out, Columns grid, float scale, float channel_scale, Stats<float> stats,
                     const float* grad_map, const float* products, const float* partial) {
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
-  const ColumnPlace place = place_of<kSize>(f, grid);
+  const ColumnPlace place = place_of<kSize>(f, grid, blockIdx.x);
   if (!place.inside) return;
   const float scale2 = scale * 1.4426950408889634f;
   const float* d = grad_map + place.n * f.positions();
@@ -760,7 +834,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
       const float di = d[i];
 #pragma unroll
       for (int v = 0; v < kSize; ++v) {
-        pack[b].lane[v] = static_cast<T>(feature_grad(grad[v], static_cast<float>(pack[b].lane[v]), di, scale2));
+        pack[b].lane[v] = static_cast<T>(feature_grad(grad[v], number(pack[b], v), di, scale2));
       }
       store_pack(const_cast<T*>(column_at<T>(out, place, i)), pack[b]);
     }
@@ -851,66 +925,90 @@ inline int64_t map_workspace(const Features& f, const CafdPlan& plan) {
   return f.samples * (3 * f.channels * plan.chunks + 2 * f.positions() * plan.shares);
 }
 
-// Statistics and map of one network.
 template <typename A>
-void map_run(const Features& f, const CafdPlan& plan, double channel_temperature, double spatial_temperature,
-             A* stats_base, A* map, A* workspace, cudaStream_t stream) {
-  if (f.samples == 0) return;
-  const A scale2 = static_cast<A>(1.4426950408889634074 / spatial_temperature);
-  const A channel_scale2 = static_cast<A>(1.4426950408889634074 / channel_temperature);
-  const Stats<A> stats = {stats_base, f.channels, f.positions()};
-  const PartialStats<A> partial = {workspace, plan.chunks, f.channels};
-  const PartialMaps<A> maps = {workspace + f.samples * 3 * f.channels * plan.chunks, plan.shares, f.positions()};
-  const size_t row_shared = kCafdWarps * sizeof(RowSums<A>), column_shared = kCafdThreads * sizeof(RowSums<float>);
-  auto rows = [&](auto row) {
-    using Row = decltype(row);
-    launch("cafd", row_stats<Row>, plan.row_blocks, kCafdThreads, row_shared, stream, f, plan.row_warps, scale2,
-           partial);
-    launch("cafd", channel_weights<A>, f.samples, kCafdThreads, kWarp * sizeof(A), stream, partial, stats, scale2,
-           channel_scale2);
-    launch("cafd", row_maps<Row>, plan.map_blocks, kCafdThreads, 0, stream, f, plan.maps, scale2, stats, maps);
+Network<A> network(const Features& f, const CafdPlan& plan, A* stats, A* map, A* workspace) {
+  Network<A> net{};
+  net.f = f;
+  net.row_warps = plan.row_warps, net.row_maps = plan.maps, net.columns = plan.columns;
+  net.partial = {workspace, plan.chunks, f.channels};
+  net.stats = {stats, f.channels, f.positions()};
+  net.maps = {workspace + f.samples * 3 * f.channels * plan.chunks, plan.shares, f.positions()};
+  net.map = map;
+  net.stats_blocks = plan.layout == Layout::kColumns ? plan.column_blocks : plan.row_blocks;
+  net.map_blocks = plan.layout == Layout::kColumns ? plan.column_blocks : plan.map_blocks;
+  return net;
+}
+
+// Statistics and maps of `count` networks, 1 or 2, that share dtype and layout: four launches.
+template <typename A>
+void maps_run(const Network<A>* each, int count, Layout layout, double channel_temperature, double spatial_temperature,
+              unsigned* ticket, cudaStream_t stream) {
+  Networks<A> nets{};
+  nets.ticket = ticket;
+  nets.scale2 = static_cast<A>(1.4426950408889634074 / spatial_temperature);
+  nets.channel_scale2 = static_cast<A>(1.4426950408889634074 / channel_temperature);
+  int64_t stats_blocks = 0, map_blocks = 0, samples = 0, add = 0;
+  for (int i = 0; i < count; ++i) {
+    nets.each[i] = each[i];
+    stats_blocks += each[i].stats_blocks, map_blocks += each[i].map_blocks;
+    samples += each[i].f.samples, add += add_blocks(each[i]);
+  }
+  if (samples == 0) return;
+  auto go = [&](auto stats_kernel, auto maps_kernel, size_t shared) {
+    launch("cafd", stats_kernel, stats_blocks, kCafdThreads, shared, stream, nets);
+    launch("cafd", channel_weights<A>, samples, kCafdThreads, kWarp * sizeof(A), stream, nets);
+    launch("cafd", maps_kernel, map_blocks, kCafdThreads, 0, stream, nets);
+    launch("cafd", add_maps<A>, add, kCafdThreads, 0, stream, nets);
   };
-  if (plan.layout == Layout::kAny) {
-    rows(Anywhere<A>());
-  } else if constexpr (std::is_same_v<A, float>) {
+  const size_t row_shared = kCafdWarps * sizeof(RowSums<A>);
+  if (layout == Layout::kAny) return go(row_stats<Anywhere<A>>, row_maps<Anywhere<A>>, row_shared);
+  if constexpr (std::is_same_v<A, float>) {
     auto by_dtype = [&](auto type) {
       using T = decltype(type);
-      if (plan.layout == Layout::kRows) return rows(SideBySide<T>());
-      launch("cafd", column_stats<T>, plan.column_blocks, kCafdThreads, column_shared, stream, f, plan.columns, scale2,
-             partial);
-      launch("cafd", channel_weights<A>, f.samples, kCafdThreads, kWarp * sizeof(A), stream, partial, stats, scale2,
-             channel_scale2);
-      launch("cafd", column_maps<T>, plan.column_blocks, kCafdThreads, 0, stream, f, plan.columns, scale2, stats, maps);
+      if (layout == Layout::kRows) return go(row_stats<SideBySide<T>>, row_maps<SideBySide<T>>, row_shared);
+      go(column_stats<T>, column_maps<T>, kCafdThreads * sizeof(RowSums<float>));
     };
-    switch (f.dtype) {
+    switch (each[0].f.dtype) {
       case Dtype::kFloat32:
-        by_dtype(float());
-        break;
+        return by_dtype(float());
       case Dtype::kFloat16:
-        by_dtype(Half());
-        break;
+        return by_dtype(Half());
       default:
-        by_dtype(BFloat16());
+        return by_dtype(BFloat16());
     }
   }
-  launch("cafd", add_maps<A>, ceil_div(f.samples * f.positions(), kCafdThreads), kCafdThreads, 0, stream, maps, stats,
-         f.samples, map);
 }
 
 template <typename A>
-__global__ void start_compare(unsigned* ticket, A* loss) {
-  *ticket = 0;
-  if (loss != nullptr) *loss = 0;  // stays where there is no sample
+__global__ void no_samples(A* loss) {
+  *loss = 0;
 }
 
+// The whole forward: both networks' maps, in the same launches where they share dtype and layout, then the loss.
 template <typename A, typename SA, typename TA>
-void compare_run(Comparison<A> comparison, SA* student_stats, const Features& student, TA* teacher_stats,
-                 const Features& teacher, SA* grad_map, cudaStream_t stream) {
-  const Stats<SA> s = {student_stats, student.channels, student.positions()};
-  const Stats<TA> t = {teacher_stats, teacher.channels, teacher.positions()};
-  launch("cafd", start_compare<A>, 1, 1, 0, stream, comparison.ticket, comparison.loss);
-  launch("cafd", compare_maps<A, SA, TA>, comparison.samples, sample_threads(student.positions()),
-         2 * kWarp * sizeof(A), stream, comparison, s, t, grad_map);
+void cafd_run(const Comparison<A>& comparison, const Network<SA>& student, const CafdPlan& student_plan,
+              const Network<TA>& teacher, const CafdPlan& teacher_plan, double channel_temperature,
+              double spatial_temperature, SA* grad_map, cudaStream_t stream) {
+  if (comparison.samples == 0) {
+    if (comparison.loss != nullptr) launch("cafd", no_samples<A>, 1, 1, 0, stream, comparison.loss);
+    return;
+  }
+  bool together = student_plan.layout == teacher_plan.layout &&
+                  (student_plan.layout == Layout::kAny || student.f.dtype == teacher.f.dtype);
+  if constexpr (std::is_same_v<SA, TA>) {
+    if (together) {
+      const Network<SA> both[2] = {student, teacher};
+      maps_run(both, 2, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, stream);
+    }
+  } else {
+    together = false;
+  }
+  if (!together) {
+    maps_run(&student, 1, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, stream);
+    maps_run(&teacher, 1, teacher_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, stream);
+  }
+  launch("cafd", compare_maps<A, SA, TA>, comparison.samples, sample_threads(student.f.positions()),
+         2 * kWarp * sizeof(A), stream, comparison, student.stats, teacher.stats, grad_map);
 }
 
 inline int64_t backward_workspace(const Features& f, const CafdPlan& plan) {

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda_launch.h"
 
@@ -60,6 +61,50 @@ DSCT_DEVICE Pack<T> fill_pack(float value) {
 #pragma unroll
   for (int i = 0; i < Pack<T>::kSize; ++i) pack.lane[i] = static_cast<T>(value);
   return pack;
+}
+
+// One element of a pack in float32.
+template <typename T>
+DSCT_DEVICE float number(const Pack<T>& pack, int index) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    // From the word that holds two of them: taken apart into 16-bit registers, a pack would need twice its room.
+    const unsigned word = reinterpret_cast<const unsigned*>(&pack)[index / 2];
+    return __uint_as_float(index % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  }
+#endif
+  return static_cast<float>(pack.lane[index]);
+}
+
+// kCount numbers side by side, 16 bytes at a time where they come in such runs (which then start on 16 bytes).
+template <int kCount, typename A>
+DSCT_DEVICE void load_run(const A* from, A (&to)[kCount]) {
+  constexpr int kSize = Pack<A>::kSize, kStep = kCount % kSize == 0 ? kSize : 1;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kStep) {
+    if constexpr (kStep == 1) {
+      to[i] = from[i];
+    } else {
+      const Pack<A> pack = load_pack_cached(from + i);
+#pragma unroll
+      for (int v = 0; v < kSize; ++v) to[i + v] = pack.lane[v];
+    }
+  }
+}
+template <int kCount, typename A>
+DSCT_DEVICE void store_run(A* to, const A (&from)[kCount]) {
+  constexpr int kSize = Pack<A>::kSize, kStep = kCount % kSize == 0 ? kSize : 1;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kStep) {
+    if constexpr (kStep == 1) {
+      to[i] = from[i];
+    } else {
+      Pack<A> pack;
+#pragma unroll
+      for (int v = 0; v < kSize; ++v) pack.lane[v] = from[i + v];
+      *reinterpret_cast<Pack<A>*>(to + i) = pack;
+    }
+  }
 }
 
 template <typename T>

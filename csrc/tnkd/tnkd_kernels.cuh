@@ -328,7 +328,7 @@ DSCT_DEVICE double power_of_two_below(double count) { return count >= 1 ? scalbn
 // Adds this block's sums to the result; the last block to arrive reduces all of them in block order.
 template <typename A>
 DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, const Workspace& work,
-                              const Result<A>& result, Totals totals, double* scratch) {
+                              const Result<A>& result, double* scratch) {
   double sums[3] = {static_cast<double>(total.ce), static_cast<double>(total.tckd), static_cast<double>(total.nckd)};
   __syncthreads();  // scratch may still be read
   block_sum(sums, scratch);
@@ -351,6 +351,8 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
     sums[0] += load_from_l2(partial), sums[1] += load_from_l2(partial + 1), sums[2] += load_from_l2(partial + 2);
   }
   block_sum(sums, scratch);
+  __syncthreads();
+  const Totals totals = add_counts(work, scratch);
   if (threadIdx.x == 0) {
     const double kd = result.mean && totals.count > 0 ? 1 / totals.count : 1;
     const double ce_norm = result.mean && totals.weight != 0 ? 1 / totals.weight : 1;
@@ -522,7 +524,6 @@ __global__ void __launch_bounds__(128, 1)
   constexpr int kPixels = Pack<T>::kSize;
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
-  Totals totals;
   Norms<float> norms;
   PixelLoss<float> total = {0, 0, 0};
   for (unsigned work_tile = blockIdx.x; work_tile < in.tiles; work_tile += gridDim.x) {
@@ -535,11 +536,11 @@ __global__ void __launch_bounds__(128, 1)
     if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
-        float best = static_cast<float>(t[0].lane[v]);
+        float best = number(t[0], v);
         y[v] = inside ? 0 : kIgnored;
 #pragma unroll
         for (int i = 1; i < kClasses; ++i) {
-          const float z = static_cast<float>(t[i].lane[v]);
+          const float z = number(t[i], v);
           if (z > best) best = z, y[v] = i;
         }
       }
@@ -550,8 +551,7 @@ __global__ void __launch_bounds__(128, 1)
       for (int v = 0; v < kPixels; ++v) y[v] = kIgnored;
     }
     if (work_tile == blockIdx.x) {  // once, while the first logits are under way
-      totals = add_counts(work, scratch);
-      norms = norms_of(totals, result);
+      norms = norms_of(add_counts(work, scratch), result);
     }
     repeat<kPixels>([&](auto index) {
       constexpr int v = decltype(index)::value;
@@ -559,7 +559,7 @@ __global__ void __launch_bounds__(128, 1)
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const bool is_target = i == y[v];
-        const float zs = static_cast<float>(s[i].lane[v]), zt = static_cast<float>(t[i].lane[v]);
+        const float zs = number(s[i], v), zt = number(t[i], v);
         student_target = is_target ? zs : student_target;
         teacher_target = is_target ? zt : teacher_target;
         es[i] = is_target ? -infinity<float>() : zs;
@@ -588,7 +588,7 @@ __global__ void __launch_bounds__(128, 1)
     });
     if (in.grad != nullptr && inside) store_classes(in, image, pixel, s);
   }
-  finish_block(total, terms, work, result, totals, scratch);
+  finish_block(total, terms, work, result, scratch);
 }
 
 // ------------------------------------------------------------------------------------------------------------- tiles
@@ -612,7 +612,9 @@ struct Tiles {
   int tile_bytes;   // of one network's tile in shared memory
 };
 
-constexpr int kTilePixels = 2;  // pixels a thread takes
+constexpr int staged_threads(int classes) { return classes > 16 ? 256 : 512; }
+// Blocks that a multiprocessor should hold at once: registers are given out accordingly.
+constexpr int staged_blocks(int classes, bool free_ce) { return classes > 10 || free_ce ? 1 : 2; }
 
 // Between two classes of a tile in planes: 16 bytes more than its pixels, so that classes fall into different banks.
 template <typename T>
@@ -683,7 +685,7 @@ constexpr size_t tile_shared_bytes(int pixels, int tile_bytes) {
 // where the next one arrives while this one is worked on; the gradient takes the student's place there and leaves in
 // 16-byte stores.
 template <typename T, int kClasses, bool kFreeCE>
-__global__ void __launch_bounds__(256, 1)
+__global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClasses, kFreeCE))
     staged(Tiles in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
@@ -708,7 +710,6 @@ __global__ void __launch_bounds__(256, 1)
     fetch_tile(in.teacher, buffer(which, 1), image, start, pixels, in);
   };
 
-  Totals totals;
   Norms<float> norms;
   PixelLoss<float> total = {0, 0, 0};
   if (blockIdx.x < in.tiles) fetch(blockIdx.x, 0);
@@ -726,64 +727,58 @@ __global__ void __launch_bounds__(256, 1)
       }
     }
     if (work_tile == blockIdx.x) {
-      totals = add_counts(work, scratch);
-      norms = norms_of(totals, result);
+      norms = norms_of(add_counts(work, scratch), result);
     }
     wait_for_copies();
     __syncthreads();
     if (work_tile + gridDim.x < in.tiles) fetch(work_tile + gridDim.x, which ^ 1);
 
-    float es[kTilePixels][kClasses], et[kTilePixels][kClasses], ec[kTilePixels][kFreeCE ? kClasses : 1];
-    int slots[kTilePixels];
-    const int first = threadIdx.x >> in.groups_log2, step = blockDim.x >> in.groups_log2;
-    repeat<kTilePixels>([&](auto index) {
-      constexpr int q = decltype(index)::value;
-      const int p = first + q * step;
-      const bool inside = p < pixels;
+    float es[kClasses], et[kClasses], ec[kFreeCE ? kClasses : 1];
+    const int p = threadIdx.x >> in.groups_log2;
+    const bool inside = p < pixels;
 #pragma unroll
-      for (int i = 0; i < kClasses; ++i) {
-        const int j = group + (i << in.groups_log2);
-        const bool here = inside && j < in.classes;
-        es[q][i] = here ? static_cast<float>(student[p * pixel_s + j * class_s]) : -infinity<float>();
-        et[q][i] = here ? static_cast<float>(teacher[p * pixel_t + j * class_t]) : -infinity<float>();
-      }
-      int y;
-      if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
-        float best = et[q][0];
-        y = group;
+    for (int i = 0; i < kClasses; ++i) {
+      const int j = group + (i << in.groups_log2);
+      const bool here = inside && j < in.classes;
+      es[i] = here ? static_cast<float>(student[p * pixel_s + j * class_s]) : -infinity<float>();
+      et[i] = here ? static_cast<float>(teacher[p * pixel_t + j * class_t]) : -infinity<float>();
+    }
+    int y;
+    if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
+      float best = et[0];
+      y = group;
 #pragma unroll
-        for (int i = 1; i < kClasses; ++i) {
-          if (et[q][i] > best) best = et[q][i], y = group + (i << in.groups_log2);
-        }
-        for (int offset = 1; offset < groups; offset *= 2) {
-          const float z = __shfl_xor_sync(kFullMask, best, offset);
-          const int j = __shfl_xor_sync(kFullMask, y, offset);
-          if (z > best || (z == best && j < y)) best = z, y = j;
-        }
-        if (!inside) y = kIgnored;
-        if (group == 0 && p < tile_pixels) y_tile[p] = y;
-      } else {
-        y = p < tile_pixels ? y_tile[p] : kIgnored;
+      for (int i = 1; i < kClasses; ++i) {
+        if (et[i] > best) best = et[i], y = group + (i << in.groups_log2);
       }
-      slots[q] = y >= 0 && (y & (groups - 1)) == group ? y >> in.groups_log2 : y < 0 ? y : kElsewhere;
+      for (int offset = 1; offset < groups; offset *= 2) {
+        const float z = __shfl_xor_sync(kFullMask, best, offset);
+        const int j = __shfl_xor_sync(kFullMask, y, offset);
+        if (z > best || (z == best && j < y)) best = z, y = j;
+      }
+      if (!inside) y = kIgnored;
+      if (group == 0) y_tile[p] = y;
+    } else {
+      y = y_tile[p];
+    }
+    const int slot = y >= 0 && (y & (groups - 1)) == group ? y >> in.groups_log2 : y < 0 ? y : kElsewhere;
 #pragma unroll
-      for (int i = 0; i < kClasses; ++i) {
-        if (i == slots[q]) es[q][i] = et[q][i] = -infinity<float>();
+    for (int i = 0; i < kClasses; ++i) {
+      if (i == slot) es[i] = et[i] = -infinity<float>();
+    }
+    auto join = [&](float value, auto combine) {
+      for (int offset = 1; offset < groups; offset *= 2) {
+        value = combine(value, __shfl_xor_sync(kFullMask, value, offset));
       }
-      auto join = [&](float value, auto combine) {
-        for (int offset = 1; offset < groups; offset *= 2) {
-          value = combine(value, __shfl_xor_sync(kFullMask, value, offset));
-        }
-        return value;
-      };
-      const PixelSums<float> z = sum_exponentials<kFreeCE>(es[q], et[q], ec[q], terms, join);
-      if (group == 0 && inside) {
-        const float mine[kSums] = {z.student_base, z.teacher_base, z.ce_base, z.student_sum,
-                                   z.teacher_sum,  z.cross,        z.ce_sum};
+      return value;
+    };
+    const PixelSums<float> z = sum_exponentials<kFreeCE>(es, et, ec, terms, join);
+    if (group == 0 && inside) {
+      const float mine[kSums] = {z.student_base, z.teacher_base, z.ce_base, z.student_sum,
+                                 z.teacher_sum,  z.cross,        z.ce_sum};
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) sums[(i << in.pixels_log2) + p] = mine[i];
-      }
-    });
+      for (int i = 0; i < kSums; ++i) sums[(i << in.pixels_log2) + p] = mine[i];
+    }
     __syncthreads();
 
     for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
@@ -814,28 +809,25 @@ __global__ void __launch_bounds__(256, 1)
     __syncthreads();
 
     if (in.grad.data != nullptr) {
-      repeat<kTilePixels>([&](auto index) {
-        constexpr int q = decltype(index)::value;
-        const int p = first + q * step;
-        if (p >= pixels) return;
+      if (inside) {
         auto answer = [&](int i) { return sums[(i << in.pixels_log2) + p]; };
         const GradientOf<kFreeCE> gradient(terms,
                                            {answer(kGradS), answer(kGradT), answer(kGradCE), answer(kGradTarget)});
 #pragma unroll
         for (int i = 0; i < kClasses; ++i) {
           const int j = group + (i << in.groups_log2);
-          float g = gradient(es[q][i], et[q][i], ec[q][kFreeCE ? i : 0]);
-          if (i == slots[q]) g = gradient.factors.target;
-          if (slots[q] == kIgnored) g = 0;  // whatever stands in the logits
+          float g = gradient(es[i], et[i], ec[kFreeCE ? i : 0]);
+          if (i == slot) g = gradient.factors.target;
+          if (slot == kIgnored) g = 0;  // whatever stands in the logits
           if (j < in.classes) student[p * pixel_s + j * class_s] = static_cast<T>(g);
         }
-      });
+      }
       __syncthreads();
       store_tile(in.grad, student, image, start, pixels, in);
     }
     __syncthreads();  // this tile's memory is about to be filled again
   }
-  finish_block(total, terms, work, result, totals, scratch);
+  finish_block(total, terms, work, result, scratch);
 }
 
 // ------------------------------------------------------------------------------------------------------- any layout
@@ -890,8 +882,7 @@ __global__ void __launch_bounds__(128, 1)
     any_layout(AnyLayout<A> in, Labels labels, Terms<A> terms, Workspace work, Result<A> result) {
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
-  const Totals totals = add_counts(work, scratch);
-  const Norms<A> norms = norms_of(totals, result);
+  const Norms<A> norms = norms_of(add_counts(work, scratch), result);
   constexpr A kLog2E = A(1.4426950408889634074);
 
   PixelLoss<A> total = {0, 0, 0};
@@ -957,7 +948,7 @@ __global__ void __launch_bounds__(128, 1)
       store_any(in.grad, in.student_dtype, at_g + j * in.grad_class, g);
     }
   }
-  finish_block(total, terms, work, result, totals, scratch);
+  finish_block(total, terms, work, result, scratch);
 }
 
 // ------------------------------------------------------------------------------------------------------------- plans
@@ -1090,10 +1081,11 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
     while (plan.groups_log2 < 5 && (10 << plan.groups_log2) < k) ++plan.groups_log2;
     plan.classes_per_thread = smallest_count(StagedClasses(), k, 1 << plan.groups_log2);
     if (plan.classes_per_thread == 0) return any;
-    // At least 128 bytes of pixels side by side; half of them where memory would not hold two tiles of each network.
-    for (plan.threads = plan.groups_log2 >= 3 ? 256 : 128; plan.threads >= 128; plan.threads /= 2) {
+    // One pixel for each group of threads; fewer where memory would not hold two tiles of each network.
+    for (plan.threads = plan.groups_log2 >= 3 ? staged_threads(plan.classes_per_thread) : 256; plan.threads >= 128;
+         plan.threads /= 2) {
       plan.pixels_log2 = 0;
-      while ((1 << plan.pixels_log2) < kTilePixels * plan.threads >> plan.groups_log2) ++plan.pixels_log2;
+      while ((2 << plan.pixels_log2) <= plan.threads >> plan.groups_log2) ++plan.pixels_log2;
       plan.tile_bytes = static_cast<int>(ceil_div(k * ((1 << plan.pixels_log2) + vector) * bytes, 16)) * 16;
       plan.shared = tile_shared_bytes(1 << plan.pixels_log2, plan.tile_bytes);
       if (plan.shared <= static_cast<size_t>(device.shared_bytes)) break;

@@ -142,25 +142,27 @@ void run_scale(const Case& c) {
 
 #ifndef WITHOUT_CAFD
 Features features_of(const Tensor& tensor) {
-  Features f{tensor.data(), dtype_of(tensor.dtype), tensor.size[0], tensor.size[1], tensor.size[2], tensor.size[3], {}};
-  std::copy(tensor.stride.begin(), tensor.stride.end(), f.stride);
-  return f;
+  return make_features(tensor.data(), dtype_of(tensor.dtype), tensor.size.data(), tensor.stride.data());
 }
 
 template <typename A>
-std::shared_ptr<Buffer> run_map(const Case& c, const std::string& name, A* map) {
-  const Features f = features_of(*c.find(name));
-  const CafdPlan plan = cafd_plan(f, nullptr, device_of(c));
-  auto stats = std::make_shared<Buffer>(f.samples * (4 * f.channels + 2 * f.positions() + 1) * sizeof(A));
-  Buffer workspace(map_workspace(f, plan) * sizeof(A));
-  map_run<A>(f, plan, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
-             static_cast<A*>(stats->data), map, static_cast<A*>(workspace.data), nullptr);
-  std::cout << layout_name(plan.layout) << " ";
-  return stats;
-}
+struct Prepared {
+  Features f;
+  CafdPlan plan;
+  Buffer stats, workspace;
+  Network<A> network;
+  Prepared(const Case& c, const std::string& name, A* map)
+      : f(features_of(*c.find(name))),
+        plan(cafd_plan(f, nullptr, device_of(c))),
+        stats(f.samples * (4 * f.channels + 2 * f.positions() + 1) * sizeof(A)),
+        workspace(map_workspace(f, plan) * sizeof(A)),
+        network(dsct::cuda::network<A>(f, plan, static_cast<A*>(stats.data), map, static_cast<A*>(workspace.data))) {
+    std::cout << layout_name(plan.layout) << " ";
+  }
+};
 
 template <typename A>
-void run_backward(const Case& c, const std::string& name, Buffer& stats, const void* grad_map) {
+void run_backward(const Case& c, const std::string& name, const Buffer& stats, const void* grad_map) {
   const Features f = features_of(*c.find(name)), out = features_of(*c.find("grad"));
   const CafdPlan plan = cafd_plan(f, &out, device_of(c));
   Buffer workspace(backward_workspace(f, plan) * sizeof(A));
@@ -175,8 +177,8 @@ template <typename SA, typename TA>
 void run_cafd(const Case& c) {
   using A = std::common_type_t<SA, TA>;
   const Features s = features_of(*c.find("student")), t = features_of(*c.find("teacher"));
-  const auto s_stats = run_map<SA>(c, "student", nullptr);
-  const auto t_stats = run_map<TA>(c, "teacher", nullptr);
+  const Prepared<SA> s_run(c, "student", nullptr);
+  const Prepared<TA> t_run(c, "teacher", nullptr);
   auto grid = [](const Features& f) { return Grid{static_cast<int>(f.height), static_cast<int>(f.width)}; };
   Comparison<A> comparison{};
   comparison.student = grid(s), comparison.teacher = grid(t);
@@ -191,17 +193,19 @@ void run_cafd(const Case& c) {
   comparison.samples = s.samples;
   comparison.loss = none ? nullptr : static_cast<A*>(c.data("loss"));
   comparison.ticket = static_cast<unsigned*>(ticket.data);
-  compare_run<A, SA, TA>(comparison, static_cast<SA*>(s_stats->data), s, static_cast<TA*>(t_stats->data), t,
-                         static_cast<SA*>(c.data("grad_map")), nullptr);
+  cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, c.numbers.at("channel_temperature"),
+           c.numbers.at("spatial_temperature"), static_cast<SA*>(c.data("grad_map")), nullptr);
   c.write("loss"), c.write("grad_map");
-  run_backward<SA>(c, "student", *s_stats, c.data("grad_map"));
+  run_backward<SA>(c, "student", s_run.stats, c.data("grad_map"));
 }
 
 template <typename A>
 void run_attention_map(const Case& c) {
-  const auto stats = run_map<A>(c, "features", static_cast<A*>(c.data("map")));
+  const Prepared<A> run(c, "features", static_cast<A*>(c.data("map")));
+  maps_run(&run.network, 1, run.plan.layout, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
+           nullptr, nullptr);
   c.write("map");
-  run_backward<A>(c, "features", *stats, c.data("map_grad"));
+  run_backward<A>(c, "features", run.stats, c.data("map_grad"));
 }
 
 #endif

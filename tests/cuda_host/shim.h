@@ -31,6 +31,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define DSCT_SHARED(name) unsigned char* name = ::shim::block->shared
 
 using cudaStream_t = void*;
