@@ -8,7 +8,7 @@ access from the cubin.
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,6 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from triton.runtime.jit import JITFunction
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -56,14 +55,9 @@ def recorded(*modules: Any) -> Iterator[list[Launch]]:
             module.launch = launch
 
 
-def plain(function: Callable[..., Any]) -> JITFunction:
-    """The compilable function behind a kernel, also where TRITON_INTERPRET made it an interpreted one."""
-    return function if isinstance(function, JITFunction) else JITFunction(function.fn)
-
-
 def source(launch: Launch) -> ASTSource:
     """The specialisation that Triton's launcher makes of these arguments: 1 and None are constants, 16 | n is noted."""
-    kernel = plain(launch.kernel)
+    kernel = launch.kernel
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -95,7 +89,7 @@ class Report:
     loads: dict[int, int] = field(default_factory=dict)  # bytes -> instructions
     stores: dict[int, int] = field(default_factory=dict)
     instructions: int = 0
-    sass: str = ""
+    sass: str = field(default="", repr=False)
 
     def row(self) -> str:
         def widths(counts: dict[int, int]) -> str:

@@ -39,21 +39,24 @@ class Config:
     unroll: int = 1  # tiles loaded together in a walk
 
 
-def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int) -> Config:
+def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, with_ce: bool = False) -> Config:
     """The launch for K classes whose widest vector load holds 16 / itemsize values.
 
     pixels_adjacent: NCHW, lanes along pixels; else channels_last, lanes along classes. inner: pixels of a row.
     """
     if pixels_adjacent:
-        row = 32 * max(1, 16 // itemsize)  # the pixels that a warp covers with one 16-byte load a lane
-        if num_classes <= 8:
-            config = Config(pixels=row, classes=1, warps=1, resident=True)
-        elif num_classes <= 32:
-            config = Config(pixels=row // 4, classes=4, warps=1, resident=True)
-        elif num_classes <= 80:
-            config = Config(pixels=row // 4, classes=8, warps=2, resident=True)
+        # A lane holds 16 bytes of pixels of every `classes`-th class, and 20 registers or more for each of the pixels:
+        # `classes` is the smallest power of two that leaves it without a spill. More of them would repeat what is done
+        # once a pixel. Up to eight, a warp has its pixels to itself and exchanges sums by shuffles.
+        vector = max(1, 16 // itemsize)
+        most = 8 if vector <= 4 else 5  # classes a lane can hold
+        if vector > 4 and num_classes <= 6 and not with_ce:
+            most = 6
+        classes = next_power_of_2(-(-num_classes // most))
+        if classes <= 8:
+            config = Config(pixels=32 * vector // classes, classes=classes, warps=1, resident=True)
         else:
-            config = Config(pixels=row // 2, classes=8, warps=4, resident=False, unroll=4 if itemsize > 2 else 2)
+            config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
     elif num_classes <= 8:
         config = Config(pixels=64, classes=2, warps=4, resident=True)
     elif num_classes <= 32:
@@ -134,7 +137,7 @@ def forward(
 
     if config is None:
         itemsize = min(student.element_size(), teacher.element_size())
-        config = choose(num_classes, itemsize, s[-1] == 1, sizes[-1])
+        config = choose(num_classes, itemsize, s[-1] == 1, sizes[-1], with_ce)
     blocks = -(-sizes[-1] // config.pixels)
     programs = blocks * product(sizes[:-1])
     mean = reduction == MEAN

@@ -66,6 +66,19 @@ def _log1p(e, ACC: tl.constexpr):
 
 
 @triton.jit
+def _expm1_tail(x):
+    """(exp(x) - 1 - x) / x^2 for |x| <= 1, exact to 2e-9."""
+    p = 2.812654656736413e-06
+    p = p * x + 2.5358644052175805e-05
+    p = p * x + 0.00019836986029986292
+    p = p * x + 0.0013885394437238574
+    p = p * x + 0.00833334494382143
+    p = p * x + 0.04166673496365547
+    p = p * x + 0.1666666716337204
+    return p * x + 0.5
+
+
+@triton.jit
 def _finite_max(m):
     """A maximum that may be subtracted: -inf (nothing there) becomes 0."""
     return tl.where(m == float("-inf"), 0.0, m)
@@ -87,15 +100,23 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     """
     none_s = sum_s == 0  # every other class absent: the target has all the mass
     none_t = sum_t == 0
-    log_s = _log(sum_s, ACC)
+    sum_s = tl.where(none_s, 1.0, sum_s)
+    sum_t = tl.where(none_t, 1.0, sum_t)
+    over_s = _reciprocal(sum_s, FAST)
+    over_t = _reciprocal(sum_t, FAST)
     log_t = _log(sum_t, ACC)
-    u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - log_s)
+    log_ratio = _log(sum_s * over_t, ACC)
+    u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - (log_t + log_ratio))
     u_t = tl.where(none_t, float("inf"), (y_t - top_t) * over_tau - log_t)
-    # Both seen from the teacher's less likely side (v_t <= 0), so that nothing cancels: with p = sigmoid,
-    # TCKD = softplus(v_s) - softplus(v_t) - p(v_t) (v_s - v_t)
-    flip = u_t > 0
-    v_s = tl.where(flip, -u_s, u_s)
-    v_t = tl.where(flip, -u_t, u_t)
+    nckd = cross * over_t * over_tau + log_ratio
+    nckd = tl.where(none_s, float("inf"), nckd)
+    nckd = tl.where(none_t, 0.0, nckd)
+    # Both seen from the teacher's less likely side (v_t <= 0). With p = sigmoid(v_t) and delta = v_s - v_t,
+    # TCKD = softplus(v_s) - softplus(v_t) - p delta = log(1 + p (exp(delta) - 1)) - p delta:
+    # the second form near the teacher, where the first would cancel, the first away from it, where nothing overflows.
+    side = tl.where(u_t > 0, -1.0, 1.0)
+    v_s = u_s * side
+    v_t = u_t * side
     e_s = tl.exp2(tl.abs(v_s) * -1.4426950408889634)
     e_t = tl.exp2(tl.abs(v_t) * -1.4426950408889634)
     more_t = _reciprocal(1.0 + e_t, FAST)
@@ -103,16 +124,18 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     side_s = _reciprocal(1.0 + e_s, FAST) * tl.where(v_s >= 0, 1.0, e_s)
     # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
     rare = tl.where(less_t == 0, 0.0, less_t * (tl.maximum(-v_s, 0.0) + v_t))
-    tckd = more_t * tl.maximum(v_s, 0.0) + rare + _log1p(e_s, ACC) - _log1p(e_t, ACC)
+    far = more_t * tl.maximum(v_s, 0.0) + rare
+    if tl.float64 == ACC:
+        tckd = far + tl.log((1.0 + e_s) * more_t)
+    else:
+        delta = v_s - v_t
+        near = tl.abs(delta) < 1.0
+        x = less_t * (delta + delta * delta * _expm1_tail(delta))
+        one_more = 1.0 + x
+        lost = (x - (one_more - 1.0)) * _reciprocal(one_more, FAST)
+        tckd = _log(tl.where(near, one_more, (1.0 + e_s) * more_t), ACC) + tl.where(near, lost - less_t * delta, far)
     gap = side_s - less_t
-    gap = tl.where(flip, -gap, gap)  # b^S - b^T
-
-    over_s = tl.where(none_s, 0.0, _reciprocal(sum_s, FAST))
-    over_t = tl.where(none_t, 0.0, _reciprocal(sum_t, FAST))
-    nckd = cross * over_t * over_tau + (log_s - log_t)
-    nckd = tl.where(none_s, float("inf"), nckd)
-    nckd = tl.where(none_t, 0.0, nckd)
-
+    gap *= side  # b^S - b^T
     by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
     by_t = (-tau * mean_factor * nckd_weight) * over_t
     at_y = (tau * mean_factor * tckd_weight) * gap

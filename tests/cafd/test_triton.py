@@ -1,0 +1,204 @@
+"""The Triton kernels of CAFD: every launch choice, splits, both backward paths.
+
+On CPU under Triton's interpreter, on `cuda` where there is a GPU. Shapes are tiny: the interpreter takes milliseconds
+for each operation of a program. What all backends share is tested in tests/test_losses.py and tests/test_edge_cases.py.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsct_kernels import cafd_loss, channel_attention_map
+from dsct_kernels.cafd import reference, triton
+from dsct_kernels.cafd.triton import Config, Tile
+from tests.conftest import DEVICES
+from tests.helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+from tests.test_edge_cases import check_cafd, features
+
+WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=DEVICES[-1:])
+def device(request: pytest.FixtureRequest) -> str:
+    """A GPU where there is one, else the interpreter's CPU."""
+    return request.param
+
+
+def check(student: Tensor, teacher: Tensor, config: Config, channel_t: float = 0.7, spatial_t: float = 1.3) -> None:
+    """Loss, map and both gradients of the ops with this launch, by the error rule."""
+    loss, grad_map, stats = triton.forward(student, teacher, channel_t, spatial_t, 1, True, (config, config))
+    grad = triton.map_backward(student, grad_map, stats, channel_t, spatial_t, config)
+    attention, stats = triton.map_forward(student, channel_t, spatial_t, config)
+    pull = torch.randn(attention.shape, generator=torch.Generator().manual_seed(3)).to(attention)
+    map_grad = triton.map_backward(student, pull, stats, channel_t, spatial_t, config)
+    expected = []
+    for dtype in (torch.promote_types(student.dtype, torch.float32), torch.float64):
+        leaf = student.detach().to(dtype).requires_grad_()
+        value = reference.cafd(leaf, teacher.to(dtype), channel_t, spatial_t, 1)
+        a = reference.attention_map(leaf, channel_t, spatial_t)
+        gradients = torch.autograd.grad(value, leaf)[0], torch.autograd.grad(a, leaf, pull.to(dtype))[0]
+        expected.append((value.detach(), a.detach(), *gradients))
+    names = ("loss", "map", "gradient of the loss", "gradient of the map")
+    for name, got, own, truth in zip(names, (loss, attention, grad, map_grad), *expected, strict=True):
+        own = own.to(got.dtype)
+        assert_as_good_as_reference(got, own, truth, name)
+
+
+# Tiles that fill the tensor, that end within and after it, walked in one step and in several.
+CONFIGS = [
+    Config(Tile(1, 16, 1, 2), Tile(4, 16, 1, 2), Tile(2, 16, 1), rows=1),
+    Config(Tile(2, 4, 1, 1), Tile(2, 4, 1, 1), Tile(4, 8, 2), rows=2),
+    Config(Tile(8, 16, 2, 4), Tile(8, 2, 1, 4), Tile(1, 64, 4), rows=8),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["rows", "small", "large"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_launch_gives_the_same_numbers(device, config, layout):
+    student, teacher = features(device, (2, 5, 3, 7))
+    check(strided_copy(student, layout), strided_copy(teacher[:, :3], layout), config)
+
+
+def test_the_two_backward_paths_agree(device, monkeypatch):
+    """Rows too long for one program take three launches; they are forced here onto a short one."""
+    student, teacher = features(device, (2, 6, 4, 4))
+    arguments = (student, *triton.forward(student, teacher, 1.0, 1.0, 1, True)[1:], 1.0, 1.0)
+    one_launch = triton.map_backward(*arguments)
+    monkeypatch.setattr(triton, "LONGEST_ROW", 8)
+    three_launches = triton.map_backward(*arguments)
+    torch.testing.assert_close(one_launch, three_launches, rtol=1e-5, atol=1e-9)
+    assert not torch.equal(one_launch, torch.zeros_like(one_launch))
+
+
+@pytest.mark.parametrize("programs", [1, 64])
+def test_splits_of_the_positions(device, programs, monkeypatch):
+    """One split, and more than there are tiles for: partial sums with different maxima come together."""
+    monkeypatch.setattr(triton, "ENOUGH_PROGRAMS", programs)
+    student, teacher = features(device, (1, 2, 9, 5), scale=40.0)
+    config = Config(Tile(2, 8, 1), Tile(2, 8, 1), Tile(2, 8, 1), rows=1)
+    assert triton._Network(student, config).splits == (1 if programs == 1 else 6)
+    check(student, teacher, config)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dtypes(device, dtype, layout):
+    student, teacher = features(device, (2, 6, 4, 5), dtype)
+    check(strided_copy(student, layout), strided_copy(teacher, layout), CONFIGS[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_everything_is_written(device, layout):
+    """Memory that torch.empty hands out is filled with NaN here: what a kernel forgets to write shows."""
+    student, teacher = features(device, (2, 5, 3, 7))
+    student = strided_copy(student, layout)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reduction in (0, 1, 2):
+            results = triton.forward(student, teacher[:, :, :2], 1.0, 1.0, reduction, True)
+            assert all(result.isfinite().all() for result in results)
+        assert triton.map_backward(student, results[1], results[2], 1.0, 1.0).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_property(device, data):
+    size = st.integers(1, 6)
+    n, height, width = data.draw(st.tuples(st.integers(1, 2), size, size), label="N, H, W")
+    dtype = data.draw(st.sampled_from(FLOATS), label="dtype")
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 30.0, 3000.0]), label="scale")
+    seed = data.draw(st.integers(0, 99), label="seed")
+    student = features(device, (n, data.draw(size, label="C student"), height, width), dtype, seed, scale)[0]
+    teacher_size = (height, width)
+    if data.draw(st.booleans(), label="other size"):
+        teacher_size = data.draw(st.tuples(size, size), label="teacher H, W")
+    teacher = features(device, (n, data.draw(size, label="C teacher"), *teacher_size), dtype, seed + 1, scale)[0]
+    check_cafd(
+        strided_copy(student, data.draw(st.sampled_from(LAYOUTS), label="layout")),
+        teacher,
+        "triton",
+        channel_temperature=data.draw(st.sampled_from([0.1, 1.0, 5.0]), label="channel_temperature"),
+        spatial_temperature=data.draw(st.sampled_from([0.1, 1.0, 5.0]), label="spatial_temperature"),
+        reduction=data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
+    )
+
+
+def test_the_table_never_leaves_its_limits():
+    """Tiles are powers of two with at least a warp's worth of values where the tensor has them."""
+    for channels in (1, 3, 64, 96, 512, 2048):
+        for positions in (1, 49, 1024, 16384, 65536):
+            for itemsize in (2, 4, 8):
+                for adjacent in (True, False):
+                    config = triton.choose(channels, positions, itemsize, adjacent)
+                    for tile in (config.stats, config.maps, config.write):
+                        assert tile.channels.bit_count() == tile.positions.bit_count() == tile.warps.bit_count() == 1
+                        assert tile.channels * tile.positions <= 4096
+
+
+# --- on a GPU only ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_no_host_sync_graph_capture_and_side_stream(layout):
+    student, teacher = features("cuda", (2, 64, 32, 32))
+    student, teacher = strided_copy(student, layout).requires_grad_(), strided_copy(teacher, layout)
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = cafd_loss(student, teacher, backend="triton")
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+        cafd_loss(student, teacher[:, :, ::2], backend="triton").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = step()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(aside, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        student.mul_(0.5)
+    graph.replay()
+    fresh = step()
+    assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled(layout):
+    student, teacher = features("cuda", (2, 64, 32, 32))
+    student = strided_copy(student, layout).requires_grad_()
+
+    def loss(s: Tensor) -> Tensor:
+        return 2 * cafd_loss(s, teacher, backend="triton") + channel_attention_map(s, backend="triton").square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(student), student)
+    (expected,) = torch.autograd.grad(loss(student), student)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 96, 128, 128), (3, 300, 33, 65), (1, 2048, 16, 16), (1, 3, 200, 300)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_real_sizes(shape, layout, dtype):
+    student, teacher = features("cuda", shape, dtype)
+    student, teacher = strided_copy(student, layout), strided_copy(teacher, layout)
+    check_cafd(student, teacher, "triton")
+    check_cafd(student, teacher[:, :, ::2, ::3], "triton")

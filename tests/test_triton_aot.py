@@ -1,0 +1,168 @@
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100 with no GPU: registers, spills, shared memory, access widths.
+
+`python -m pytest tests/test_triton_aot.py -s` prints the table. On the contiguous path every load of logits or features
+and every store of a gradient has to be 16 bytes wide; numbers of which there is one a channel or a program are not.
+
+A process whose kernels are interpreted cannot compile them: there, one test runs this file in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from dsct_kernels import triton_common
+from dsct_kernels.cafd import triton as cafd
+from dsct_kernels.tnkd import triton as tnkd
+from tests.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report
+
+pytestmark = pytest.mark.skipif(not (BIN / "nvdisasm").exists(), reason="this Triton brings no NVIDIA tools")
+TNKD_CASES = [
+    (classes, dtype, layout, with_ce)
+    for classes in (6, 19, 150)
+    for dtype in (torch.float32, torch.bfloat16)
+    for layout in ("contiguous", "channels_last")
+    for with_ce in (False, True)
+    if not (layout == "channels_last" and with_ce)
+]
+CAFD_CASES = [
+    (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("contiguous", "channels_last")
+]
+CHIPS = [90, 80, 100]
+compiled = pytest.mark.skipif(triton_common.interpreted(), reason="run by test_in_a_process_of_its_own")
+
+
+@pytest.mark.skipif(not triton_common.interpreted(), reason="this process can compile")
+def test_in_a_process_of_its_own():
+    root = Path(__file__).parents[1]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        str(Path(__file__)),
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+
+
+def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype).contiguous(memory_format=form)
+
+
+def vectors(launch: Launch, values: int, itemsize: int) -> int:
+    """16-byte accesses of a thread for so many values of a program."""
+    return values * itemsize // (16 * 32 * launch.warps)
+
+
+def check(result: Report) -> None:
+    print(result.row())
+    assert result.registers > 0 and result.loads and result.stores, "the machine code was not understood"
+    assert result.spills == 0, "registers are spilt to memory"
+    assert result.shared <= SHARED_LIMIT[result.arch], "more shared memory than the chip has"
+
+
+def tnkd_launches(classes: int, dtype: torch.dtype, layout: str, with_ce: bool) -> dict[str, Launch]:
+    logits = laid_out((2, classes, 64, 64), dtype, layout)
+    labels = torch.empty(2, 64, 64, dtype=torch.int64)
+    with recorded(tnkd) as launches:
+        tnkd.forward(logits, logits, labels, None, 1.0, 1.0, 2.0, 2.0, 255, 1, with_ce, True)
+    return {launch.kernel.__name__: launch for launch in launches}
+
+
+def on_chips(cases: list[tuple[object, ...]]) -> list[object]:
+    """Everything for sm_90; for the others what has to be wide."""
+    return [pytest.param(90, *case, id="-".join(map(str, (90, *case)))) for case in cases] + [
+        pytest.param(chip, *case, id="-".join(map(str, (chip, *case))))
+        for chip in CHIPS[1:]
+        for case in cases
+        if "contiguous" in case and True not in case
+    ]
+
+
+@compiled
+@pytest.mark.parametrize("chip,classes,dtype,layout,with_ce", on_chips(TNKD_CASES))
+def test_tnkd(chip, classes, dtype, layout, with_ce):
+    launch = tnkd_launches(classes, dtype, layout, with_ce)["tnkd_kernel"]
+    sizes = launch.constants
+    result = report(f"tnkd {classes} {str(dtype)[6:]} {layout}{' ce' if with_ce else ''}", launch, chip)
+    check(result)
+    if layout != "contiguous":
+        return
+    tile = sizes["CLASSES"] * sizes["PIXELS"]
+    tiles = sizes["CHUNKS"] if sizes["RESIDENT"] else sizes["UNROLL"]
+    walks = 1 if sizes["RESIDENT"] else 2
+    # both networks, and the labels: each lane has those of its own pixels
+    assert result.loads[16] == walks * 2 * tiles * vectors(launch, tile, dtype.itemsize) + vectors(launch, tile, 8)
+    assert result.stores[16] == tiles * vectors(launch, tile, dtype.itemsize)
+    # narrower: only the counts that the first kernel left, one for each of its programs, and the sums of this block
+    assert set(result.loads) <= {16, 8} and result.loads[8] == tnkd.COUNT_PROGRAMS // (32 * launch.warps)
+    assert set(result.stores) == {16, 4} and result.stores[4] == (3 if with_ce else 2)
+
+
+@compiled
+@pytest.mark.parametrize("chip", CHIPS)
+def test_tnkd_small_kernels(chip):
+    launches = tnkd_launches(6, torch.float32, "contiguous", False)
+    for name in ("count_kernel", "finish_kernel"):
+        result = report(name, launches[name], chip)
+        check(result)
+        if name == "count_kernel":
+            assert set(result.loads) == {16}, "labels are read 16 bytes at a time"
+    with recorded(tnkd) as scale:
+        tnkd.scale_in_place(torch.empty(2**20, dtype=torch.bfloat16), torch.ones(()))
+    result = report("scale_kernel", scale[0], chip)
+    check(result)
+    assert set(result.stores) == {16} and result.loads == {4: 1, 16: result.stores[16]}
+
+
+@compiled
+@pytest.mark.parametrize("chip,dtype,layout", on_chips(CAFD_CASES))
+def test_cafd(chip, dtype, layout):
+    features = laid_out((2, 256, 64, 64), dtype, layout)
+    with recorded(cafd) as launches:
+        _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, True)
+        cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+    for launch in launches:
+        name, sizes = launch.kernel.__name__, launch.constants
+        result = report(f"{name} {str(dtype)[6:]} {layout}", launch, chip)
+        check(result)
+        if name in ("row_stats_kernel", "maps_kernel", "rho_kernel", "row_backward_kernel", "write_kernel"):
+            assert set(result.loads) <= {16, 4}, "narrow loads of features"  # 4: a number of stats
+        if name in ("row_stats_kernel", "maps_kernel"):  # one code path a network
+            tiles = [sizes[f"CHANNELS_{x}"] * sizes[f"POSITIONS_{x}"] * sizes[f"UNROLL_{x}"] for x in "ST"]
+            assert result.loads[16] >= sum(vectors(launch, tile, dtype.itemsize) for tile in tiles)
+        if name == "row_stats_kernel":
+            assert set(result.loads) == {16}
+        if name in ("row_backward_kernel", "write_kernel"):
+            tile = sizes["BLOCK"] if name == "row_backward_kernel" else sizes["CHANNELS"] * sizes["POSITIONS"]
+            assert set(result.stores) == {16}, "narrow stores of the gradient"
+            assert result.loads[16] >= vectors(launch, tile, dtype.itemsize) == result.stores[16]
+    names = {launch.kernel.__name__ for launch in launches}
+    assert len(launches) == len(names) == (5 if layout == "contiguous" else 7)
+
+
+@compiled
+def test_the_report_sees_spills_and_narrow_loads():
+    """What the tests above look for is there when it should be: too many registers asked of a thread, an odd width."""
+    launch = tnkd_launches(150, torch.float32, "contiguous", True)["tnkd_kernel"]
+    crowded = Launch(launch.kernel, launch.programs, 1, launch.args, {**launch.constants, "UNROLL": 4, "PIXELS": 64})
+    assert report("crowded", crowded, 90).spills > 0
+    odd = laid_out((2, 6, 9, 7), torch.float32, "contiguous")
+    with recorded(tnkd) as launches:
+        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, 0.0, 1.0, 2.0, 2.0, None, 1, False, True)
+    assert 4 in report("odd width", launches[0], 90).loads

@@ -1,0 +1,314 @@
+"""The Triton kernels of TNKD: every launch choice, strides that do not merge, the helpers.
+
+On CPU under Triton's interpreter, on `cuda` where there is a GPU. Shapes are tiny: the interpreter takes milliseconds
+for each operation of a program. What all backends share is tested in tests/test_losses.py and tests/test_edge_cases.py.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsct_kernels import tnkd_loss, triton_common
+from dsct_kernels.tnkd import reference, triton
+from dsct_kernels.tnkd.triton import Config
+from tests.conftest import DEVICES
+from tests.helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+from tests.test_edge_cases import check_tnkd, problem
+
+WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(params=DEVICES[-1:])
+def device(request: pytest.FixtureRequest) -> str:
+    """A GPU where there is one, else the interpreter's CPU."""
+    return request.param
+
+
+def truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
+          numbers: tuple[float, ...], ignore_index: int | None, reduction: int, with_ce: bool):  # fmt: skip
+    """(loss, parts, gradient) of the reference, computed in dtype."""
+    leaf = student.detach().to(dtype).requires_grad_()
+    weight = weight.to(dtype) if weight is not None else None
+    loss, parts = reference.tnkd(
+        leaf, teacher.to(dtype), target, weight, *numbers, ignore_index, reduction, with_ce
+    )  # fmt: skip
+    loss.sum().backward()
+    return loss.detach(), parts, leaf.grad
+
+
+def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None = None,
+          numbers: tuple[float, ...] = (0.7, 1.0, 2.0, 1.5), ignore_index: int | None = 255, reduction: int = 1,
+          with_ce: bool = True, config: Config | None = None) -> None:  # fmt: skip
+    """The op itself, with this launch, by the error rule; and the same without a gradient."""
+    arguments = (student, teacher, target, weight, *numbers, ignore_index, reduction, with_ce)
+    loss, parts, grad, scale = triton.forward(*arguments, True, config)
+    rest = (student, teacher, target, weight, numbers, ignore_index, reduction, with_ce)
+    own = truth(torch.promote_types(student.dtype, torch.float32), *rest)
+    exact = truth(torch.float64, *rest)
+    assert_as_good_as_reference(loss, own[0], exact[0], "loss")
+    assert_as_good_as_reference(parts, own[1], exact[1], "parts")
+    product = grad.to(scale.dtype) * scale
+    assert_as_good_as_reference(product.to(student.dtype), own[2].to(student.dtype), exact[2], "gradient")
+    alone = triton.forward(*arguments, False, config)
+    assert torch.equal(alone[0], loss) and torch.equal(alone[1], parts) and alone[2].shape == (0,)
+
+
+# One class a chunk; chunks that end within the classes and after them; one chunk; more than the tensor;
+# walks with and without a rest, unrolled or not.
+CONFIGS = [
+    Config(16, 1, 1, True), Config(16, 2, 1, True), Config(8, 4, 2, True), Config(16, 8, 1, True),
+    Config(32, 2, 4, True), Config(16, 1, 1, False), Config(16, 2, 1, False, 2), Config(8, 4, 1, False, 1),
+    Config(16, 4, 1, False, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("shape,layout", [((2, 5, 4, 4), "contiguous"), ((1, 6, 3, 7), "channels_last")], ids=str)
+def test_every_launch_gives_the_same_numbers(device, config, shape, layout):
+    """16 pixels fill the tiles exactly (no mask for pixels), 21 do not."""
+    student, teacher, target = problem(device, shape)
+    student, teacher = strided_copy(student, layout), strided_copy(teacher, layout)
+    target[0, 0, :2] = 255
+    weight = torch.rand(shape[1], device=device) + 0.5
+    check(student, teacher, target, weight, config=config)
+    check(student, teacher, target, config=config, reduction=0, with_ce=False)
+    check(student, teacher, None, config=config, reduction=2, with_ce=False)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[6]], ids=str)
+def test_edge_cases_hold_in_both_kinds_of_launch(device, config):
+    """What the table would not choose at this size, too: absent classes, infinite loss, no-data, ties, huge logits."""
+    student, teacher, target = problem(device, (1, 5, 3, 6))
+    student[0, :, 0, 0] = float("nan")
+    target[0, 0, 0] = 255
+    student[0, 2, 0, 1] = teacher[0, 2, 0, 1] = float("-inf")
+    student[0, 3, 0, 2] = teacher[0, 3, 0, 2] = float("-inf")
+    target[0, 0, 2] = 3
+    student[0, :, 1] *= 3000
+    teacher[0, :, 1] *= 3000
+    check(student, teacher, target, config=config)
+    check(student, teacher, target, config=config, reduction=0)
+    teacher[0, 1], teacher[0, 3] = teacher[0].amax(0), teacher[0].amax(0)
+    student[0, :, 0] = 1.0
+    check(student, teacher, None, config=config)
+    student[0, (target[0, 2, 0] + 1) % 5, 2, 0] = float("-inf")  # the teacher has mass there
+    loss, _, grad, _ = triton.forward(
+        student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config
+    )  # fmt: skip
+    assert loss == float("inf") and grad.isfinite().all()
+    target[0, 2, 5] = 5
+    _, _, grad, _ = triton.forward(student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config)
+    assert grad[0, :, 2, 5].isnan().all() and grad[0, :, 2, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_dtypes_and_reductions(device, dtype, reduction):
+    student, teacher, target = problem(device, (2, 7, 3, 5), dtype)
+    target[:, 1] = 255
+    weight = torch.rand(7, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    check(student, teacher, target.to(torch.int16), weight, reduction=reduction)
+
+
+def test_float16_keeps_the_normaliser_out_of_the_gradient(device):
+    student, teacher, target = problem(device, (2, 4, 3, 5), torch.float16)
+    target[0, 0] = 255
+    arguments = (teacher, target, None, 0.3, 1.0, 2.0, 2.0, 255)
+    mean, total = (triton.forward(student, *arguments, r, True, True) for r in (1, 2))
+    assert torch.equal(mean[2], total[2]) and total[3] == 1
+    torch.testing.assert_close(mean[3], torch.tensor(1 / 25, device=device))
+    folded = triton.forward(student.float(), *arguments, 1, True, True)
+    assert folded[3] == 1
+    torch.testing.assert_close(mean[2].float() * mean[3], folded[2], rtol=2e-3, atol=1e-6)
+
+
+def test_strides_that_do_not_merge(device):
+    """Cropped, flipped in order, expanded, with five dimensions: read in place; with six that do not merge: copied."""
+    student, teacher, target = problem(device, (2, 4, 3, 4, 2))
+    check(student[:, :, :, 1:3], teacher[:, :, :, 1:3], target[:, :, 1:3])
+    check(student.permute(0, 1, 4, 2, 3), teacher.permute(0, 1, 4, 2, 3), target.permute(0, 3, 1, 2))
+    check(student, teacher[:1].expand(2, -1, -1, -1, -1), target[:, :, :1].expand(-1, -1, 4, -1))
+    big, other, labels = problem(device, (2, 3, 3, 3, 3, 3))
+    cut = (slice(None), slice(None), *[slice(2)] * 4)
+    check(big[cut], other[cut], labels[cut[1:]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_everything_is_written(device, layout):
+    """Memory that torch.empty hands out is filled with NaN here: what a kernel forgets to write shows."""
+    student, teacher, target = problem(device, (2, 5, 3, 6))
+    student, target = strided_copy(student, layout), target.clone()
+    target[1, 2] = 255
+    torch.use_deterministic_algorithms(True)
+    try:
+        for reduction in (0, 1, 2):
+            results = triton.forward(student, teacher, target, None, 1.0, 1.0, 1.0, 1.0, 255, reduction, True, True)
+            assert all(result.isfinite().all() for result in results)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_property(device, data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4), label="shape"))
+    shape = (shape[0], shape[1] + 1, *shape[2:])
+    dtype = data.draw(st.sampled_from(FLOATS), label="dtype")
+    scale = data.draw(st.sampled_from([1e-3, 1.0, 30.0, 3000.0]), label="scale")
+    student, teacher, target = problem(device, shape, dtype, data.draw(st.integers(0, 99), label="seed"), scale)
+    ignore_index = data.draw(st.sampled_from([0, -1, 255, None]), label="ignore_index")
+    if ignore_index is not None:
+        share = data.draw(st.floats(0, 1), label="share ignored")
+        target[torch.rand(target.shape, device=device) < share] = ignore_index
+    check_tnkd(
+        strided_copy(student, data.draw(st.sampled_from(LAYOUTS), label="layout")),
+        teacher,
+        target,
+        "triton",
+        ignore_index=ignore_index,
+        alpha=data.draw(st.sampled_from([0.0, 1.0, 3.0]), label="alpha"),
+        beta=data.draw(st.sampled_from([0.0, 1.0, 8.0]), label="beta"),
+        temperature=data.draw(st.sampled_from([0.01, 1.0, 2.0, 20.0]), label="temperature"),
+        reduction=data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_scale_in_place(device, dtype):
+    """Any dense layout, a length that no block divides; a factor of 1 leaves the very bits, NaN's too."""
+    grad = torch.randn(2, 3, 5, 7, device=device).to(dtype).to(memory_format=torch.channels_last)
+    before = grad.clone()
+    factor = torch.tensor(0.37, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    triton.scale_in_place(grad, factor)
+    assert torch.equal(grad, (before.to(factor.dtype) * factor).to(dtype))
+    kept = before.clone()
+    kept[0, 0, 0, 0] = float("nan")
+    triton.scale_in_place(kept, torch.ones_like(factor))
+    assert kept[0, 0, 0, 0].isnan() and torch.equal(kept.flatten()[1:], before.flatten()[1:])
+    triton.scale_in_place(grad[:0], factor)
+
+
+def test_fold():
+    """Dimensions that follow each other in every tensor become one; the first tensor's shortest stride comes last."""
+    nchw, nhwc, labels = [600, 20, 1], [600, 120, 6], [100, 20, 1]  # pixel strides of (2, 6, 5, 20)
+    assert triton_common.fold([2, 5, 20], [nchw, nchw, labels], 4) == (
+        [1, 1, 2, 100],
+        [[0, 0, 600, 1], [0, 0, 600, 1], [0, 0, 100, 1]],
+    )
+    assert triton_common.fold([2, 5, 20], [nhwc, labels], 4) == ([1, 1, 1, 200], [[0, 0, 0, 6], [0, 0, 0, 1]])
+    assert triton_common.fold([2, 5, 20], [labels, [100, 1, 5]], 4) == (
+        [1, 2, 5, 20],
+        [[0, 100, 20, 1], [0, 100, 1, 5]],
+    )
+    assert triton_common.fold([2, 3], [[1, 2]], 4) == ([1, 1, 1, 6], [[0, 0, 0, 1]])
+    assert triton_common.fold([1, 1], [[7, 7]], 4) == ([1, 1, 1, 1], [[0, 0, 0, 0]])
+    assert triton_common.fold([2, 2, 2], [[32, 8, 2]], 2) is None
+
+
+def test_the_table_never_leaves_its_limits():
+    """Tiles are powers of two, and no larger than rows and registers allow, for every K, dtype and layout."""
+    for classes in [*range(2, 300), 512, 1024, 4000]:
+        for itemsize in (2, 4, 8):
+            for adjacent in (True, False):
+                for inner in (1, 17, 4096):
+                    config = triton.choose(classes, itemsize, adjacent, inner)
+                    assert config.pixels.bit_count() == config.classes.bit_count() == config.warps.bit_count() == 1
+                    if config.resident and adjacent:
+                        held = 2 * -(-classes // config.classes) * max(1, 16 // itemsize)
+                        assert held <= 96, (classes, itemsize, config)
+
+
+def test_why_not(monkeypatch):
+    cpu = torch.zeros(1)
+    monkeypatch.setattr(triton_common, "interpreted", lambda: False)
+    assert "TRITON_INTERPRET=1" in str(triton_common._look("cpu", None))
+    assert "not on meta" in str(triton_common._look("meta", None))
+    monkeypatch.setattr(triton_common, "interpreted", lambda: True)
+    assert triton_common._look("cpu", None) is None
+    monkeypatch.setattr(triton_common, "OLDEST", (99, 0))
+    assert "too old" in str(triton_common._look("cpu", None))
+    monkeypatch.setattr(triton_common.importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(triton_common._look("cpu", None))
+    monkeypatch.setitem(triton_common._answers, ("cpu", None), "the reason")
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot serve this call: the reason"):
+        tnkd_loss(cpu.view(1, 1).expand(1, 2), cpu.view(1, 1).expand(1, 2), backend="triton")
+
+
+# --- on a GPU only ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_no_host_sync_graph_capture_and_side_stream():
+    student, teacher, target = problem("cuda", (2, 6, 64, 64))
+    target[0, :5] = 255
+    student.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = tnkd_loss(student, teacher, target, backend="triton")
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = step()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(aside, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        student.mul_(0.5)
+    graph.replay()
+    fresh = step()
+    assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compiled(layout):
+    student, teacher, target = problem("cuda", (2, 6, 32, 32))
+    student = strided_copy(student, layout).requires_grad_()
+    loss = torch.compile(lambda s: 2 * tnkd_loss(s, teacher, target, backend="triton"), fullgraph=True)
+    (got,) = torch.autograd.grad(loss(student), student)
+    (expected,) = torch.autograd.grad(2 * tnkd_loss(student, teacher, target, backend="triton"), student)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("classes", [2, 6, 19, 21, 60, 150, 171, 1030])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_real_sizes(classes, layout, dtype):
+    student, teacher, target = problem("cuda", (2, classes, 67, 130 if classes < 200 else 3), dtype)
+    target[0, :5] = 255
+    weight = torch.rand(classes, device="cuda")
+    s, t = strided_copy(student, layout), strided_copy(teacher, layout)
+    check(s, t, target, weight)
+    check(s, t, target.to(torch.uint8), with_ce=False, reduction=0)
+    check(s, t, None, with_ce=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 5, 30_000, 16_384), (150_000, 150, 10, 10)], ids=str)
+def test_more_than_2_to_the_31_elements(shape):
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("30 GB of free GPU memory needed")
+    student = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+    teacher = torch.empty_like(student).normal_()
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), dtype=torch.uint8, device="cuda")
+    _, _, grad, _ = triton.forward(student, teacher, target, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
+    last = (slice(-1, None), slice(None), slice(-3, None))
+    part = (student[last], teacher[last], target[-1:, -3:])
+    small = triton.forward(*part, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
+    torch.testing.assert_close(grad[last], small[2])
