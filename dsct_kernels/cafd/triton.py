@@ -1,4 +1,4 @@
-"""CAFD on Triton (triton_kernels.py): four launches forward, one backward where the positions are adjacent, else three.
+"""CAFD on Triton (triton_kernels.py): four launches forward, one backward where the positions are adjacent, else four.
 
 Forward, both networks in each launch: maximum, sum of exponentials and sum of magnitudes of every channel; the weights
 of the channels; the attention map (the second read of the features, meant to hit L2); the divergence and its gradient
@@ -263,6 +263,12 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
         partial = stats.new_empty([x.samples, x.splits, x.channels])
         factors = stats.new_empty([x.samples, 2, x.channels])
         tile, acc = x.config.stats, x.acc()
+        centered = torch.empty_like(grad_map)
+        block = min(4096, max(16, next_power_of_2(x.positions)))
+        launch(
+            kernels.center_kernel, x.samples, 8 if block > 512 else 1,
+            grad_map, stats, centered, x.row, x.positions, BLOCK=block, ACC=acc)  # fmt: skip
+        grad_map = centered
         launch(
             kernels.rho_kernel, x.stats_programs, tile.warps,
             features, grad_map, stats, partial, x.row, x.channels, x.positions, x.width, *x.strides, x.splits, x.span,

@@ -260,7 +260,10 @@ def row_backward_kernel(features, grad_map, stats, grad, row, channels, position
     inside = p < positions
     d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0).to(ACC)
     maps = stats + n * row
-    a_d = tl.sum(tl.load(maps + p, mask=inside, other=0.0) * d, 0)
+    a = tl.load(maps + p, mask=inside, other=0.0)
+    # a constant added to D changes nothing but what cancels: with the mean taken out, next to nothing does
+    d -= tl.sum(a * d, 0)
+    a_d = tl.sum(a * d, 0)
     b_d = tl.sum(tl.load(maps + positions + p, mask=inside, other=0.0) * d, 0)
     numbers = maps + 2 * positions
     mean = tl.load(numbers + 4 * channels)
@@ -277,6 +280,24 @@ def row_backward_kernel(features, grad_map, stats, grad, row, channels, position
         sign = tl.where(x > 0, by_g, tl.where(x < 0, -by_g, 0.0))
         g = (w / tau) * e * (d - rho) + sign
         tl.store(grad + n * g_n + tl.cast(c, tl.int64) * g_c + p, g.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def center_kernel(grad_map, stats, centered, row, positions, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """centered = D - sum_i A_i D_i. One program a sample."""
+    n = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, positions, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < positions
+        a = tl.load(stats + n * row + p, mask=inside, other=0.0)
+        total += a * tl.load(grad_map + n * positions + p, mask=inside, other=0.0)
+    mean = tl.sum(total, 0)
+    for start in range(0, positions, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < positions
+        d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0)
+        tl.store(centered + n * positions + p, d - mean, mask=inside)
 
 
 @triton.jit

@@ -49,10 +49,9 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
         # `classes` is the smallest power of two that leaves it without a spill. More of them would repeat what is done
         # once a pixel. Up to eight, a warp has its pixels to itself and exchanges sums by shuffles.
         vector = max(1, 16 // itemsize)
-        most = 8 if vector <= 4 else 5  # classes a lane can hold
-        if vector > 4 and num_classes <= 6 and not with_ce:
-            most = 6
-        classes = next_power_of_2(-(-num_classes // most))
+        classes = 1
+        while -(-num_classes // classes) > _most_held(num_classes, classes, vector, with_ce):
+            classes *= 2
         if classes <= 8:
             config = Config(pixels=32 * vector // classes, classes=classes, warps=1, resident=True)
         else:
@@ -67,6 +66,15 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
         config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
     pixels = max(16 if pixels_adjacent else 1, min(config.pixels, next_power_of_2(inner)))
     return Config(pixels, config.classes, config.warps, config.resident, config.unroll)
+
+
+def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> int:
+    """Classes that a lane can hold of `vector` pixels each (tests/test_triton_aot.py prints the registers)."""
+    if vector <= 4:
+        return 8
+    if classes == 1:
+        return 4 if with_ce else 6
+    return 4 if with_ce else 5
 
 
 def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
@@ -177,7 +185,8 @@ def forward(
             CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
             CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident,
             WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
-            NEEDS_GRAD=needs_grad, FAST=fast(loss), **flags)  # fmt: skip
+            NEEDS_GRAD=needs_grad, FAST=fast(loss), 
+            NEAR=loss.dtype == student.dtype == torch.float32, **flags)  # fmt: skip
         block = min(4096, max(16, next_power_of_2(programs)))
         launch(
             kernels.finish_kernel, 1, 8 if block > 512 else 1,

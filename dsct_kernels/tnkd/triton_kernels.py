@@ -92,7 +92,7 @@ def _weighted(weight, part):
 
 @triton.jit
 def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
-           mean_factor, WITH_CE: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+           mean_factor, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
     top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
@@ -125,15 +125,15 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
     rare = tl.where(less_t == 0, 0.0, less_t * (tl.maximum(-v_s, 0.0) + v_t))
     far = more_t * tl.maximum(v_s, 0.0) + rare
-    if tl.float64 == ACC:
-        tckd = far + tl.log((1.0 + e_s) * more_t)
-    else:
+    if NEAR:
         delta = v_s - v_t
         near = tl.abs(delta) < 1.0
         x = less_t * (delta + delta * delta * _expm1_tail(delta))
         one_more = 1.0 + x
         lost = (x - (one_more - 1.0)) * _reciprocal(one_more, FAST)
         tckd = _log(tl.where(near, one_more, (1.0 + e_s) * more_t), ACC) + tl.where(near, lost - less_t * delta, far)
+    else:
+        tckd = far + _log((1.0 + e_s) * more_t, ACC)
     gap = side_s - less_t
     gap *= side  # b^S - b^T
     by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
@@ -243,7 +243,7 @@ def tnkd_kernel(
     UNROLL: tl.constexpr, RESIDENT: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr,
     NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FOLD: tl.constexpr, COUNTS: tl.constexpr,
-    FAST: tl.constexpr, ACC: tl.constexpr,
+    FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of PIXELS pixels. WHOLE: every pixel of every tile exists, and no access needs a mask for it.
 
@@ -429,7 +429,7 @@ def tnkd_kernel(
     if RESIDENT:
         ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         if NEEDS_GRAD:
             # 0, but the compiler cannot know: else it keeps a predicate for each logit since the first comparison,
             # packed into registers, which took a third of all instructions
@@ -452,7 +452,7 @@ def tnkd_kernel(
         # ---- second walk: the same tiles, from cache
         _, _, _, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, y_s * 0.0, tau, over_tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, WITH_CE, FAST, ACC)  # fmt: skip
+            ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         for start in range(0, num_classes, span):
             s_new = ()
             t_new = ()
@@ -480,7 +480,7 @@ def tnkd_kernel(
             g_at += UNROLL * g_step
         ce, tckd, nckd, _, _, _, _ = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
 
     # ---- sums of this block, each pixel once; an ignored pixel's NaN is dropped by selection, never by multiplication
     tckd = tl.where(valid, tckd, 0.0) * (tau * tau)

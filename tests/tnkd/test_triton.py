@@ -119,11 +119,11 @@ def test_float16_keeps_the_normaliser_out_of_the_gradient(device):
     target[0, 0] = 255
     arguments = (teacher, target, None, 0.3, 1.0, 2.0, 2.0, 255)
     mean, total = (triton.forward(student, *arguments, r, True, True) for r in (1, 2))
-    assert torch.equal(mean[2], total[2]) and total[3] == 1
-    torch.testing.assert_close(mean[3], torch.tensor(1 / 25, device=device))
+    assert mean[3] == 1 / 16 and total[3] == 1  # 25 pixels count: divided by a power of two, nothing rounds twice
+    torch.testing.assert_close(mean[2].float() * 25 / 16, total[2].float(), rtol=2e-3, atol=1e-6)
     folded = triton.forward(student.float(), *arguments, 1, True, True)
     assert folded[3] == 1
-    torch.testing.assert_close(mean[2].float() * mean[3], folded[2], rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(mean[2].float() * mean[3], folded[2], rtol=1e-3, atol=1e-6)
 
 
 def test_strides_that_do_not_merge(device):
