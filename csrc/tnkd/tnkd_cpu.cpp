@@ -78,14 +78,15 @@ void check(const Tensor& student, const Tensor& teacher, const std::optional<Ten
   if (sizes.size() > kMaxPixelDims + 1) fail("student_logits: too many dimensions: " + shape(sizes));
   if (sizes[1] > (int64_t(1) << 24)) fail("student_logits: more than 2^24 classes: " + shape(sizes));
   const auto other = teacher.sizes();
-  if (shape(other) != shape(sizes))
+  if (!std::equal(sizes.begin(), sizes.end(), other.begin(), other.end()))
     fail("teacher_logits: expected the shape of student_logits, " + shape(sizes) + ", got " + shape(other));
   if (!teacher.is_cpu()) fail("teacher_logits: expected the device of student_logits, cpu");
   if (target.has_value()) {
     std::vector<int64_t> expected(sizes.begin(), sizes.end());
     expected.erase(expected.begin() + 1);
-    if (shape(target->sizes()) != shape(expected))
-      fail("target: expected shape " + shape(expected) + ", got " + shape(target->sizes()));
+    const auto labels = target->sizes();
+    if (!std::equal(expected.begin(), expected.end(), labels.begin(), labels.end()))
+      fail("target: expected shape " + shape(expected) + ", got " + shape(labels));
     if (!target->is_cpu()) fail("target: expected the device of student_logits, cpu");
   }
   if (class_weight.has_value()) {
@@ -96,6 +97,38 @@ void check(const Tensor& student, const Tensor& teacher, const std::optional<Ten
   }
   if (!(temperature > 0)) fail("temperature: expected a number > 0, got " + std::to_string(temperature));
   if (reduction < 0 || reduction > 2) fail("reduction: expected 0, 1 or 2, got " + std::to_string(reduction));
+}
+
+// A fresh tensor on the CPU straight from libtorch's C shim: going through the dispatcher by name, as new_empty does, takes
+// several times as long, and a small problem is all overhead.
+Tensor fresh(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  for (int64_t d = int64_t(sizes.size()) - 1, stride = 1; d >= 0; stride *= std::max<int64_t>(sizes[d--], 1))
+    strides[size_t(d)] = stride;
+  return fresh(sizes, strides, dtype);
+}
+
+// As empty_like: the strides of x where those are dense and do not overlap.
+Tensor fresh_like(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  std::vector<size_t> order;
+  for (size_t d = 0; d < sizes.size(); d++)
+    if (sizes[d] != 1) order.push_back(d);
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t dense = 1;
+  for (size_t d : order) {
+    if (strides[d] != dense || sizes[d] == 0) return torch::stable::empty_like(x);
+    dense *= sizes[d];
+  }
+  return fresh({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, x.scalar_type());
 }
 
 // Size and strides of the pixel dimensions, (N, *spatial), of every tensor that is walked.
@@ -262,12 +295,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
     map_sizes.push_back(student_logits.size(d));
     args.pixels *= map_sizes.back();
   }
-  using torch::stable::new_empty;
-  const Tensor loss = reduction == kNone ? new_empty(student_logits, map_sizes, acc)
-                                         : new_empty(student_logits, std::initializer_list<int64_t>{}, acc);
-  const Tensor parts = new_empty(student_logits, {3}, acc);
-  const Tensor grad_scale = new_empty(student_logits, std::initializer_list<int64_t>{}, acc);
-  const Tensor grad = needs_grad ? torch::stable::empty_like(student_logits) : new_empty(student_logits, {0});
+  const std::vector<int64_t> scalar;
+  const Tensor loss = fresh(reduction == kNone ? map_sizes : scalar, acc);
+  const Tensor parts = fresh({3}, acc);
+  const Tensor grad_scale = fresh(scalar, acc);
+  const Tensor grad = needs_grad ? fresh_like(student_logits) : fresh({0}, student_logits.scalar_type());
   if (needs_grad) {
     args.grad = view(grad, student_type);
     const int64_t bytes = grad.numel() * int64_t(grad.element_size());

@@ -576,44 +576,51 @@ DSCT_INLINE void write(const TnkdArgs& args, const Scratch<A>& s, int v0, int n)
 // --- labels ---
 
 template <class A, class T>
-DSCT_INLINE bool load_labels_as(const TnkdArgs& args, const Offsets& at, int n, typename A::S* label) {
+DSCT_INLINE void load_labels_as(const TnkdArgs& args, const Offsets& at, int n, typename A::S* label) {
+  typedef typename A::S S;
   const T* p = static_cast<const T*>(args.target);
-  // An ignore_index that T cannot hold is never met.
-  const bool has_ignore = args.has_ignore && int64_t(T(args.ignore_index)) == args.ignore_index;
-  const T ignore = has_ignore ? T(args.ignore_index) : T(0);
-  bool any = false;
-  const auto take = [&](int i, T y) {
-    const bool ignored = has_ignore & (y == ignore);
-    any |= !ignored;
-    label[i] = ignored ? typename A::S(-1) : typename A::S(y);
-  };
   if (!at.uniform)
-    for (int i = 0; i < n; i++) take(i, p[at.each[i]]);
+    for (int i = 0; i < n; i++) label[i] = S(p[at.each[i]]);
   else if (at.stride != 1)
-    for (int i = 0; i < n; i++) take(i, p[at.base + i * at.stride]);
+    for (int i = 0; i < n; i++) label[i] = S(p[at.base + i * at.stride]);
   else if (n == kMaxBlock)
-    for (int i = 0; i < kMaxBlock; i++) take(i, p[at.base + i]);  // vectorises
+    for (int i = 0; i < kMaxBlock; i++) label[i] = S(p[at.base + i]);  // vectorises
   else
-    for (int i = 0; i < n; i++) take(i, p[at.base + i]);
-  return any;
+    for (int i = 0; i < n; i++) label[i] = S(p[at.base + i]);
 }
 
-// Labels as numbers of the accumulation type (exact up to 2^24 classes); returns whether any pixel is valid.
+// Labels as numbers of the accumulation type, -1 where ignored and past the end; returns whether any pixel is valid.
+// Every label is in [0, 2^24) or the ignore_index, by the count beforehand, so that no rounding makes two of them equal.
 template <class A>
 bool load_labels(const TnkdArgs& args, const Offsets& at, int n, typename A::S* label) {
+  typedef typename A::S S;
+  typedef typename A::V V;
   switch (args.target_type) {
     case LabelType::kU8:
-      return load_labels_as<A, uint8_t>(args, at, n, label);
+      load_labels_as<A, uint8_t>(args, at, n, label);
+      break;
     case LabelType::kI8:
-      return load_labels_as<A, int8_t>(args, at, n, label);
+      load_labels_as<A, int8_t>(args, at, n, label);
+      break;
     case LabelType::kI16:
-      return load_labels_as<A, int16_t>(args, at, n, label);
+      load_labels_as<A, int16_t>(args, at, n, label);
+      break;
     case LabelType::kI32:
-      return load_labels_as<A, int32_t>(args, at, n, label);
+      load_labels_as<A, int32_t>(args, at, n, label);
+      break;
     case LabelType::kI64:
-      return load_labels_as<A, int64_t>(args, at, n, label);
+      load_labels_as<A, int64_t>(args, at, n, label);
+      break;
   }
-  return false;
+  for (int i = n; i < kMaxBlock; i++) label[i] = S(-1);
+  bool any = false;
+  for (int i = 0; i < kMaxBlock; i += A::N) {
+    V y = A::load(label + i);
+    if (args.has_ignore) y = A::select(A::eq(y, A::set1(S(args.ignore_index))), A::set1(-1), y);
+    A::store(label + i, y);
+    any |= A::any(A::le(A::set1(0), y));
+  }
+  return any;
 }
 
 // --- blocks ---
@@ -670,11 +677,11 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block
   typedef typename A::S S;
   constexpr int kGroup = Scratch<A>::kGroup;
   bool any = true;
-  for (int i = args.target != nullptr ? n : 0; i < kMaxBlock; i++) s.label[i] = S(-1);
   if (args.target != nullptr) {
     any = load_labels<A>(args, s.at_target, n, s.label);
     if (any) read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
   } else {
+    for (int i = 0; i < kMaxBlock; i++) s.label[i] = S(-1);
     read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
     label_by_teacher<A>(n, args.classes, s.teacher, s.label, s.max_t, s.target_t);
   }
