@@ -522,7 +522,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) add_maps(const __grid_constan
   const int64_t n = index / partial.positions, i = index - n * partial.positions;
   if (n >= net.f.samples) return;
   A a = 0, b = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int k = 0; k < partial.shares; ++k) {
     a += partial.at(n, k)[i];
     b += partial.at(n, k)[partial.positions + i];

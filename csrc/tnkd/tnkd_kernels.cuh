@@ -1081,9 +1081,10 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
     while (plan.groups_log2 < 5 && (10 << plan.groups_log2) < k) ++plan.groups_log2;
     plan.classes_per_thread = smallest_count(StagedClasses(), k, 1 << plan.groups_log2);
     if (plan.classes_per_thread == 0) return any;
-    // One pixel for each group of threads; fewer where memory would not hold two tiles of each network.
-    for (plan.threads = plan.groups_log2 >= 3 ? staged_threads(plan.classes_per_thread) : 256; plan.threads >= 128;
-         plan.threads /= 2) {
+    // One pixel for each group of threads; fewer where memory would not hold two tiles of each network, but 16 bytes.
+    plan.threads = plan.groups_log2 >= 3 ? staged_threads(plan.classes_per_thread) : 256;
+    for (;; plan.threads /= 2) {
+      if (plan.threads >> plan.groups_log2 < vector) return any;
       plan.pixels_log2 = 0;
       while ((2 << plan.pixels_log2) <= plan.threads >> plan.groups_log2) ++plan.pixels_log2;
       plan.tile_bytes = static_cast<int>(ceil_div(k * ((1 << plan.pixels_log2) + vector) * bytes, 16)) * 16;
@@ -1096,7 +1097,7 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
   plan.tiles = plan.tiles_per_image * images;
   // Enough blocks to fill the chip and to even out the end, few enough to make their fixed cost small.
   plan.blocks = std::min<int64_t>(plan.tiles, device.multiprocessors * 8);
-  return plan.tiles <= kMaxTiles && plan.shared <= static_cast<size_t>(device.shared_bytes) ? plan : any;
+  return plan.tiles <= kMaxTiles ? plan : any;
 }
 
 // 16 bytes for the ticket, then counts, weights and partials.

@@ -48,6 +48,7 @@ class TnkdCase:
     temperature: float = 2.0
     scale: float = 2.0
     needs_grad: bool = True
+    shared_bytes: int = 232_448  # the most that a block of this device may have: sm_90's
     logits: Any = None  # (student, teacher, target) -> None, edits them in place
     why: str = ""
 
@@ -86,7 +87,7 @@ class TnkdCase:
         )
         outputs |= {"grad": torch.empty_like(student)} if self.needs_grad else {}
         numbers = {"ce_weight": ce, "tckd_weight": tckd, "nckd_weight": nckd, "temperature": temperature,
-                   "reduction": reduction, "with_ce": with_ce}  # fmt: skip
+                   "reduction": reduction, "with_ce": with_ce, "shared_bytes": self.shared_bytes}  # fmt: skip
         numbers |= {} if ignore_index is None else {"ignore_index": ignore_index}
         return Case("tnkd", tensors, outputs, numbers)
 
@@ -189,6 +190,9 @@ TNKD = [
     TnkdCase(STAGED, (1, 19, 4, 8), torch.float16, label=None, reduction=0),
     *(TnkdCase(STAGED, (1, k, 2, 3), why="the most classes that are staged") for k in (700, 1024)),
     TnkdCase(ANY, (1, 1025, 2, 3), why="and one more"),
+    *(TnkdCase(kernel, (1, k, 4, 6), dtype, layout=layout, shared_bytes=101_376, why="a GPU with less shared memory")
+      for kernel, k, dtype in ((STAGED, 600, torch.bfloat16), (STAGED, 700, torch.float32), (ANY, 1024, torch.bfloat16))
+      for layout in ("contiguous", "channels_last")),
     *(TnkdCase(STAGED, (2, k, 7, 9), dtype, layout="channels_last", reduction=r, weighted=True)
       for k, r in ((2, 0), (6, 1), (16, 1), (19, 2)) for dtype in DTYPES),
     TnkdCase(STAGED, (2, 150, 3, 24), layout="channels_last", temperature=3.0),

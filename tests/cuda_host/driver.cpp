@@ -95,7 +95,11 @@ struct Case {
   }
 };
 
-Device device_of(const Case& c) { return {static_cast<int>(c.numbers.at("multiprocessors")), 227 * 1024}; }
+Device device_of(const Case& c) {
+  const auto shared = c.numbers.find("shared_bytes");
+  return {static_cast<int>(c.numbers.at("multiprocessors")),
+          shared == c.numbers.end() ? 232448 : static_cast<int>(shared->second)};
+}
 
 #ifndef WITHOUT_TNKD
 void run_tnkd(const Case& c) {
