@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor&
   comparison.norm = reduction == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
   comparison.loss = none ? nullptr : data_of<A>(loss);
   cuda::cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, channel_temperature,
-                 spatial_temperature, needs_grad ? data_of<SA>(grad_map) : nullptr, stream);
+                 spatial_temperature, needs_grad ? data_of<SA>(grad_map) : nullptr, device, stream);
   return {loss, grad_map, s_run.stats};
 }
 
@@ -85,7 +85,7 @@ template <typename A>
 Tensor run_map(const Tensor& features, const Features& f, const Tensor& map, double channel_temperature,
                double spatial_temperature, const cuda::Device& device, cudaStream_t stream) {
   const Prepared<A> run(features, f, data_of<A>(map), device);
-  cuda::maps_run(&run.network, 1, run.plan.layout, channel_temperature, spatial_temperature, nullptr, stream);
+  cuda::maps_run(&run.network, 1, run.plan.layout, channel_temperature, spatial_temperature, nullptr, device, stream);
   return run.stats;
 }
 
@@ -97,7 +97,7 @@ Tensor run_backward(const Tensor& features, const Tensor& grad_map, const Tensor
   const CafdPlan plan = cuda::cafd_plan(f, &out, device);
   const Tensor workspace = make_empty(features, {cuda::backward_workspace(f, plan)}, scalar_type<A>());
   cuda::backward_run<A>(f, out, plan, channel_temperature, spatial_temperature, data_of<A>(stats), data_of<A>(grad_map),
-                        data_of<A>(workspace), stream);
+                        data_of<A>(workspace), device, stream);
   return grad;
 }
 

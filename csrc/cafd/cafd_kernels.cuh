@@ -229,6 +229,7 @@ DSCT_DEVICE const Network<A>& network_of(const Networks<A>& networks, int64_t fi
 template <typename Row>
 __global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
     row_stats(const __grid_constant__ Networks<typename Row::Acc> nets) {
+  release_next();
   using A = typename Row::Acc;
   constexpr int kBatch = 4;  // loads in flight a thread
   DSCT_SHARED(shared);
@@ -311,6 +312,7 @@ DSCT_DEVICE const T* column_at(const Features& f, const ColumnPlace& place, int6
 
 template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 2) column_stats(const __grid_constant__ Networks<float> nets) {
+  release_next();
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
   RowSums<float>* rows = reinterpret_cast<RowSums<float>*>(shared);  // [rows][lanes]
@@ -361,6 +363,8 @@ __global__ void __launch_bounds__(kCafdThreads, 2) column_stats(const __grid_con
 // One block per sample: joins the chunks, then r_c = g_c / mean g and w_c = softmax_c(r_c / channel_temperature).
 template <typename A>
 __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_constant__ Networks<A> nets) {
+  release_next();
+  wait_for_previous();
   DSCT_SHARED(shared);
   A* scratch = reinterpret_cast<A*>(shared);
   int64_t n;
@@ -413,6 +417,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
 template <typename Row>
 __global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
     row_maps(const __grid_constant__ Networks<typename Row::Acc> nets) {
+  release_next();
+  wait_for_previous();
   using A = typename Row::Acc;
   constexpr int kBatch = 4;
   int64_t block;
@@ -457,6 +463,8 @@ __global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
 // Its channel tile is the share. lanes is at most a warp.
 template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 2) column_maps(const __grid_constant__ Networks<float> nets) {
+  release_next();
+  wait_for_previous();
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   int64_t block;
   const Network<float>& net = network_of(nets, nets.each[0].map_blocks, block);
@@ -513,6 +521,8 @@ DSCT_HOST_DEVICE int64_t add_blocks(const Network<A>& net) {
 
 template <typename A>
 __global__ void __launch_bounds__(kCafdThreads, 1) add_maps(const __grid_constant__ Networks<A> nets) {
+  release_next();
+  wait_for_previous();
   int64_t block;
   const Network<A>& net = network_of(nets, add_blocks(nets.each[0]), block);
   const PartialMaps<A>& partial = net.maps;
@@ -569,6 +579,7 @@ struct Comparison {
 template <typename A, typename SA, typename TA>
 __global__ void __launch_bounds__(1024, 1)
     compare_maps(Comparison<A> in, Stats<SA> student, Stats<TA> teacher, SA* grad_map) {
+  wait_for_previous();
   DSCT_SHARED(shared);
   A* scratch = reinterpret_cast<A*>(shared);
   const int64_t n = blockIdx.x;
@@ -651,6 +662,7 @@ __global__ void __launch_bounds__(1024, 1)
 // Per sample: sum_i A_i D_i = sum_c w_c rho_c, sum_i B_i D_i = sum_c w_c r_c rho_c, sum_c w_c r_c.
 template <typename A>
 __global__ void __launch_bounds__(1024, 1) map_products(Stats<A> stats, const A* grad_map, A* products) {
+  release_next();
   DSCT_SHARED(shared);
   const int64_t n = blockIdx.x;
   A sums[3] = {0, 0, 0};
@@ -696,10 +708,11 @@ DSCT_DEVICE A feature_grad(const ChannelGrad<A>& c, A x, A d, A scale2) {
 }
 
 // kHeld packs a thread hold the row between the two passes; 0: any length, read again from cache.
+// Blocks that a multiprocessor should hold at once; the packs in registers set the limit.
+constexpr int row_blocks(int held) { return held > 8 ? 1 : held > 4 ? 2 : 3; }
+
 template <typename Row, int kHeld>
-__global__ void __launch_bounds__(kCafdThreads, kHeld > 8   ? 2
-                                                : kHeld > 4 ? 3
-                                                            : 4)
+__global__ void __launch_bounds__(kCafdThreads, row_blocks(kHeld))
     row_backward(Features f, Features out, int row_warps, typename Row::Acc scale, typename Row::Acc channel_scale,
                  Stats<typename Row::Acc> stats, const typename Row::Acc* grad_map, const typename Row::Acc* products) {
   using A = typename Row::Acc;
@@ -734,6 +747,7 @@ __global__ void __launch_bounds__(kCafdThreads, kHeld > 8   ? 2
   } else {
     for (int64_t i = start; i < count; i += row_threads) add(Row::load(f, row, i), i);
   }
+  wait_for_previous();  // only the products come from the launch before
   rho = warp_sum(rho);
   if (threadIdx.x % kWarp == 0) warps[warp] = rho;
   __syncthreads();
@@ -763,6 +777,8 @@ __global__ void __launch_bounds__(kCafdThreads, kHeld > 8   ? 2
 template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 1)
     column_rho(Features f, Columns grid, float scale2, Stats<float> stats, const float* grad_map, float* partial) {
+  release_next();
+  wait_for_previous();
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
   float* rows = reinterpret_cast<float*>(shared);
@@ -807,6 +823,7 @@ template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 1)
     column_backward(Features f, Features out, Columns grid, float scale, float channel_scale, Stats<float> stats,
                     const float* grad_map, const float* products, const float* partial) {
+  wait_for_previous();
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   const ColumnPlace place = place_of<kSize>(f, grid, blockIdx.x);
   if (!place.inside) return;
@@ -942,7 +959,7 @@ Network<A> network(const Features& f, const CafdPlan& plan, A* stats, A* map, A*
 // Statistics and maps of `count` networks, 1 or 2, that share dtype and layout: four launches.
 template <typename A>
 void maps_run(const Network<A>* each, int count, Layout layout, double channel_temperature, double spatial_temperature,
-              unsigned* ticket, cudaStream_t stream) {
+              unsigned* ticket, const Device& device, cudaStream_t stream) {
   Networks<A> nets{};
   nets.ticket = ticket;
   nets.scale2 = static_cast<A>(1.4426950408889634074 / spatial_temperature);
@@ -956,9 +973,9 @@ void maps_run(const Network<A>* each, int count, Layout layout, double channel_t
   if (samples == 0) return;
   auto go = [&](auto stats_kernel, auto maps_kernel, size_t shared) {
     launch("cafd", stats_kernel, stats_blocks, kCafdThreads, shared, stream, nets);
-    launch("cafd", channel_weights<A>, samples, kCafdThreads, kWarp * sizeof(A), stream, nets);
-    launch("cafd", maps_kernel, map_blocks, kCafdThreads, 0, stream, nets);
-    launch("cafd", add_maps<A>, add, kCafdThreads, 0, stream, nets);
+    launch_early("cafd", device, channel_weights<A>, samples, kCafdThreads, kWarp * sizeof(A), stream, nets);
+    launch_early("cafd", device, maps_kernel, map_blocks, kCafdThreads, 0, stream, nets);
+    launch_early("cafd", device, add_maps<A>, add, kCafdThreads, 0, stream, nets);
   };
   const size_t row_shared = kCafdWarps * sizeof(RowSums<A>);
   if (layout == Layout::kAny) return go(row_stats<Anywhere<A>>, row_maps<Anywhere<A>>, row_shared);
@@ -988,7 +1005,7 @@ __global__ void no_samples(A* loss) {
 template <typename A, typename SA, typename TA>
 void cafd_run(const Comparison<A>& comparison, const Network<SA>& student, const CafdPlan& student_plan,
               const Network<TA>& teacher, const CafdPlan& teacher_plan, double channel_temperature,
-              double spatial_temperature, SA* grad_map, cudaStream_t stream) {
+              double spatial_temperature, SA* grad_map, const Device& device, cudaStream_t stream) {
   if (comparison.samples == 0) {
     if (comparison.loss != nullptr) launch("cafd", no_samples<A>, 1, 1, 0, stream, comparison.loss);
     return;
@@ -998,17 +1015,20 @@ void cafd_run(const Comparison<A>& comparison, const Network<SA>& student, const
   if constexpr (std::is_same_v<SA, TA>) {
     if (together) {
       const Network<SA> both[2] = {student, teacher};
-      maps_run(both, 2, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, stream);
+      maps_run(both, 2, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, device,
+               stream);
     }
   } else {
     together = false;
   }
   if (!together) {
-    maps_run(&student, 1, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, stream);
-    maps_run(&teacher, 1, teacher_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, stream);
+    maps_run(&student, 1, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, device,
+             stream);
+    maps_run(&teacher, 1, teacher_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, device,
+             stream);
   }
-  launch("cafd", compare_maps<A, SA, TA>, comparison.samples, sample_threads(student.f.positions()),
-         2 * kWarp * sizeof(A), stream, comparison, student.stats, teacher.stats, grad_map);
+  launch_early("cafd", device, compare_maps<A, SA, TA>, comparison.samples, sample_threads(student.f.positions()),
+               2 * kWarp * sizeof(A), stream, comparison, student.stats, teacher.stats, grad_map);
 }
 
 inline int64_t backward_workspace(const Features& f, const CafdPlan& plan) {
@@ -1017,7 +1037,8 @@ inline int64_t backward_workspace(const Features& f, const CafdPlan& plan) {
 
 template <typename A>
 void backward_run(const Features& f, const Features& out, const CafdPlan& plan, double channel_temperature,
-                  double spatial_temperature, A* stats_base, const A* grad_map, A* workspace, cudaStream_t stream) {
+                  double spatial_temperature, A* stats_base, const A* grad_map, A* workspace, const Device& device,
+                  cudaStream_t stream) {
   if (f.samples == 0) return;
   const A scale = static_cast<A>(1 / spatial_temperature), channel_scale = static_cast<A>(1 / channel_temperature);
   const Stats<A> stats = {stats_base, f.channels, f.positions()};
@@ -1025,8 +1046,8 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
   launch("cafd backward", map_products<A>, f.samples, sample_threads(f.positions()), 3 * kWarp * sizeof(A), stream,
          stats, grad_map, products);
   auto rows = [&](auto kernel) {
-    launch("cafd backward", kernel, plan.row_blocks, kCafdThreads, kCafdWarps * sizeof(A), stream, f, out,
-           plan.row_warps, scale, channel_scale, stats, grad_map, products);
+    launch_early("cafd backward", device, kernel, plan.row_blocks, kCafdThreads, kCafdWarps * sizeof(A), stream, f, out,
+                 plan.row_warps, scale, channel_scale, stats, grad_map, products);
   };
   if (plan.layout == Layout::kAny) return rows(row_backward<Anywhere<A>, 0>);
   if constexpr (std::is_same_v<A, float>) {
@@ -1046,10 +1067,10 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
       }
       float* partial = workspace + 3 * f.samples;
       const float scale2 = scale * 1.4426950408889634f;
-      launch("cafd backward", column_rho<T>, plan.column_blocks, kCafdThreads, kCafdThreads * sizeof(float), stream, f,
-             plan.columns, scale2, stats, grad_map, partial);
-      launch("cafd backward", column_backward<T>, plan.column_blocks, kCafdThreads, 0, stream, f, out, plan.columns,
-             scale, channel_scale, stats, grad_map, products, partial);
+      launch_early("cafd backward", device, column_rho<T>, plan.column_blocks, kCafdThreads,
+                   kCafdThreads * sizeof(float), stream, f, plan.columns, scale2, stats, grad_map, partial);
+      launch_early("cafd backward", device, column_backward<T>, plan.column_blocks, kCafdThreads, 0, stream, f, out,
+                   plan.columns, scale, channel_scale, stats, grad_map, products, partial);
     };
     switch (f.dtype) {
       case Dtype::kFloat32:

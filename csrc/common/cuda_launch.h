@@ -29,6 +29,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 struct Device {
   int multiprocessors = 1;
   int shared_bytes = 48 * 1024;  // the most dynamic shared memory one block may ask for
+  bool overlap = false;          // programmatic dependent launch: see launch_early
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,16 +42,34 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
+#ifdef __CUDACC__
+
+// Whether this build has machine code, not only PTX of an older architecture, for a device of this compute capability.
+constexpr bool built_for(int major, int minor) {
+  constexpr int kArchs[] = {__CUDA_ARCH_LIST__};
+  for (int arch : kArchs) {
+    if (arch / 100 == major && arch / 10 % 10 <= minor) return true;
+  }
+  return false;
+}
+
 inline Device device_of(int index) {
+  auto attribute = [&](cudaDeviceAttr what) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, what, index), "device query");
+    return value;
+  };
   Device device;
-  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index), "device query");
-  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "device query");
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  device.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor), minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  device.overlap = major >= 9 && built_for(major, minor);
   return device;
 }
 
 template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-            cudaStream_t stream, Args... args) {
+void launch_kernel(const char* name, bool early, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+                   cudaStream_t stream, const Args&... args) {
   if (blocks == 0) return;
   if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument(std::string(name) + ": the tensor needs " + std::to_string(blocks) +
@@ -61,9 +80,35 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int thr
                                static_cast<int>(shared)),
           name);
   }
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, stream>>>(args...);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
   check(cudaGetLastError(), name);
 }
+
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+            cudaStream_t stream, const Args&... args) {
+  launch_kernel(name, false, kernel, blocks, threads, shared, stream, args...);
+}
+
+// For a kernel that calls wait_for_previous() before it touches what the launch before it wrote, and follows one of
+// ours that calls release_next(): its blocks start while that one ends, which hides the gap between two launches.
+template <typename... Params, typename... Args>
+void launch_early(const char* name, const Device& device, void (*kernel)(Params...), int64_t blocks, int threads,
+                  size_t shared, cudaStream_t stream, const Args&... args) {
+  launch_kernel(name, device.overlap, kernel, blocks, threads, shared, stream, args...);
+}
+
+#endif
 
 #endif
 

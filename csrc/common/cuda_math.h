@@ -17,6 +17,21 @@ using Half = c10::Half;
 
 enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+// ------------------------------------------------------------------------------------------------ launches that
+// overlap From here on the launch before this one is over and all that it wrote is there. Nothing to do in a launch in
+// order.
+DSCT_DEVICE void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The launch after this one may start its blocks as soon as all of this one's have come here.
+DSCT_DEVICE void release_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------- 16-byte packs
 template <typename T>
 struct alignas(16) Pack {

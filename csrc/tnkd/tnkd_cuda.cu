@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
   const cuda::TnkdPlan plan = cuda::tnkd_plan(args, device);
   const Tensor workspace = make_empty(student_logits, {cuda::tnkd_workspace_bytes(plan)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
-  cuda::tnkd_run(args, plan, stream);
+  cuda::tnkd_run(args, plan, device, stream);
   return {loss, parts, grad, grad_scale};
 }
 

@@ -274,6 +274,7 @@ template <typename A>
 __global__ void __launch_bounds__(kCountThreads, 1)
     count_pixels(Labels labels, Space space, PixelStride stride, int64_t pixels, const A* class_weight, bool count,
                  Workspace work) {
+  release_next();
   DSCT_SHARED(shared);
   double sums[2] = {0, 0};
   if (count) {
@@ -551,6 +552,7 @@ __global__ void __launch_bounds__(128, 1)
       for (int v = 0; v < kPixels; ++v) y[v] = kIgnored;
     }
     if (work_tile == blockIdx.x) {  // once, while the first logits are under way
+      wait_for_previous();
       norms = norms_of(add_counts(work, scratch), result);
     }
     repeat<kPixels>([&](auto index) {
@@ -727,6 +729,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       }
     }
     if (work_tile == blockIdx.x) {
+      wait_for_previous();
       norms = norms_of(add_counts(work, scratch), result);
     }
     wait_for_copies();
@@ -882,6 +885,7 @@ __global__ void __launch_bounds__(128, 1)
     any_layout(AnyLayout<A> in, Labels labels, Terms<A> terms, Workspace work, Result<A> result) {
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
+  wait_for_previous();
   const Norms<A> norms = norms_of(add_counts(work, scratch), result);
   constexpr A kLog2E = A(1.4426950408889634074);
 
@@ -1138,7 +1142,7 @@ inline int64_t image_stride(const TnkdArgs& args, const Strides& strides) {
 
 template <typename T>
 void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                  cudaStream_t stream) {
+                  const Device& device, cudaStream_t stream) {
   Planes in;
   in.student = args.student, in.teacher = args.teacher, in.grad = args.grad;
   in.loss_map = static_cast<float*>(args.loss_map), in.class_weight = static_cast<const float*>(args.class_weight);
@@ -1152,14 +1156,15 @@ void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labe
   const bool free_ce = args.with_ce && args.temperature != 1 && args.temperature != 2;
   one_of(WholeClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    launch("tnkd", free_ce ? planes_whole<T, kClasses, true> : planes_whole<T, kClasses, false>, plan.blocks,
-           plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work, result_of<float>(args));
+    launch_early("tnkd", device, free_ce ? planes_whole<T, kClasses, true> : planes_whole<T, kClasses, false>,
+                 plan.blocks, plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work,
+                 result_of<float>(args));
   });
 }
 
 template <typename T>
 void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                   cudaStream_t stream) {
+                   const Device& device, cudaStream_t stream) {
   auto tensor = [&](const void* data, const Strides& strides) {
     return TileTensor{data, image_stride(args, strides), strides.klass, shape_of(args, strides) == Shape::kRows,
                       on_packs(args, data, strides, Pack<T>::kSize)};
@@ -1176,14 +1181,14 @@ void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& lab
   const bool free_ce = args.with_ce && args.temperature != 1 && args.temperature != 2;
   one_of(StagedClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    launch("tnkd", free_ce ? staged<T, kClasses, true> : staged<T, kClasses, false>, plan.blocks, plan.threads,
-           plan.shared, stream, in, labels, terms_of<float>(args), work, result_of<float>(args));
+    launch_early("tnkd", device, free_ce ? staged<T, kClasses, true> : staged<T, kClasses, false>, plan.blocks,
+                 plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work, result_of<float>(args));
   });
 }
 
 template <typename A>
 void launch_any(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                cudaStream_t stream) {
+                const Device& device, cudaStream_t stream) {
   AnyLayout<A> in;
   in.student = args.student, in.teacher = args.teacher, in.grad = args.grad;
   in.loss_map = args.loss_map, in.class_weight = static_cast<const A*>(args.class_weight);
@@ -1198,8 +1203,8 @@ void launch_any(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels
     in.grad_stride.at[d] = args.grad_strides.pixel[d];
     in.target_stride.at[d] = args.target_strides[d];
   }
-  launch("tnkd", any_layout<A>, plan.blocks, plan.threads, plan.shared, stream, in, labels, terms_of<A>(args), work,
-         result_of<A>(args));
+  launch_early("tnkd", device, any_layout<A>, plan.blocks, plan.threads, plan.shared, stream, in, labels,
+               terms_of<A>(args), work, result_of<A>(args));
 }
 
 inline Labels labels_of(const TnkdArgs& args) {
@@ -1216,7 +1221,7 @@ inline Labels labels_of(const TnkdArgs& args) {
 }
 
 // The whole op: two launches on `stream`, nothing else.
-inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, cudaStream_t stream) {
+inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& device, cudaStream_t stream) {
   const bool wide = args.student_dtype == Dtype::kFloat64 || args.teacher_dtype == Dtype::kFloat64;
   const Workspace work = workspace_of(args, plan);
   const Labels labels = labels_of(args);
@@ -1229,16 +1234,16 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, cudaStream_t st
   if (wide) {
     launch("tnkd", count_pixels<double>, plan.count_blocks, kCountThreads, shared, stream, labels, space, target_stride,
            args.pixels, static_cast<const double*>(args.class_weight), count, work);
-    return launch_any<double>(plan, args, labels, work, stream);
+    return launch_any<double>(plan, args, labels, work, device, stream);
   }
   launch("tnkd", count_pixels<float>, plan.count_blocks, kCountThreads, shared, stream, labels, space, target_stride,
          args.pixels, static_cast<const float*>(args.class_weight), count, work);
   auto by_dtype = [&](auto type) {
     using T = decltype(type);
-    if (plan.kernel == Kernel::kWhole) return launch_whole<T>(plan, args, labels, work, stream);
-    return launch_staged<T>(plan, args, labels, work, stream);
+    if (plan.kernel == Kernel::kWhole) return launch_whole<T>(plan, args, labels, work, device, stream);
+    return launch_staged<T>(plan, args, labels, work, device, stream);
   };
-  if (plan.kernel == Kernel::kAny) return launch_any<float>(plan, args, labels, work, stream);
+  if (plan.kernel == Kernel::kAny) return launch_any<float>(plan, args, labels, work, device, stream);
   switch (args.student_dtype) {
     case Dtype::kFloat32:
       return by_dtype(float());

@@ -97,8 +97,10 @@ struct Case {
 
 Device device_of(const Case& c) {
   const auto shared = c.numbers.find("shared_bytes");
-  return {static_cast<int>(c.numbers.at("multiprocessors")),
-          shared == c.numbers.end() ? 232448 : static_cast<int>(shared->second)};
+  Device device;
+  device.multiprocessors = static_cast<int>(c.numbers.at("multiprocessors"));
+  device.shared_bytes = shared == c.numbers.end() ? 232448 : static_cast<int>(shared->second);
+  return device;
 }
 
 #ifndef WITHOUT_TNKD
@@ -129,7 +131,7 @@ void run_tnkd(const Case& c) {
   const TnkdPlan plan = tnkd_plan(args, device_of(c));
   Buffer workspace(tnkd_workspace_bytes(plan));
   args.workspace = workspace.data;
-  tnkd_run(args, plan, nullptr);
+  tnkd_run(args, plan, device_of(c), nullptr);
   std::cout << kernel_name(plan.kernel) << "\n";
   for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
 }
@@ -172,7 +174,7 @@ void run_backward(const Case& c, const std::string& name, const Buffer& stats, c
   Buffer workspace(backward_workspace(f, plan) * sizeof(A));
   backward_run<A>(f, out, plan, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
                   static_cast<A*>(stats.data), static_cast<const A*>(grad_map), static_cast<A*>(workspace.data),
-                  nullptr);
+                  device_of(c), nullptr);
   std::cout << layout_name(plan.layout) << "\n";
   c.write("grad");
 }
@@ -198,7 +200,7 @@ void run_cafd(const Case& c) {
   comparison.loss = none ? nullptr : static_cast<A*>(c.data("loss"));
   comparison.ticket = static_cast<unsigned*>(ticket.data);
   cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, c.numbers.at("channel_temperature"),
-           c.numbers.at("spatial_temperature"), static_cast<SA*>(c.data("grad_map")), nullptr);
+           c.numbers.at("spatial_temperature"), static_cast<SA*>(c.data("grad_map")), device_of(c), nullptr);
   c.write("loss"), c.write("grad_map");
   run_backward<SA>(c, "student", s_run.stats, c.data("grad_map"));
 }
@@ -207,7 +209,7 @@ template <typename A>
 void run_attention_map(const Case& c) {
   const Prepared<A> run(c, "features", static_cast<A*>(c.data("map")));
   maps_run(&run.network, 1, run.plan.layout, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
-           nullptr, nullptr);
+           nullptr, device_of(c), nullptr);
   c.write("map");
   run_backward<A>(c, "features", run.stats, c.data("map_grad"));
 }

@@ -228,4 +228,10 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int thr
   ::shim::run(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, [&] { kernel(args...); });
 }
 
+template <typename Device, typename... Params, typename... Args>
+void launch_early(const char* name, const Device&, void (*kernel)(Params...), int64_t blocks, int threads,
+                  size_t shared, cudaStream_t stream, Args... args) {
+  launch(name, kernel, blocks, threads, shared, stream, args...);
+}
+
 }  // namespace dsct::cuda
