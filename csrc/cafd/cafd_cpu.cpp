@@ -26,8 +26,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kMinWork = 32 * 1024;  // elements below which another thread costs more than it does
-constexpr int64_t kMapChunk = 2048;      // positions of a map in one task; a multiple of every vector
+constexpr int64_t kMinWork = 32 * 1024;             // elements below which another thread costs more than it does
+constexpr int64_t kStreamBytes = int64_t(8) << 20;  // a gradient of this size has left the caches before it is used
+constexpr int64_t kMapChunk = 2048;                 // positions of a map in one task; a multiple of every vector
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -460,6 +461,7 @@ Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map
                grad.stride(2),          grad.stride(3)};
   advise_huge_pages(out.data, static_cast<size_t>(grad.numel()) * grad.element_size());
 
+  const bool stream = static_cast<int64_t>(grad.numel() * grad.element_size()) >= kStreamBytes;
   const int64_t count = positions(x), acc_size = static_cast<int64_t>(loops.acc_size);
   const int64_t map_bytes = loops.pitch(count) * acc_size;
   const int64_t part_bytes = 2 * x.C * static_cast<int64_t>(sizeof(double));
@@ -487,7 +489,7 @@ Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map
   };
   if (!by_positions) {
     per_block(0, x.N, [&](int64_t n, int64_t, int64_t from, int64_t to, void* scratch) {
-      loops.backward_rows(side, n, from, to, centred.get() + n * map_bytes, shared[static_cast<size_t>(n)], out,
+      loops.backward_rows(side, n, from, to, centred.get() + n * map_bytes, shared[static_cast<size_t>(n)], out, stream,
                           scratch);
     });
     return grad;
@@ -504,7 +506,7 @@ Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map
       loops.join_rho(side, parts.get() + (n - first) * blocks * part_bytes, blocks, rho.data() + (n - first) * x.C);
     per_block(first, samples, [&](int64_t n, int64_t, int64_t from, int64_t to, void* scratch) {
       loops.backward_positions(side, n, from, to, centred.get() + n * map_bytes, rho.data() + (n - first) * x.C,
-                               shared[static_cast<size_t>(n)], out, scratch);
+                               shared[static_cast<size_t>(n)], out, stream, scratch);
     });
   }
   return grad;

@@ -55,17 +55,17 @@ struct CafdLoops {
   void (*attend_positions)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, Ahead, void* scratch);
   void (*join_maps)(const Side&, int64_t n, int64_t begin, int64_t end, bool mixed, const void* parts, int64_t blocks);
 
-  // Backward. grad_map: D (H, W) of the sample. centred (H W): D less a constant.
+  // Backward. stream: write past the caches. grad_map: D (H, W) of the sample. centred (H W): D less a constant.
   void (*centre)(const Side&, int64_t n, const void* grad_map, int64_t stride_h, int64_t stride_w, void* centred,
                  Shared* shared);
   void (*backward_rows)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, const Shared&,
-                        const Features& out, void* scratch);
+                        const Features& out, bool stream, void* scratch);
   // Positions: rho takes a read of its own. part: double (2, C), not padded.
   void (*rho_positions)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, void* part,
                         void* scratch);
   void (*join_rho)(const Side&, const void* parts, int64_t blocks, double* rho);
   void (*backward_positions)(const Side&, int64_t n, int64_t begin, int64_t end, const void* centred, const double* rho,
-                             const Shared&, const Features& out, void* scratch);
+                             const Shared&, const Features& out, bool stream, void* scratch);
 };
 
 struct CafdKernels {

@@ -239,6 +239,11 @@ struct Loops {
     }
   }
 
+  static bool aligned(const T* p) { return reinterpret_cast<uintptr_t>(p) % (N * sizeof(T)) == 0; }
+  static Ahead between(const T* p, int64_t count) {
+    return {reinterpret_cast<const char*>(p), reinterpret_cast<const char*>(p + count)};
+  }
+
   // dF of one channel: k e (D - rho) + sign(F) dg. e is exp_row's, p the features (both still in L1 or L2).
   DSCT_INLINE V gradient(V v, V e, V d, V k, V rho, V dg) {
     const V along_sign = A::select(A::lt(v, V{}), -dg, dg);
@@ -246,7 +251,7 @@ struct Loops {
   }
 
   static void backward_rows(const Side& side, int64_t n, int64_t begin, int64_t end, const void* centred,
-                            const Shared& shared, const Features& out, void* scratch) {
+                            const Shared& shared, const Features& out, bool stream, void* scratch) {
     const int64_t count = side.x.H * side.x.W, padded = pitch(count);
     const S* d = static_cast<const S*>(centred);
     S* e = static_cast<S*>(scratch);
@@ -255,7 +260,7 @@ struct Loops {
     const Exponential exponential = Exponential::of(side);
     for (int64_t c = begin; c < end; c++) {
       const T* p = gather(side.x, n, c, copy);
-      Ahead ahead{nullptr, nullptr};
+      Ahead ahead = c + 1 < end && dense_rows(side.x) ? between(row(side.x, n, c + 1), count) : Ahead{nullptr, nullptr};
       // Both sums over the very same e: their rounding cancels where D is alike everywhere.
       const Sums sums = exp_row<true>(p, count, maximum(side, n)[c], exponential, ahead, e, d);
       const double rho_c = sums.ed / sums.e;
@@ -264,14 +269,20 @@ struct Loops {
       const bool direct = dense_rows(out);
       T* to = direct ? row(out, n, c) : out_copy;
       int64_t i = 0;
-      for (; i + N <= count; i += N)
-        A::store(to + i, gradient(A::load(p + i), A::load(e + i), A::load(d + i), k, rho, dg));
+      if (stream && direct && aligned(to)) {
+        for (; i + N <= count; i += N)
+          A::stream(to + i, gradient(A::load(p + i), A::load(e + i), A::load(d + i), k, rho, dg));
+      } else {
+        for (; i + N <= count; i += N)
+          A::store(to + i, gradient(A::load(p + i), A::load(e + i), A::load(d + i), k, rho, dg));
+      }
       if (i < count) {
         const int left = static_cast<int>(count - i);
         store_n<A>(to + i, gradient(load_n<A>(p + i, left), A::load(e + i), A::load(d + i), k, rho, dg), left);
       }
       if (!direct) scatter(out, n, c, to);
     }
+    if (stream) stream_fence();
   }
 
   // --- a sample's channels ---
@@ -570,7 +581,7 @@ struct Loops {
     }
   }
 
-  template <int positions>
+  template <int positions, bool stream>
   DSCT_INLINE void differentiate(const T* const* at, T* const* to, int64_t C, const Exponential& exponential,
                                  const S* d, const S* max, const S* k, const S* rho, const S* dg) {
     const T* p[positions];
@@ -587,7 +598,9 @@ struct Loops {
       for (int j = 0; j < positions; j++) {
         const V v = load_channels<whole>(p[j] + c, left);
         const V y = gradient(v, exponential(v, vm), vd[j], vk, vrho, vdg);
-        if (whole)
+        if (whole && stream)
+          A::stream(q[j] + c, y);
+        else if (whole)
           A::store(q[j] + c, y);
         else
           store_n<A>(q[j] + c, y, left);
@@ -596,7 +609,8 @@ struct Loops {
   }
 
   static void backward_positions(const Side& side, int64_t n, int64_t begin, int64_t end, const void* centred,
-                                 const double* rho_in, const Shared& shared, const Features& out, void* scratch) {
+                                 const double* rho_in, const Shared& shared, const Features& out, bool stream,
+                                 void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(scratch), *rho = max + padded, *k = rho + padded, *dg = k + padded;
     const T* const* at = locate(side.x, n, begin, end, dg + padded);
@@ -611,9 +625,16 @@ struct Loops {
     }
     const S* d = static_cast<const S*>(centred);
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4)
-      differentiate<4>(at + (i - begin), to + (i - begin), C, exponential, d + i, max, k, rho, dg);
-    for (; i < end; i++) differentiate<1>(at + (i - begin), to + (i - begin), C, exponential, d + i, max, k, rho, dg);
+    for (; i + 4 <= end; i += 4) {
+      const int64_t j = i - begin;
+      if (stream && aligned(to[j]) && aligned(to[j + 1]) && aligned(to[j + 2]) && aligned(to[j + 3]))
+        differentiate<4, true>(at + j, to + j, C, exponential, d + i, max, k, rho, dg);
+      else
+        differentiate<4, false>(at + j, to + j, C, exponential, d + i, max, k, rho, dg);
+    }
+    for (; i < end; i++)
+      differentiate<1, false>(at + (i - begin), to + (i - begin), C, exponential, d + i, max, k, rho, dg);
+    if (stream) stream_fence();
   }
 
   static constexpr CafdLoops table() {
