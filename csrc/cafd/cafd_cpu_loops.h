@@ -386,6 +386,12 @@ struct Loops {
     return at;
   }
 
+  // The bytes of positions [begin, end), if they lie in one piece.
+  static Ahead between(const T* const* at, int64_t begin, int64_t end, int64_t C) {
+    if (begin >= end || at[end - 1] - at[begin] != (end - 1 - begin) * C) return {nullptr, nullptr};
+    return between(at[begin], (end - begin) * C);
+  }
+
   static void moments_positions(const Side& side, int64_t n, int64_t begin, int64_t end, void* part, void* scratch) {
     const int64_t C = side.x.C, padded = pitch(C);
     S *max = static_cast<S*>(part), *total = max + padded;
@@ -427,13 +433,17 @@ struct Loops {
           A::store(block_size + c, A::load(block_size + c) + A::abs(v));
         });
       }
+      // Memory brings the next block while this one computes.
+      Ahead ahead = between(at, stop, stop + step < end - begin ? stop + step : end - begin, C);
       for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
         constexpr bool whole = decltype(flag)::whole;
         const V before = A::load(max + c), now = A::max(before, A::load(block_max + c));
         V acc[4] = {};  // short chains of additions: the sum of exp needs its digits
         int64_t j = start;
-        for (; j + 4 <= stop; j += 4)
+        for (; j + 4 <= stop; j += 4) {
+          fetch(ahead, 4 * N * static_cast<int64_t>(sizeof(T)));
           for (int k = 0; k < 4; k++) acc[k] = acc[k] + exponential(load_channels<whole>(at[j + k] + c, left), now);
+        }
         for (; j < stop; j++) acc[0] = acc[0] + exponential(load_channels<whole>(at[j] + c, left), now);
         A::store(total + c,
                  A::fma(A::load(total + c), exponential(before, now), (acc[0] + acc[1]) + (acc[2] + acc[3])));
@@ -521,7 +531,7 @@ struct Loops {
 
   template <int positions>
   DSCT_INLINE void add_rho(const T* const* at, int64_t C, const Exponential& exponential, const S* d, const S* max,
-                           S* sum_e, S* sum_ed) {
+                           S* sum_e, S* sum_ed, Ahead& ahead) {
     const T* p[positions];
     V along[positions];
     for (int k = 0; k < positions; k++) {
@@ -530,6 +540,7 @@ struct Loops {
     }
     for_channels(C, [&](int64_t c, int left, auto flag) __attribute__((always_inline)) {
       const V m = A::load(max + c);
+      fetch(ahead, positions * N * static_cast<int64_t>(sizeof(T)));
       V e[positions], ed[positions];
       for (int k = 0; k < positions; k++) {
         e[k] = exponential(load_channels<decltype(flag)::whole>(p[k] + c, left), m);
@@ -557,10 +568,11 @@ struct Loops {
     for (int64_t c = 0; c < 2 * C; c++) total_e[c] = 0;
     for (int64_t start = begin; start < end; start += kStep) {
       const int64_t stop = start + kStep < end ? start + kStep : end;
+      Ahead ahead = between(at, stop - begin, (stop + kStep < end ? stop + kStep : end) - begin, C);
       memset(sum_e, 0, static_cast<size_t>(2 * padded) * sizeof(S));
       int64_t i = start;
-      for (; i + 4 <= stop; i += 4) add_rho<4>(at + (i - begin), C, exponential, d + i, max, sum_e, sum_ed);
-      for (; i < stop; i++) add_rho<1>(at + (i - begin), C, exponential, d + i, max, sum_e, sum_ed);
+      for (; i + 4 <= stop; i += 4) add_rho<4>(at + (i - begin), C, exponential, d + i, max, sum_e, sum_ed, ahead);
+      for (; i < stop; i++) add_rho<1>(at + (i - begin), C, exponential, d + i, max, sum_e, sum_ed, ahead);
       for (int64_t c = 0; c < C; c++) {
         total_e[c] += sum_e[c];
         total_ed[c] += sum_ed[c];
