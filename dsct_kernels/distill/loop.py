@@ -26,6 +26,16 @@ from .config import Config, Loss, arm_loss, phase_folder
 PARTS = ("total", "ce", "tckd", "nckd", "cafd")
 
 
+def unwrapped(accelerator: Any, model: nn.Module) -> nn.Module:
+    """The model as it was before `prepare`. accelerate's own undoing of mixed precision takes the decorators of
+    transformers' forward with it, without which SegFormer hands its head no hidden states; so the class's forward is
+    put back instead."""
+    model = accelerator.unwrap_model(model)
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    return model
+
+
 class Interrupted(Exception):
     """Ctrl-C came and the checkpoint is written."""
 
@@ -194,7 +204,7 @@ class Run:
             if stop:
                 self.close()
                 raise Interrupted
-        return acc.unwrap_model(model, keep_fp32_wrapper=False).eval()
+        return unwrapped(acc, model).eval()
 
     def inputs(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8, both views of one NHWC buffer."""

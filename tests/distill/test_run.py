@@ -227,3 +227,10 @@ def test_ablation_goes_on_where_it_was_cut(tmp_path, capsys):
     assert ablate.main(command) == 0
     assert (tmp_path / "ablation/ablation.md").read_text() == table
     assert stamp == {p: p.stat().st_mtime_ns for p in stamp}
+
+
+def test_mixed_precision(tmp_path):
+    """In a process of its own, since accelerate keeps one precision per process. The teacher outlives its wrapper."""
+    command = [sys.executable, "-m", "dsct_kernels.distill", *TINY, "--precision=bf16", "--out", str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())) == {"teacher", "alone", "dsct"}
