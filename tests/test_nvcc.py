@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc")
 
 # As in setup.py.
-FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--prec-div=false"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
 
