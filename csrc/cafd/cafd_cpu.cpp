@@ -224,11 +224,14 @@ void attend(const std::vector<const Network*>& networks, const Done& done) {
   const Buffer parts[2] = {allocate(parts_bytes), allocate(steps.size() > 1 ? parts_bytes : 0)};
   for (size_t i = 0; i < steps.size(); i++) steps[i].parts = parts[i % 2].get();
 
+  int64_t work = 1;  // elements in a task
+  for (const Network* net : networks) work = std::max(work, net->elements() / net->blocks);
+
   for (size_t i = 0; i <= steps.size(); i++) {
     const Step* now = i > 0 ? &steps[i - 1] : nullptr;
     const Step* next = i < steps.size() ? &steps[i] : nullptr;
     const int64_t second = now ? now->count * now->blocks() : 0, first = next ? next->count * next->blocks() : 0;
-    parallel(std::max(first, second), kMinWork, [&](int64_t begin, int64_t end) {
+    parallel(std::max(first, second), work, [&](int64_t begin, int64_t end) {
       const Buffer scratch = allocate(scratch_bytes);
       for (int64_t t = begin; t < end; t++) {
         const Step::Task b = t < first ? next->task(t) : Step::Task{};
