@@ -7,4 +7,6 @@
 namespace dsct {
 const CafdKernels& cafd_kernels_avx2() { return DSCT_ISA::kernels; }
 }  // namespace dsct
+
+#include "../common/vec_end.h"
 #endif

@@ -624,8 +624,11 @@ DSCT_INLINE void stream2(T* p, typename A::V a, typename A::V b) {
   A::stream(p + A::N, b);
 }
 
-DSCT_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(p, 0, 2);  // into L2: it waits for one block of pixels
+DSCT_INLINE void prefetch_l1(const void* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+DSCT_INLINE void prefetch_l2(const void* p) {
+  __builtin_prefetch(p, 0, 2);
 }
 
 // Orders streaming stores before whatever follows; once, at the end of a chunk of work.

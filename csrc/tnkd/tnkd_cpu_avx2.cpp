@@ -4,4 +4,6 @@
 #include "../common/vec.h"
 //
 #include "tnkd_cpu_kernel.h"
+//
+#include "../common/vec_end.h"
 #endif

@@ -288,18 +288,23 @@ struct Ahead {
   const char* p;
   int64_t step;
   int lines;
+  bool near;  // into L1: few classes, and contiguous (rows 1 MiB apart would all want the same sets)
   DSCT_INLINE void ask(Ahead& a) {
-    for (int i = 0; i < a.lines; i++) prefetch(a.p + 64 * i);
+    if (a.near)
+      for (int i = 0; i < a.lines; i++) prefetch_l1(a.p + 64 * i);
+    else
+      for (int i = 0; i < a.lines; i++) prefetch_l2(a.p + 64 * i);
     a.p += a.step;
   }
 };
 template <class A>
-DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_t first_class) {
+DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_t classes, int64_t first_class) {
   const int64_t size = x.type == FloatType::kF64 ? 8 : x.type == FloatType::kF32 ? 4 : 2;
   const char* data = static_cast<const char*>(x.data);
-  if (!at.uniform || (at.stride != 1 && x.class_stride != 1)) return {data, 0, 0};
+  if (!at.uniform || (at.stride != 1 && x.class_stride != 1)) return {data, 0, 0, true};
   const int64_t step = (x.class_stride == 1 ? block : x.class_stride) * size;
-  return {data + (at.base + block * at.stride) * size + first_class * step, step, int(block * size / 64)};
+  return {data + (at.base + block * at.stride) * size + first_class * step, step, int(block * size / 64),
+          x.class_stride == 1 && classes <= 32};
 }
 
 template <class A, Ce mode>
@@ -316,8 +321,8 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
   const int shares = block / A::N;
   int share = int((shares - v * classes % shares) % shares);  // classes until the next one to ask for
   const int64_t first_asked = (v * classes + shares - 1) / shares;
-  Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, first_asked);
-  Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, first_asked);
+  Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, classes, first_asked);
+  Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, classes, first_asked);
   const V zero = A::set1(0), one = A::set1(1), infinity = A::set1(S(__builtin_inf()));
   const V to_exp2 = A::set1(S(log2e / args.temperature));
   const V label = A::load(scratch.label + lane);
