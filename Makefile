@@ -15,8 +15,9 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(VENV)/.built
 	$(RUN) -m dsct_kernels.distill --data synthetic
 
+# Two workers of one thread each: threads of two workers on two cores would only wait for each other.
 test: lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
