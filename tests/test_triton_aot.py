@@ -166,3 +166,16 @@ def test_the_report_sees_spills_and_narrow_loads():
     with recorded(tnkd) as launches:
         tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, 0.0, 1.0, 2.0, 2.0, None, 1, False, True)
     assert 4 in report("odd width", launches[0], 90).loads
+
+
+@compiled
+def test_float64_compiles():
+    """What only a float64 call reaches: the interpreter runs it, but does not type it."""
+    for launch in tnkd_launches(6, torch.float64, "contiguous", True).values():
+        assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0
+    features = laid_out((2, 32, 16, 16), torch.float64, "contiguous")
+    with recorded(cafd) as launches:
+        _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, True)
+        cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+    for launch in launches:
+        assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0

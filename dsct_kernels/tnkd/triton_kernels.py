@@ -28,23 +28,25 @@ def _reciprocal(x, FAST: tl.constexpr):
 @triton.jit
 def _log(x, ACC: tl.constexpr):
     """log(x) of a sum of exponentials: positive and normal, or NaN, which stays NaN. Shorter than tl.log."""
-    if tl.float64 == ACC:
-        return tl.log(x)
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & -0x800000  # of the power of two that leaves a mantissa in [0.707, 1.414)
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    z = f * f
-    p = 7.0376836292e-2
-    p = p * f - 1.1514610310e-1
-    p = p * f + 1.1676998740e-1
-    p = p * f - 1.2420140846e-1
-    p = p * f + 1.4249322787e-1
-    p = p * f - 1.6668057665e-1
-    p = p * f + 2.0000714765e-1
-    p = p * f - 2.4999993993e-1
-    p = p * f + 3.3333331174e-1
-    f += z * (f * p - 0.5)
-    return exponent.to(tl.float32) * 8.262958405176314e-8 + f + (x - x)  # log(2) / 2^23; NaN - NaN
+    if tl.float64 == ACC:  # with an else: Triton compiles what follows a return, and a float64 has no 32 bits to take
+        log = tl.log(x)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F3504F3) & -0x800000  # of the power of two that leaves a mantissa in [0.707, 1.414)
+        f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+        z = f * f
+        p = 7.0376836292e-2
+        p = p * f - 1.1514610310e-1
+        p = p * f + 1.1676998740e-1
+        p = p * f - 1.2420140846e-1
+        p = p * f + 1.4249322787e-1
+        p = p * f - 1.6668057665e-1
+        p = p * f + 2.0000714765e-1
+        p = p * f - 2.4999993993e-1
+        p = p * f + 3.3333331174e-1
+        f += z * (f * p - 0.5)
+        log = exponent.to(tl.float32) * 8.262958405176314e-8 + f + (x - x)  # log(2) / 2^23; NaN - NaN
+    return log
 
 
 @triton.jit
