@@ -26,7 +26,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kMinWork = 32 * 1024;             // elements below which another thread costs more than it does
+constexpr int64_t kBlock = 64 * 1024;  // elements of a sample in one block, while 8 of them are enough
+// Elements below which one more thread costs more than it does: some 25 us of work. A barrier takes 2 us on an idle
+// machine and a time slice on a crowded one.
+constexpr int64_t kMinWork = 2 * kBlock;
 constexpr int64_t kStreamBytes = int64_t(8) << 20;  // a gradient of this size has left the caches before it is used
 constexpr int64_t kMapChunk = 2048;                 // positions of a map in one task; a multiple of every vector
 
@@ -136,7 +139,7 @@ struct Network {
         by_positions(walk_positions(side.x)),
         mixed(mixed_map),
         element_size(static_cast<int64_t>(x.element_size())),
-        blocks(std::clamp<int64_t>(elements() / (2 * kMinWork), 1, 8)),
+        blocks(std::clamp<int64_t>(elements() / kBlock, 1, 8)),
         part_bytes(by_positions ? loops->moments_bytes(side.x)
                                 : static_cast<int64_t>(loops->acc_size) * 2 * loops->pitch(positions(side.x))),
         strength(static_cast<size_t>(side.x.N * side.x.C)) {
@@ -253,12 +256,15 @@ void attend(const std::vector<const Network*>& networks, const Done& done) {
         }
       }
     });
-    int64_t longest = 0;
+    int64_t longest = 0, small_work = 1;
     if (now)
       for (const Network* net : now->networks) longest = std::max(longest, positions(net->side.x));
+    if (next)
+      for (const Network* net : next->networks) small_work = std::max(small_work, 16 * net->side.x.C);
+    small_work = std::max(small_work, 12 * std::min(longest, kMapChunk));
     const int64_t chunks = (longest + kMapChunk - 1) / kMapChunk, joins = now ? now->count * chunks : 0;
     const int64_t nets = next ? static_cast<int64_t>(next->networks.size()) : 0;
-    parallel(joins + (next ? next->count * nets : 0), 8 * kMapChunk, [&](int64_t begin, int64_t end) {
+    parallel(joins + (next ? next->count * nets : 0), small_work, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) {
         if (t >= joins) {
           const int64_t sample = (t - joins) / nets, which = (t - joins) % nets;
@@ -470,7 +476,7 @@ Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map
   const int64_t part_bytes = 2 * x.C * static_cast<int64_t>(sizeof(double));
   const bool by_positions = walk_positions(x) && (x.C == 1 || out.stride_c == 1);
   const int64_t elements = x.C * count;
-  const int64_t blocks = std::clamp<int64_t>(elements / (2 * kMinWork), 1, by_positions ? 8 : x.C);
+  const int64_t blocks = std::clamp<int64_t>(elements / kBlock, 1, by_positions ? 8 : x.C);
   const int64_t group = group_size(2 * elements * static_cast<int64_t>(features.element_size()), x.N);
   const size_t scratch_bytes = loops.scratch(x);
   const char* d = static_cast<const char*>(grad_map.const_data_ptr());
