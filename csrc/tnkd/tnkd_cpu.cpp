@@ -3,6 +3,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 #include <sstream>
@@ -197,16 +198,34 @@ void* scratch(size_t bytes) {
   return memory.get();
 }
 
+// f(chunk, first pixel, last pixel) over all chunks. Every thread has a range of its own, and helps with the others' when it
+// is done: a thread that lost its core for a while (data loaders) does not hold up the rest. Own ranges first, since two
+// threads that touch the same huge page of a fresh gradient would both have it cleared.
 template <class F>
 void for_chunks(int64_t pixels, int64_t chunk, bool serial, const F& f) {
   const int64_t chunks = (pixels + chunk - 1) / chunk;
-  const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f(i, i * chunk, std::min(pixels, (i + 1) * chunk));
+  const auto one = [&](int64_t i) { f(i, i * chunk, std::min(pixels, (i + 1) * chunk)); };
+  const int64_t threads = serial ? 1 : std::min<int64_t>(chunks, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < chunks; i++) one(i);
+    return;
+  }
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  if (serial || chunks == 1)
-    range(0, chunks);
-  else
-    torch::stable::parallel_for(0, chunks, 1, range);
+  std::vector<Range> ranges(static_cast<size_t>(threads));
+  for (int64_t t = 0; t < threads; t++) {
+    ranges[size_t(t)].next = chunks * t / threads;
+    ranges[size_t(t)].end = chunks * (t + 1) / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t other = 0; other < threads; other++) {
+        Range& range = ranges[size_t((t + other) % threads)];
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) one(i);
+      }
+  });
 }
 
 int64_t label_at(const void* data, LabelType type, int64_t i) {
