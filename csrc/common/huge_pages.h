@@ -1,6 +1,6 @@
 // Fresh outputs of many MiB: asks for huge pages before the first touch. Where the system's rule is "madvise" (most
-// distributions), the 4 KiB page faults of a new 160 MiB gradient took 44 ms, three times the kernel that fills it; with
-// huge pages 11 ms.
+// distributions), the 4 KiB page faults of a new 160 MiB gradient took 44 ms, three times the kernel that fills it;
+// with huge pages 11 ms.
 #pragma once
 
 #include <cstddef>

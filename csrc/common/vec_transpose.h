@@ -51,9 +51,7 @@ DSCT_INLINE typename A::V load_chunks(A, Chunk<A::N>, const T* p, int64_t) {
 
 // The chunk widths below N that are worth having: a remainder of 3 classes does not pay for 16.
 #if defined(DSCT_ISA_AVX512) || defined(DSCT_ISA_AVX2)
-DSCT_INLINE __m128i load16(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
+DSCT_INLINE __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 DSCT_INLINE __m128i load8x2(const void* p, const void* q) {
   return _mm_unpacklo_epi64(_mm_loadl_epi64(static_cast<const __m128i*>(p)),
                             _mm_loadl_epi64(static_cast<const __m128i*>(q)));

@@ -88,8 +88,7 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   p.tckd = -(hit + miss);
   // A student without any other class where the teacher has some: infinitely far. A teacher without: nothing to learn.
   const V divergence = cross * inverse_t + (log_s - log_t);
-  p.nckd = Math::select(Math::eq(sum_t, zero), zero,
-                        Math::select(Math::eq(sum_s, zero), cross + infinity, divergence));
+  p.nckd = Math::select(Math::eq(sum_t, zero), zero, Math::select(Math::eq(sum_s, zero), cross + infinity, divergence));
   // b^S - b^T from the two small sides where both networks are sure of the target: no digits lost next to 1.
   const V difference = Math::select(Math::lt(s.miss, s.hit), t.miss - s.miss, s.hit - t.hit);
   const V pull = factor_tckd * difference;

@@ -100,13 +100,14 @@ void check(const Tensor& student, const Tensor& teacher, const std::optional<Ten
   if (reduction < 0 || reduction > 2) fail("reduction: expected 0, 1 or 2, got " + std::to_string(reduction));
 }
 
-// A fresh tensor on the CPU straight from libtorch's C shim: going through the dispatcher by name, as new_empty does, takes
-// several times as long, and a small problem is all overhead.
+// A fresh tensor on the CPU straight from libtorch's C shim: going through the dispatcher by name, as new_empty does,
+// takes several times as long, and a small problem is all overhead.
 Tensor fresh(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -198,9 +199,9 @@ void* scratch(size_t bytes) {
   return memory.get();
 }
 
-// f(chunk, first pixel, last pixel) over all chunks. Every thread has a range of its own, and helps with the others' when it
-// is done: a thread that lost its core for a while (data loaders) does not hold up the rest. Own ranges first, since two
-// threads that touch the same huge page of a fresh gradient would both have it cleared.
+// f(chunk, first pixel, last pixel) over all chunks. Every thread has a range of its own, and helps with the others'
+// when it is done: a thread that lost its core for a while (data loaders) does not hold up the rest. Own ranges first,
+// since two threads that touch the same huge page of a fresh gradient would both have it cleared.
 template <class F>
 void for_chunks(int64_t pixels, int64_t chunk, bool serial, const F& f) {
   const int64_t chunks = (pixels + chunk - 1) / chunk;

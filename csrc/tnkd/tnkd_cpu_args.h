@@ -15,7 +15,7 @@ constexpr int kMaxPixelDims = 16;
 struct LogitView {
   const void* data;
   FloatType type;
-  int64_t class_stride;                // strides count elements
+  int64_t class_stride;  // strides count elements
   int64_t pixel_strides[kMaxPixelDims];
   int64_t extent;  // elements from the first to one past the last in memory
 };

@@ -16,21 +16,15 @@ namespace dsct {
 namespace DSCT_ISA {
 namespace {
 
-constexpr int kMaxBlock = 64;   // pixels of a block
-constexpr int kPartial = 64;    // classes of a partial sum: float sums over thousands of classes keep their digits
+constexpr int kMaxBlock = 64;  // pixels of a block
+constexpr int kPartial = 64;   // classes of a partial sum: float sums over thousands of classes keep their digits
 
 template <class A>
 struct Math : A {
   typedef typename A::V V;
-  DSCT_INLINE V exp(V x) {
-    return DSCT_ISA::exp<A>(x);
-  }
-  DSCT_INLINE V log(V x) {
-    return DSCT_ISA::log<A>(x);
-  }
-  DSCT_INLINE V log1p_unit(V x) {
-    return DSCT_ISA::log1p_unit<A>(x);
-  }
+  DSCT_INLINE V exp(V x) { return DSCT_ISA::exp<A>(x); }
+  DSCT_INLINE V log(V x) { return DSCT_ISA::log<A>(x); }
+  DSCT_INLINE V log1p_unit(V x) { return DSCT_ISA::log1p_unit<A>(x); }
 };
 
 // How cross-entropy, at temperature 1, gets its exponentials.
@@ -45,9 +39,7 @@ struct Offsets {
   bool uniform;  // pixel i at base + i * stride, else at each[i]
   int64_t base, stride;
   int64_t each[kMaxBlock];
-  DSCT_INLINE int64_t at(const Offsets& o, int i) {
-    return o.uniform ? o.base + i * o.stride : o.each[i];
-  }
+  DSCT_INLINE int64_t at(const Offsets& o, int i) { return o.uniform ? o.base + i * o.stride : o.each[i]; }
 };
 
 template <class A>
@@ -65,9 +57,7 @@ struct Scratch {
   Offsets at_student, at_teacher, at_grad, at_target;
 };
 
-DSCT_INLINE size_t round_up(size_t x, size_t to) {
-  return (x + to - 1) / to * to;
-}
+DSCT_INLINE size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
 // Many classes: smaller blocks, so that the columns stay in L2.
 template <class A>
@@ -145,7 +135,8 @@ DSCT_INLINE void read_any_vector(const LogitView& x, const Offsets& at, int firs
   typedef typename A::S S;
   const T* p[A::N];
   for (int i = 0; i < A::N; i++)
-    p[i] = static_cast<const T*>(x.data) + Offsets::at(at, first + (first + i < n ? i : 0)) + class_begin * x.class_stride;
+    p[i] =
+        static_cast<const T*>(x.data) + Offsets::at(at, first + (first + i < n ? i : 0)) + class_begin * x.class_stride;
   for (int64_t c = class_begin; c < class_end; c++) {
     S lanes[A::N];
     for (int i = 0; i < A::N; i++, p[i - 1] += x.class_stride) lanes[i] = S(to_float(*p[i]));
@@ -190,9 +181,8 @@ DSCT_INLINE void read_tile(const T* p, int64_t pitch, int64_t class_begin, int c
 // Classes contiguous (channels_last): tiles are transposed in registers. A tile may read past the last class of a
 // pixel, into the next pixel's, but never past the tensor.
 template <class A, class T>
-DSCT_INLINE void read_columns(const LogitView& x, const Offsets& at, int n, int64_t classes,
-                              const typename A::S* label, typename A::S* columns, typename A::S* max,
-                              typename A::S* target) {
+DSCT_INLINE void read_columns(const LogitView& x, const Offsets& at, int n, int64_t classes, const typename A::S* label,
+                              typename A::S* columns, typename A::S* max, typename A::S* target) {
   const T* data = static_cast<const T*>(x.data);
   for (int v = 0; v * A::N < n; v++) {
     typename A::S* column = columns + v * classes * A::N;
@@ -244,7 +234,8 @@ void read(const LogitView& x, const Offsets& at, int n, int64_t classes, const t
     case FloatType::kF16:
       return read_as<A, f16>(x, at, n, classes, label, columns, max, target);
     case FloatType::kF64:
-      if constexpr (sizeof(typename A::S) == 8) return read_as<A, double>(x, at, n, classes, label, columns, max, target);
+      if constexpr (sizeof(typename A::S) == 8)
+        return read_as<A, double>(x, at, n, classes, label, columns, max, target);
   }
 }
 
@@ -281,9 +272,9 @@ struct Sums {
   typename A::V s, t, ce, cross;
 };
 
-// The logits of the next block, asked for while this one is computed on, a class at a time: each of its vectors asks for
-// its share of the classes. Without, the reads wait for memory: strides of 1 MiB between the classes leave the hardware's
-// prefetchers behind. A class at a time, because each is on a page of its own, and misses the TLB.
+// The logits of the next block, asked for while this one is computed on, a class at a time: each of its vectors asks
+// for its share of the classes. Without, the reads wait for memory: strides of 1 MiB between the classes leave the
+// hardware's prefetchers behind. A class at a time, because each is on a page of its own, and misses the TLB.
 struct Ahead {
   const char* p;
   int64_t step;
@@ -514,8 +505,8 @@ DSCT_INLINE void stream_copy(void* to, const void* from, size_t bytes) {
     F32::stream(static_cast<float*>(to) + i, F32::load(static_cast<const float*>(from) + i));
 }
 
-// Classes contiguous: transposed back into rows of K in L1, and from there to where they belong. Tiles go from the last to
-// the first: what a partial one writes past the end of a pixel is overwritten by the next pixel's first tile.
+// Classes contiguous: transposed back into rows of K in L1, and from there to where they belong. Tiles go from the last
+// to the first: what a partial one writes past the end of a pixel is overwritten by the next pixel's first tile.
 template <class A, Ce mode, class T>
 DSCT_INLINE void write_columns(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
   const int64_t classes = args.classes;
@@ -595,7 +586,8 @@ DSCT_INLINE void load_labels_as(const TnkdArgs& args, const Offsets& at, int n, 
 }
 
 // Labels as numbers of the accumulation type, -1 where ignored and past the end; returns whether any pixel is valid.
-// Every label is in [0, 2^24) or the ignore_index, by the count beforehand, so that no rounding makes two of them equal.
+// Every label is in [0, 2^24) or the ignore_index, by the count beforehand, so that no rounding makes two of them
+// equal.
 template <class A>
 bool load_labels(const TnkdArgs& args, const Offsets& at, int n, typename A::S* label) {
   typedef typename A::S S;
@@ -677,8 +669,7 @@ DSCT_INLINE void locate(const TnkdArgs& args, const Position& p, const int64_t* 
 }
 
 template <class A, class P, Ce mode>
-DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel,
-                           LossSums<P>& losses) {
+DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel, LossSums<P>& losses) {
   typedef typename A::S S;
   constexpr int kGroup = Scratch<A>::kGroup;
   bool any = true;
