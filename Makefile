@@ -37,7 +37,8 @@ $(VENV)/.built: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(PIP) --no-build-isolation --editable ".[train,bench,test,lint]"
+	$(RUN) tools/extras.py bench test lint > $(VENV)/extras.txt
+	$(PIP) --requirement $(VENV)/extras.txt
 	touch $@
 
 package: $(VENV)/.test
