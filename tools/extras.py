@@ -1,4 +1,4 @@
-"""Prints what the extras named on the command line require, one a line, for `pip install -r`: without building again."""
+"""Prints what the extras named on the command line require, one a line, for `pip install -r`: no second build."""
 
 import sys
 from importlib.metadata import requires
