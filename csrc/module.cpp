@@ -32,5 +32,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of dsct_kernels; importing it registers torch.ops.dsct_kernels.*";
-  m.def("build_info", &build_info, "Compiler, instruction sets built in and in use, CUDA architectures, torch version.");
+  m.def("build_info", &build_info,
+        "Compiler, instruction sets built in and in use, CUDA architectures, torch version.");
 }

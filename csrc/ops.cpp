@@ -1,5 +1,5 @@
-// The schemas of every native op: the one list. Kernels are registered beside it per device: CPU here, CUDA in ops_cuda.cpp.
-// Arguments and results are explained in docs/ops.md; dsct_kernels/{tnkd,cafd}/native.py call them.
+// The schemas of every native op: the one list. Kernels are registered beside it per device: CPU here, CUDA in
+// ops_cuda.cpp. Arguments and results are explained in docs/ops.md; dsct_kernels/{tnkd,cafd}/native.py call them.
 #include <torch/csrc/stable/library.h>
 
 #include "cafd/cafd.h"
