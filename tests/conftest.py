@@ -3,12 +3,18 @@
 import importlib.util
 import os
 
+import hypothesis
 import pytest
 import torch
 
 # Before anything imports triton: its decorators read this once.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# CI draws the same examples every time; elsewhere every run looks at new ones.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
