@@ -34,15 +34,13 @@ def check_tnkd(student, teacher, target, backend, **kw):
     ref_loss, ref_grad = tnkd(student, teacher, target, "reference", **kw)
     true_loss, true_grad = tnkd(student.double(), teacher.double(), target, "reference", **kw)
     assert grad.dtype == student.dtype and loss.dtype == ref_loss.dtype
-    unit, tau = ROUNDING[loss.dtype], kw.get("temperature", 2.0)
-    assert_as_good_as_reference(
-        loss, ref_loss, true_loss, "loss", floor=unit * max(1.0, tau**2 * (kw.get("alpha", 1.0) + kw.get("beta", 2.0)))
-    )
-    # A pixel's gradient is tau times a weighted difference of probabilities; then the norm over pixels.
-    pixels = max(1, student.numel() // student.shape[1])
-    spread = pixels**-0.5 if kw.get("reduction", "mean") == "mean" else pixels**0.5
-    unit *= tau * (kw.get("alpha", 1.0) + kw.get("beta", 2.0)) * spread
-    assert_as_good_as_reference(grad, ref_grad, true_grad, "gradient", floor=unit)
+    # A pixel's loss is a difference of terms of size tau^2 (alpha + beta), its gradient one of size tau (alpha + beta).
+    tau, pixels = kw.get("temperature", 2.0), max(1, student.numel() // student.shape[1])
+    unit = ROUNDING[loss.dtype] * (kw.get("alpha", 1.0) + kw.get("beta", 2.0))
+    over_pixels = {"mean": 1.0, "sum": pixels, "none": pixels**0.5}[kw.get("reduction", "mean")]
+    assert_as_good_as_reference(loss, ref_loss, true_loss, "loss", floor=unit * max(1.0, tau**2) * over_pixels)
+    over_pixels = pixels**-0.5 if kw.get("reduction", "mean") == "mean" else pixels**0.5
+    assert_as_good_as_reference(grad, ref_grad, true_grad, "gradient", floor=unit * tau * over_pixels)
     return loss, grad
 
 

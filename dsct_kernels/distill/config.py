@@ -14,8 +14,8 @@ class Loss:
     tnkd_weight: float = 1.0
     cafd_weight: float = 1.0
     alpha: float = 1.0
-    beta: float = 2.0
-    temperature: float = 2.0
+    beta: float = 0.5
+    temperature: float = 1.0
     channel_temperature: float = 1.0
     spatial_temperature: float = 1.0
     strides: tuple[int, ...] = (16, 32)
@@ -35,7 +35,7 @@ class Config:
     crop: int = 128
     batch: int = 8
     teacher_steps: int = 800
-    student_steps: int = 500
+    student_steps: int = 300
     teacher_lr: float = 1e-3
     student_lr: float = 3e-3
     weight_decay: float = 0.01
@@ -66,7 +66,7 @@ class Config:
 
 # What differs from the class defaults above, per data set.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "synthetic": {},
+    "synthetic": {"cafd_weight": 0.3},
     "dubai": {
         "teacher": "segformer-b0",
         "student": "upernet-small",
