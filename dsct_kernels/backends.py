@@ -4,6 +4,7 @@ A loss folder holds one module per backend, `reference`, `native` and `triton`, 
 `why_not(*tensors)` that returns None where the backend can serve these tensors, else the reason.
 """
 
+import importlib
 import os
 from types import ModuleType
 
@@ -13,7 +14,7 @@ from torch import Tensor
 BACKENDS = ("auto", "reference", "native", "triton")
 
 try:
-    from . import _C  # type: ignore[attr-defined, unused-ignore]
+    _C: ModuleType | None = importlib.import_module("dsct_kernels._C")
 
     NATIVE_MISSING: str | None = None
 except ImportError as error:
