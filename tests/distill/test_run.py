@@ -65,8 +65,9 @@ def test_a_run_leaves_everything(finished, capsys):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["phase"] == "dsct"] == [2, 4, 5]
     last = rows[-1]
-    loss = Loss()
-    parts = last["ce"] + loss.alpha * last["tckd"] + loss.beta * last["nckd"] + last["cafd"]
+    loss = Config.load(finished / "config.json").loss
+    tnkd = loss.alpha * last["tckd"] + loss.beta * last["nckd"]
+    parts = loss.ce_weight * last["ce"] + loss.tnkd_weight * tnkd + loss.cafd_weight * last["cafd"]
     assert last["total"] == pytest.approx(parts, rel=1e-4) and min(last["tckd"], last["nckd"], last["cafd"]) > 0
 
 
