@@ -33,7 +33,7 @@ def folds_of(cfg: Config) -> list[tuple[str, ...]]:
 
 def pixel_config(cfg: Config) -> Config:
     """The settings that pixels depend on, so that a worker decodes a fold's tiles once."""
-    kept = ("data", "root", "val_tiles", "cache_mb", "scenes", "scene_size", "device", "precision")
+    kept = ("data", "root", "val_tiles", "cache_mb", "scenes", "scene_size", "downscale", "device", "precision")
     return replace(Config(), **{name: getattr(cfg, name) for name in kept})
 
 

@@ -43,6 +43,7 @@ class Config:
     colour_jitter: float = 0.1
     scenes: int = 24
     scene_size: int = 384
+    downscale: int = 1
     window: int = 256
     cache_mb: float = 4096
     precision: str = "auto"

@@ -154,6 +154,32 @@ def dubai(root: str | Path | None) -> list[Tile]:
     return tiles
 
 
+@dataclass(frozen=True)
+class DownscaledTile(Tile):
+    """A tile seen from farther away: colours averaged over squares of `factor` pixels, the label of their middle."""
+
+    tile: Tile
+    factor: int
+
+    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        k = self.factor
+        pixels = self.tile.read(k * y, k * x, k * height, k * width).reshape(height, k, width, k, 4)
+        colours = np.rint(pixels[..., :3].mean((1, 3), dtype=np.float32)).astype(np.uint8)
+        return np.dstack([colours, pixels[:, k // 2, :, k // 2, 3]])
+
+
+def downscaled(tiles: list[Tile], factor: int) -> list[Tile]:
+    """Every tile at 1/factor of its resolution; what is left over at the right and bottom border is dropped."""
+    if factor < 1:
+        raise DataError(f"--downscale: expected 1 or more, got {factor}")
+    if factor == 1:
+        return tiles
+    small = [tile for tile in tiles if min(tile.height, tile.width) < factor]
+    if small:
+        raise DataError(f"--downscale {factor}: {small[0].name} is only {small[0].width} x {small[0].height}")
+    return [DownscaledTile(t.name, t.group, t.height // factor, t.width // factor, t, factor) for t in tiles]
+
+
 # --------------------------------------------------------------------------------------------- split and pixels
 
 

@@ -48,7 +48,8 @@ def classes_of(cfg: Config) -> tuple[tuple[str, ...], tuple[tuple[int, int, int]
 
 
 def load_tiles(cfg: Config) -> list[data.Tile]:
-    return data.dubai(cfg.root) if cfg.data == "dubai" else data.synthetic(cfg.scenes, cfg.scene_size)
+    tiles = data.dubai(cfg.root) if cfg.data == "dubai" else data.synthetic(cfg.scenes, cfg.scene_size)
+    return data.downscaled(tiles, cfg.downscale)
 
 
 def load_pixels(cfg: Config, device: torch.device) -> tuple[data.Pixels, data.Pixels]:
