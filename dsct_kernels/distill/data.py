@@ -73,12 +73,12 @@ def _open(path: Path) -> Any:
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        try:
-            return rasterio.open(path)
-        except RasterioError as error:
-            raise DataError(f"{path}: cannot be opened as an image ({error})") from error
+    # For good, not with catch_warnings: several threads decode at once, and it would undo the filter under another.
+    warnings.simplefilter("ignore", NotGeoreferencedWarning)
+    try:
+        return rasterio.open(path)
+    except RasterioError as error:
+        raise DataError(f"{path}: cannot be opened as an image ({error})") from error
 
 
 def read_rgb(path: Path, y: int, x: int, height: int, width: int) -> np.ndarray:

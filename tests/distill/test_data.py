@@ -100,6 +100,28 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(crops[2][0], data.Crops(pixels, 32, 4, 4, 0.3, 0.1)[2][0])
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+def test_downscaling_averages_colours_and_keeps_labels(factor):
+    (tile,) = data.synthetic(1, 64)
+    (small,) = data.downscaled([tile], factor)
+    size = 64 // factor
+    assert (small.height, small.width, small.group) == (size, size, tile.group)
+    whole, pixels = tile.read(0, 0, 64, 64), small.read(0, 0, size, size)
+    square = whole[4 * factor : 5 * factor, 7 * factor : 8 * factor]
+    assert pixels[4, 7, :3] == pytest.approx(square[..., :3].mean((0, 1)), abs=0.5)
+    assert pixels[4, 7, 3] == square[factor // 2, factor // 2, 3]
+    assert np.array_equal(small.read(3, 5, 4, 6), pixels[3:7, 5:11])
+
+
+def test_downscaling_by_nonsense():
+    tiles = data.synthetic(1, 64)
+    assert data.downscaled(tiles, 1) == tiles
+    with pytest.raises(data.DataError, match="--downscale: expected 1 or more, got 0"):
+        data.downscaled(tiles, 0)
+    with pytest.raises(data.DataError, match="--downscale 65: scene 00 is only 64 x 64"):
+        data.downscaled(tiles, 65)
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 47, 64, 100, 544, 2149])
 def test_windows_cover_a_tile_and_overlap(length):
     size = 32
