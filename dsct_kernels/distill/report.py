@@ -105,7 +105,11 @@ def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
 
 @torch.no_grad()
 def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
-    """attention.png: the maps that CAFD compares, one column per network, one row per tile and stride."""
+    """attention.png: the maps that CAFD compares, one column per network, one row per tile and stride.
+
+    Colours are stretched per map, so each says how far it is from "everywhere alike": a teacher's map of 0.00 nats has
+    nothing to teach, and matching it only flattens the student (a lower spatial_temperature sharpens both).
+    """
     plt = pyplot()
     loss = arm_loss(list(trained)[-1], run.cfg.loss)
     grid = [(i, stride) for i in sample_tiles(run, rows) for stride in loss.strides]
@@ -134,6 +138,8 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
         row[0].set_ylabel(f"stride {stride}", fontsize=9)
         for axis, values in zip(row[1:], maps, strict=True):
             axis.imshow(values, cmap="magma")
+            nats = float(torch.special.xlogy(values, values * values.numel()).sum())  # KL(map || uniform)
+            axis.set_xlabel(f"{nats:.2f} nats from uniform", fontsize=8)
         for axis, title in zip(row, titles, strict=True):
             axis.set_title(title if (i, stride) == grid[0] else "", fontsize=10)
             axis.set_xticks([])
