@@ -78,8 +78,9 @@ def test_layouts_give_the_same_numbers(device, backend, student_layout, teacher_
 @pytest.mark.parametrize("teacher_dtype", FLOATS, ids=str)
 def test_networks_of_different_dtype(device, backend, student_dtype, teacher_dtype):
     student, teacher, target = problem(device)
-    check_tnkd(student.to(student_dtype), teacher.to(teacher_dtype), target, backend)
-    check_cafd(student.to(student_dtype), teacher.to(teacher_dtype), backend)
+    for reduction in ("mean", "none"):
+        check_tnkd(student.to(student_dtype), teacher.to(teacher_dtype), target, backend, reduction=reduction)
+        check_cafd(student.to(student_dtype), teacher.to(teacher_dtype), backend, reduction=reduction)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
