@@ -85,9 +85,9 @@ def dsct_loss(
     if (student_features is None) != (teacher_features is None):
         missing = "student_features" if student_features is None else "teacher_features"
         raise ValueError(f"{missing}: expected features, as the other network's were given, got None")
-    checks.class_weights(class_weight, student_logits)
-
     if class_weight is not None:
+        checks.logits(student_logits, teacher_logits, target)
+        checks.class_weights(class_weight, student_logits)
         acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
         class_weight = class_weight.detach().to(acc).contiguous()
     total, parts = logit_loss(
