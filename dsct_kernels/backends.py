@@ -86,7 +86,7 @@ def why_no_kernel(*tensors: Tensor) -> str | None:
 
 def default_backend() -> str:
     """The backend that "auto" stands for: DSCT_KERNELS_BACKEND, or "auto" itself."""
-    name = os.environ.get("DSCT_KERNELS_BACKEND", "auto")
+    name = os.environ.get("DSCT_KERNELS_BACKEND") or "auto"
     if name not in BACKENDS:
         raise ValueError(f"DSCT_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name

@@ -38,7 +38,7 @@ def tnkd_loss(
             pixel counts, its label is the teacher's argmax, at the larger of the two resolutions.
         alpha: weight of the target term, >= 0.
         beta: weight of the non-target term, >= 0.
-        temperature: tau, > 0, divides the logits.
+        temperature: tau, > 0, divides the logits. Under torch.compile a changed value compiles anew.
         ignore_index: label of the pixels that contribute exactly nothing; None ignores none.
         reduction: "mean" over the valid pixels, "sum", or "none" for the map (N, *spatial), 0 at ignored pixels.
         backend: "auto", "reference", "native" or "triton"; DSCT_KERNELS_BACKEND sets what "auto" means.

@@ -12,13 +12,14 @@ INF = float("inf")
 
 def decouple(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """u = z_y - logsumexp_{j != y} z_j, (N, *spatial), and log softmax_{j != y}(z), (N, K, *spatial)."""
-    top = logits.detach().masked_fill(is_target, -INF).amax(1, keepdim=True)
+    others = logits.masked_fill(is_target, -INF)
+    top = others.detach().amax(1, keepdim=True)
     no_others = top == -INF  # every other class absent: the target has all the mass
-    z = (logits - top.masked_fill(no_others, 0)) / temperature  # a shift changes nothing, and saves digits: z is near 0
-    z_target = z.masked_fill(~is_target, 0).sum(1)
-    others = z.masked_fill(is_target, -INF)
-    lse = others.masked_fill(no_others, 0).logsumexp(1, keepdim=True)
-    u = torch.where(no_others.squeeze(1), INF, z_target - lse.squeeze(1))
+    top = top.masked_fill(no_others, 0)  # a shift changes nothing, and near 0 the numbers have digits to spare
+    z_target = (logits.masked_fill(~is_target, 0).sum(1, keepdim=True) - top) / temperature
+    others = (others - top) / temperature
+    lse = others.exp().sum(1, keepdim=True).masked_fill(no_others, 1).log()
+    u = torch.where(no_others, INF, z_target - lse).squeeze(1)
     return u, others - lse
 
 
