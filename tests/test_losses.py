@@ -231,6 +231,24 @@ def test_modules_are_the_functions(device, backend):
     assert not list(module.parameters())
 
 
+def test_a_modules_keyword_may_change_between_steps(device, backend):
+    """A temperature or a weight on a schedule: set the attribute."""
+    student, teacher, target = problem(device)
+    for module, arguments, change in (
+        (TNKDLoss(backend=backend), (student, teacher, target), {"temperature": 4.0}),
+        (CAFDLoss(backend=backend), (student, teacher), {"spatial_temperature": 0.5}),
+        (DSCTLoss(backend=backend), (student, teacher, target, student, teacher), {"temperature": 4.0, "beta": 0.1}),
+    ):
+        for name, value in change.items():
+            assert hasattr(module, name)
+            setattr(module, name, value)
+        got, want = module(*arguments), type(module)(backend=backend, **change)(*arguments)
+        assert torch.equal(
+            torch.stack([*got] if isinstance(got, tuple) else [got]),
+            torch.stack([*want] if isinstance(want, tuple) else [want]),
+        )
+
+
 # --- autograd's rules ------------------------------------------------------------------------------------------------
 
 
@@ -537,7 +555,12 @@ def test_dsct_looks_at_the_logits_before_the_class_weights():
 
 
 def test_modules_refuse_bad_keywords_at_once():
-    for module, keywords in ((TNKDLoss, {"alpha": -1}), (CAFDLoss, {"reduction": "x"}), (DSCTLoss, {"temperature": 0})):
+    for module, keywords in (
+        (TNKDLoss, {"alpha": -1}),
+        (CAFDLoss, {"reduction": "x"}),
+        (DSCTLoss, {"temperature": 0}),
+        (DSCTLoss, {"class_weight": torch.tensor([1.0, -1.0])}),
+    ):
         with pytest.raises(ValueError, match=next(iter(keywords))):
             module(**keywords)
 
