@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 OTHER_TORCH ?= torch==2.14.1
+# Two workers of one thread each: threads of two workers on two cores would only wait for each other.
 PYTEST ?= -n 2 -q
 RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
@@ -16,7 +17,6 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(VENV)/.built
 	$(RUN) -m dsct_kernels.distill --data synthetic
 
-# Two workers of one thread each: threads of two workers on two cores would only wait for each other.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST)
 

@@ -6,6 +6,7 @@ A loss folder holds one module per backend, `reference`, `native` and `triton`, 
 
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -24,6 +25,8 @@ except ImportError as error:
         f"the native kernels are not built into this installation ({error}); "
         "reinstall with a C++ compiler on the PATH: pip install --no-build-isolation ."
     )
+    # Here and not only in setup.py, whose output pip hides: nobody should time the reference for the kernels.
+    warnings.warn(f"dsct_kernels: {NATIVE_MISSING}", stacklevel=2)
 
 
 def build_info() -> dict[str, object]:

@@ -25,7 +25,8 @@ echo "== sdist and wheel, built against $torch_build"
 new_environment build "$torch_build" "setuptools>=77" wheel build pybind11 ninja
 quietly "$work/build/bin/python" -m build --sdist --no-isolation --outdir "$work/dist" "$repo"
 sdist=("$work"/dist/*.tar.gz)
-DSCT_KERNELS_BUILD=native quietly "$work/build/bin/pip" wheel --no-build-isolation --no-deps --wheel-dir "$work/dist" "${sdist[0]}"
+DSCT_KERNELS_BUILD=native quietly "$work/build/bin/pip" wheel --no-build-isolation --no-deps --no-cache-dir \
+    --wheel-dir "$work/dist" "${sdist[0]}"
 wheel=("$work"/dist/*.whl)
 ls -sh "${sdist[0]}" "${wheel[0]}"
 
