@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 OTHER_TORCH ?= torch==2.14.1
+# Two workers of one thread each: threads of two workers on two cores would only wait for each other.
+PYTEST ?= -n 2 -q
 RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -15,9 +17,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 demo: $(VENV)/.built
 	$(RUN) -m dsct_kernels.distill --data synthetic
 
-# Two workers of one thread each: threads of two workers on two cores would only wait for each other.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
@@ -41,11 +42,11 @@ $(VENV)/.test: $(VENV)/.built
 	$(PIP) --requirement $(VENV)/extras.txt
 	touch $@
 
-package: $(VENV)/.test
-	tools/test_package.sh $(RUN) "$(TORCH)" "$(TORCH)"
+package:
+	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(TORCH)" $(PYTEST)
 
-abi: $(VENV)/.test
-	tools/test_package.sh $(RUN) "$(TORCH)" "$(OTHER_TORCH)"
+abi:
+	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(OTHER_TORCH)" $(PYTEST)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dsct_kernels/*.so runs

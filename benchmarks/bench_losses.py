@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.candidates import BACKENDS, BASELINES, auto_backend, make_candidates
-from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, Case, make_cases
+from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, Case, make_cases, parse_shape
 from benchmarks.check import check
 from benchmarks.machine import describe
 from benchmarks.measure import Bench, OthersLoad, copy_gb_s
@@ -75,6 +75,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     out.add_argument("--markdown", action="store_true", help="print the README's table")
     out.add_argument("--check", action="store_true", help="hold it against the required ratios; exit code 1 on a miss")
     options = parser.parse_args(arguments)
+    for shape in options.only_shape or []:
+        try:
+            parse_shape(shape)
+        except ValueError as error:
+            parser.error(f"--only-shape: {error}")
     if options.append and not options.json:
         parser.error("--append needs --json")
     if options.device == "cuda" and not options.read and not torch.cuda.is_available():

@@ -37,18 +37,26 @@ def main() -> None:
         print(f"  CPU instruction sets built in: {', '.join(info['cpu_isas'])}; in use: {info['cpu_isa']}")  # type: ignore[arg-type]
     else:
         print(f"native build: none: {backends.NATIVE_MISSING}")
-    if "DSCT_KERNELS_BACKEND" in os.environ:
-        print(f'DSCT_KERNELS_BACKEND={backends.default_backend()} is what "auto" stands for')
+    if os.environ.get("DSCT_KERNELS_BACKEND"):
+        print(f'DSCT_KERNELS_BACKEND={os.environ["DSCT_KERNELS_BACKEND"]} is what "auto" stands for')
     for device, name in devices():
         print(f"\n{device} ({name})")
         for loss, modules in LOSSES.items():
             x = torch.zeros((1, 2, 1, 1), device=device)
-            chosen = backends.choose("auto", *modules, x)
+            try:
+                chosen, refusal = backends.choose("auto", *modules, x), None
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # DSCT_KERNELS_BACKEND names what does not serve, or does not exist
+                chosen, refusal = None, error
             for module in modules:
                 backend = module.__name__.rpartition(".")[2]
                 reason = module.why_not(x)
                 state = "usable" if reason is None else f"not usable: {reason}"
                 print(f"  {loss:5} {backend:10} {state}{', chosen by auto' if module is chosen else ''}")
+            if refusal is not None:
+                print(f"  {loss:5} {'auto':10} raises: {refusal}")
 
 
 if __name__ == "__main__":

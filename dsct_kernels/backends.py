@@ -6,10 +6,12 @@ A loss folder holds one module per backend, `reference`, `native` and `triton`, 
 
 import importlib
 import os
+import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -23,6 +25,8 @@ except ImportError as error:
         f"the native kernels are not built into this installation ({error}); "
         "reinstall with a C++ compiler on the PATH: pip install --no-build-isolation ."
     )
+    # Here and not only in setup.py, whose output pip hides: nobody should time the reference for the kernels.
+    warnings.warn(f"dsct_kernels: {NATIVE_MISSING}", stacklevel=2)
 
 
 def build_info() -> dict[str, object]:
@@ -67,9 +71,25 @@ def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
     return f"the native kernels were built for CUDA {archs}, this GPU is {have[0]}.{have[1]}"
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work: its tensors have no data to look at."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def why_no_kernel(*tensors: Tensor) -> str | None:
+    """Why no kernel, native or Triton, can serve this call: they bring one derivative, backward, and nothing else."""
+    if torch.compiler.is_compiling():
+        return None
+    if transforming():
+        return "only the reference goes through the transforms of torch.func"
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return "only the reference has a forward-mode derivative"
+    return None
+
+
 def default_backend() -> str:
     """The backend that "auto" stands for: DSCT_KERNELS_BACKEND, or "auto" itself."""
-    name = os.environ.get("DSCT_KERNELS_BACKEND", "auto")
+    name = os.environ.get("DSCT_KERNELS_BACKEND") or "auto"
     if name not in BACKENDS:
         raise ValueError(f"DSCT_KERNELS_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -82,16 +102,17 @@ def choose(backend: str, reference: ModuleType, native: ModuleType, triton: Modu
     if backend == "auto":
         # CPU: Triton would run under its interpreter, never unasked. Elsewhere the measured order: benchmarks/results.
         candidates = (native,) if tensors[0].device.type == "cpu" else (native, triton)
-        for module in candidates:
-            if module.why_not(*tensors) is None:
-                return module
+        if why_no_kernel(*tensors) is None:
+            for module in candidates:
+                if module.why_not(*tensors) is None:
+                    return module
         return reference
     if backend == "reference":
         return reference
     if backend not in ("native", "triton"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     module = native if backend == "native" else triton
-    reason = module.why_not(*tensors)
+    reason = module.why_not(*tensors) or why_no_kernel(*tensors)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
     return module

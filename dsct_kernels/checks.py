@@ -19,6 +19,8 @@ def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {str(x.layout).removeprefix('torch.')}")
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -53,6 +55,8 @@ def reduction(value: object) -> int:
 def ignore_index(value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"ignore_index: expected an int or None, got {type(value).__name__}")
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index: expected a number that int64 holds, got {value}")
 
 
 def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
@@ -115,12 +119,22 @@ def label_checks_asked_for() -> bool:
 
 
 def class_weights(value: Tensor | None, student_logits: Tensor) -> None:
+    """The student's logits are checked already. Looks at the numbers on CPU, where that costs no wait."""
     if value is None:
         return
     tensor("class_weight", value, FLOATS)
     if value.dim() != 1 or value.shape[0] != student_logits.shape[1]:
         raise ValueError(f"class_weight: expected shape ({student_logits.shape[1]},), got {tuple(value.shape)}")
     same_device("class_weight", value, "student_logits", student_logits)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        no_negative_class_weight(value)
+
+
+def no_negative_class_weight(value: Tensor) -> None:
+    negative = value < 0
+    if negative.any():
+        k = int(negative.nonzero()[0])
+        raise ValueError(f"class_weight: expected numbers >= 0, got {value[k].item()} for class {k}")
 
 
 def features(name: str, x: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The DSCT objective: cross-entropy, TNKD and CAFD, joined. Cross-entropy shares TNKD's pass over the logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +85,9 @@ def dsct_loss(
     if (student_features is None) != (teacher_features is None):
         missing = "student_features" if student_features is None else "teacher_features"
         raise ValueError(f"{missing}: expected features, as the other network's were given, got None")
-    checks.class_weights(class_weight, student_logits)
-
     if class_weight is not None:
+        checks.logits(student_logits, teacher_logits, target)
+        checks.class_weights(class_weight, student_logits)
         acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
         class_weight = class_weight.detach().to(acc).contiguous()
     total, parts = logit_loss(
@@ -116,6 +116,21 @@ def dsct_loss(
         backend=backend,
     )
     return DSCTLosses(total + cafd_weight * cafd, ce, tckd, nckd, cafd.detach())
+
+
+_KEYWORDS = (
+    "ce_weight",
+    "tnkd_weight",
+    "cafd_weight",
+    "alpha",
+    "beta",
+    "temperature",
+    "ignore_index",
+    "channel_temperature",
+    "spatial_temperature",
+    "reduction",
+    "backend",
+)
 
 
 class DSCTLoss(nn.Module):
@@ -148,25 +163,21 @@ class DSCTLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.keywords = {
-            "ce_weight": ce_weight,
-            "tnkd_weight": tnkd_weight,
-            "cafd_weight": cafd_weight,
-            "alpha": alpha,
-            "beta": beta,
-            "temperature": temperature,
-            "ignore_index": ignore_index,
-            "channel_temperature": channel_temperature,
-            "spatial_temperature": spatial_temperature,
-            "reduction": reduction,
-            "backend": backend,
-        }
+        self.ce_weight, self.tnkd_weight, self.cafd_weight = ce_weight, tnkd_weight, cafd_weight
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.ignore_index = ignore_index
+        self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature
+        self.reduction, self.backend = reduction, backend
+        if class_weight is not None:
+            checks.tensor("class_weight", class_weight, checks.FLOATS)
+            checks.no_negative_class_weight(class_weight)
         self.register_buffer("class_weight", class_weight)
         # One pixel through the objective now, so that a bad keyword fails here and not in the first step.
-        classes = 2 if class_weight is None else len(class_weight)
-        logits = torch.zeros(1, classes)
-        checked = {**self.keywords, "backend": "reference"}
-        dsct_loss(logits, logits, None, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), **checked)  # type: ignore[arg-type]
+        logits, features = torch.zeros(1, 2), torch.zeros(1, 1, 1, 1)
+        dsct_loss(logits, logits, None, features, features, **{**self._keywords(), "backend": "reference"})
+
+    def _keywords(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _KEYWORDS}
 
     def forward(
         self,
@@ -184,8 +195,8 @@ class DSCTLoss(nn.Module):
             student_features,
             teacher_features,
             class_weight=self.class_weight,
-            **self.keywords,  # type: ignore[arg-type]
+            **self._keywords(),
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items())

@@ -88,6 +88,19 @@ def test_extreme_logits_stay_finite_and_exact(device, backend, dtype, magnitude,
     assert loss.isfinite() and grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype,magnitude", [(torch.float32, 1e4), (torch.bfloat16, 1e4), (torch.float16, 6e4)])
+@pytest.mark.parametrize("temperature", [0.01, 1.0])
+def test_equal_extremes_keep_their_digits(device, backend, dtype, magnitude, temperature):
+    """Many classes at the same extreme: their share is lost where logits of 6e6 meet a logarithm of size 1."""
+    student, teacher, target = problem(device, (2, 9, 3, 4), dtype=dtype)
+    student, teacher = student.sign() * magnitude, teacher.sign() * magnitude
+    loss, grad = tnkd(student, teacher, target, backend, temperature=temperature)
+    truth = tnkd(student.double(), teacher.double(), target, "reference", temperature=temperature)
+    torch.testing.assert_close(loss.double(), truth[0], rtol=2e-6, atol=0)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    assert (grad.double() - truth[1]).norm() <= tolerance * truth[1].norm()
+
+
 @pytest.mark.parametrize("margin", [18.0, 110.0, 1000.0, 5000.0])
 def test_confident_target_and_large_offset(device, backend, margin):
     """The margins at which one_hot / -1000 mask / log(softmax) forms give inf, NaN, or drop NCKD."""

@@ -78,8 +78,9 @@ def test_layouts_give_the_same_numbers(device, backend, student_layout, teacher_
 @pytest.mark.parametrize("teacher_dtype", FLOATS, ids=str)
 def test_networks_of_different_dtype(device, backend, student_dtype, teacher_dtype):
     student, teacher, target = problem(device)
-    check_tnkd(student.to(student_dtype), teacher.to(teacher_dtype), target, backend)
-    check_cafd(student.to(student_dtype), teacher.to(teacher_dtype), backend)
+    for reduction in ("mean", "none"):
+        check_tnkd(student.to(student_dtype), teacher.to(teacher_dtype), target, backend, reduction=reduction)
+        check_cafd(student.to(student_dtype), teacher.to(teacher_dtype), backend, reduction=reduction)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,6 +150,23 @@ def test_smaller_logits_are_upsampled(device, backend, sizes, labelled):
     check_tnkd(s, t, target, backend)
 
 
+@pytest.mark.parametrize("student_size,teacher_size", [((3, 4), (3, 4)), ((4, 5), (7, 9)), ((7, 9), (3, 4))])
+def test_a_class_absent_from_smaller_logits_stays_absent(device, backend, student_size, teacher_size):
+    """0 * -inf at the border of an interpolation would be NaN."""
+    student = problem(device, (2, 5, *student_size))[0]
+    teacher, target = problem(device, (2, 5, *teacher_size), seed=1)[0], problem(device, (2, 4, 7, 9))[2]
+    keep = [0, 1, 2, 4]
+    target = torch.tensor(keep, device=device)[target]
+    fewer = torch.tensor([0, 1, 2, 0, 3], device=device)[target]
+    loss = tnkd_loss(student[:, keep], teacher[:, keep], fewer, backend=backend)
+    student[:, 3] = teacher[:, 3] = float("-inf")
+    student.requires_grad_()
+    got = tnkd_loss(student, teacher, target, backend=backend)
+    torch.testing.assert_close(got, loss)
+    got.backward()
+    assert student.grad.isfinite().all() and (student.grad[:, 3] == 0).all() and (student.grad[:, 0] != 0).all()
+
+
 # --- the objective ---------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +229,24 @@ def test_modules_are_the_functions(device, backend):
     )
     assert torch.equal(torch.stack(module(student, teacher, target, student, teacher)), torch.stack(expected))
     assert not list(module.parameters())
+
+
+def test_a_modules_keyword_may_change_between_steps(device, backend):
+    """A temperature or a weight on a schedule: set the attribute."""
+    student, teacher, target = problem(device)
+    for module, arguments, change in (
+        (TNKDLoss(backend=backend), (student, teacher, target), {"temperature": 4.0}),
+        (CAFDLoss(backend=backend), (student, teacher), {"spatial_temperature": 0.5}),
+        (DSCTLoss(backend=backend), (student, teacher, target, student, teacher), {"temperature": 4.0, "beta": 0.1}),
+    ):
+        for name, value in change.items():
+            assert hasattr(module, name)
+            setattr(module, name, value)
+        got, want = module(*arguments), type(module)(backend=backend, **change)(*arguments)
+        assert torch.equal(
+            torch.stack([*got] if isinstance(got, tuple) else [got]),
+            torch.stack([*want] if isinstance(want, tuple) else [want]),
+        )
 
 
 # --- autograd's rules ------------------------------------------------------------------------------------------------
@@ -284,6 +320,44 @@ def test_fp16_gradients_survive_a_mean_over_many_pixels(device, backend):
     double = student.detach().double().requires_grad_()
     (tnkd_loss(double, teacher.double(), target, backend="reference") * 65536).backward()
     assert relative_error(leaf.grad, double.grad) < 1e-3
+
+
+def test_what_a_saved_tensor_hook_holds_is_never_written(device, backend):
+    student, teacher, target = problem(device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or len(kept) - 1, lambda i: kept[i]):
+        x = student.requires_grad_()
+        loss = tnkd_loss(x, teacher, target, backend=backend) * 3 + cafd_loss(x, teacher, backend=backend) * 2
+    before = [x.clone() for x in kept]
+    loss.backward()
+    assert kept and all(torch.equal(a, b) for a, b in zip(kept, before))
+
+
+def test_torch_func_and_forward_mode_work_through_the_reference(device, backend):
+    """A kernel has no tangent: without a refusal it would be silently 0."""
+    student, teacher, target = problem(device)
+    losses = {
+        "tnkd": lambda x, b: tnkd_loss(x, teacher, target, backend=b),
+        "cafd": lambda x, b: cafd_loss(x, teacher, backend=b),
+        "map": lambda x, b: channel_attention_map(x, backend=b).square().sum(),
+    }
+    for name, loss in losses.items():
+        leaf = student.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(leaf, "reference"), leaf)
+        torch.testing.assert_close(torch.func.grad(lambda x: loss(x, "auto"))(student), grad)  # noqa: B023
+        tangent = torch.func.jvp(lambda x: loss(x, "auto"), (student,), (student,))[1]  # noqa: B023
+        torch.testing.assert_close(tangent, (grad * student).sum())
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(student, student)
+            assert torch.autograd.forward_ad.unpack_dual(loss(dual, "auto")).tangent is not None, name
+            if backend != "reference":
+                with pytest.raises(RuntimeError, match="only the reference has a forward-mode derivative"):
+                    loss(dual, backend)
+        if backend != "reference":
+            with pytest.raises(RuntimeError, match=r"only the reference goes through the transforms of torch\.func"):
+                torch.func.grad(lambda x: loss(x, backend))(student)  # noqa: B023
+    one = torch.func.vmap(lambda s, t, y: tnkd_loss(s[None], t[None], y[None]))(student, teacher, target)
+    torch.testing.assert_close(one.mean(), tnkd_loss(student, teacher, target))
 
 
 def test_teacher_and_labels_never_get_a_gradient(device, backend):
@@ -419,6 +493,8 @@ S, Y = torch.zeros(2, 5, 3, 4), torch.zeros(2, 3, 4, dtype=torch.long)
         ((S, S, Y), {"alpha": -1.0}, ValueError, "alpha: expected a finite number >= 0, got -1.0"),
         ((S, S, Y), {"beta": float("inf")}, ValueError, "beta: expected a finite number >= 0, got inf"),
         ((S, S, Y), {"ignore_index": 2.0}, TypeError, "ignore_index: expected an int or None, got float"),
+        ((S, S, Y), {"ignore_index": 2**63}, ValueError, "ignore_index: expected a number that int64 holds, got 9"),
+        ((S.to_sparse(), S, Y), {}, TypeError, "student_logits: expected a dense tensor, got layout sparse_coo"),
         ((S, S, Y), {"reduction": "average"}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'average'"),
         ((S, S, Y), {"backend": "cuda"}, ValueError, "backend: expected one of auto, .*, got 'cuda'"),
     ],
@@ -458,6 +534,11 @@ def test_cafd_errors_name_the_argument(arguments, keywords, error, match):
         ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
         ({"class_weight": torch.ones(4)}, ValueError, r"class_weight: expected shape \(5,\), got \(4,\)"),
         ({"class_weight": [1.0] * 5}, TypeError, "class_weight: expected a Tensor, got list"),
+        (
+            {"class_weight": torch.tensor([1, 1, 1, -0.5, -1])},
+            ValueError,
+            "class_weight: expected numbers >= 0, got -0.5 for class 3",
+        ),
         ({"student_features": S}, ValueError, "teacher_features: expected features, as the other network's were given"),
         ({"ce_weight": -0.5}, ValueError, "ce_weight: expected a finite number >= 0, got -0.5"),
     ],
@@ -467,8 +548,19 @@ def test_dsct_errors_name_the_argument(keywords, error, match):
         dsct_loss(S, S, Y, **keywords)
 
 
+def test_dsct_looks_at_the_logits_before_the_class_weights():
+    for student, error in ((S.numpy(), TypeError), (S[0, 0, 0], ValueError)):
+        with pytest.raises(error, match="student_logits: expected"):
+            dsct_loss(student, S, Y, class_weight=torch.ones(5))
+
+
 def test_modules_refuse_bad_keywords_at_once():
-    for module, keywords in ((TNKDLoss, {"alpha": -1}), (CAFDLoss, {"reduction": "x"}), (DSCTLoss, {"temperature": 0})):
+    for module, keywords in (
+        (TNKDLoss, {"alpha": -1}),
+        (CAFDLoss, {"reduction": "x"}),
+        (DSCTLoss, {"temperature": 0}),
+        (DSCTLoss, {"class_weight": torch.tensor([1.0, -1.0])}),
+    ):
         with pytest.raises(ValueError, match=next(iter(keywords))):
             module(**keywords)
 

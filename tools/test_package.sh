@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the sdist, builds one wheel from it against TORCH_BUILD, installs that wheel in a new environment under
-# TORCH_RUN, and passes the tests from a folder that is not the repository.
+# TORCH_RUN, and passes the tests of the sdist from a folder that is not the repository and holds no dsct_kernels.
 #   tools/test_package.sh PYTHON TORCH_BUILD TORCH_RUN [pytest arguments]
 set -euo pipefail
 python=$1 torch_build=$2 torch_run=$3
@@ -8,28 +8,53 @@ shift 3
 repo=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# Not pip's own folder: wheels built here must not be found again by a later build.
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONPATH # nothing of the repository by the back door
 
-new_environment() { # NAME TORCH
+new_environment() { # NAME TORCH MORE...
     "$python" -m venv "$work/$1"
-    "$work/$1/bin/pip" install --quiet --upgrade pip "setuptools>=77" wheel build
-    "$work/$1/bin/pip" install --quiet "$2" pybind11 ninja numpy
+    "$work/$1/bin/pip" install --quiet --upgrade pip
+    "$work/$1/bin/pip" install --quiet "${@:2}"
 }
 
-new_environment build "$torch_build"
-(cd "$repo" && "$work/build/bin/python" -m build --sdist --no-isolation --outdir "$work/dist" . >"$work/sdist.log")
-(cd "$work" && DSCT_KERNELS_BUILD=native "$work/build/bin/pip" wheel --quiet --no-build-isolation --no-deps \
-    --wheel-dir "$work/dist" "$work"/dist/*.tar.gz)
-ls -l "$work"/dist
+quietly() { # COMMAND...   what it printed is shown only where it fails
+    "$@" >"$work/log" 2>&1 || { cat "$work/log" && return 1; }
+}
 
-[ "$torch_run" = "$torch_build" ] && mv "$work/build" "$work/moved" # nothing of the build may be needed at run time
-new_environment run "$torch_run"
+echo "== sdist and wheel, built against $torch_build"
+new_environment build "$torch_build" "setuptools>=77" wheel build pybind11 ninja
+quietly "$work/build/bin/python" -m build --sdist --no-isolation --outdir "$work/dist" "$repo"
+sdist=("$work"/dist/*.tar.gz)
+DSCT_KERNELS_BUILD=native quietly "$work/build/bin/pip" wheel --no-build-isolation --no-deps --no-cache-dir \
+    --wheel-dir "$work/dist" "${sdist[0]}"
 wheel=("$work"/dist/*.whl)
-"$work/run/bin/pip" install --quiet "${wheel[0]}[train,bench,test]" "$torch_run"
+ls -sh "${sdist[0]}" "${wheel[0]}"
+
+echo "== the wheel alone under $torch_run: the losses need torch and nothing else"
+rm -rf "$work/build" # nothing of the build may be needed at run time
+new_environment run "$torch_run"
+"$work/run/bin/pip" install --quiet "${wheel[0]}"
 mkdir "$work/elsewhere"
-cp -r "$repo/tests" "$work/elsewhere/"
-cp "$repo/pyproject.toml" "$work/elsewhere/" # pytest's options
 cd "$work/elsewhere"
+"$work/run/bin/pip" list 2>/dev/null | tail -n +3 | awk '{ printf "%s %s, ", $1, $2 } END { print "" }'
 "$work/run/bin/python" -m dsct_kernels
+"$work/run/bin/python" -W error::UserWarning:dsct_kernels - <<'PY'
+import torch
+
+import dsct_kernels
+from dsct_kernels import backends
+
+assert backends.NATIVE_MISSING is None, backends.NATIVE_MISSING
+assert "site-packages" in dsct_kernels.__file__, dsct_kernels.__file__
+logits, features = torch.randn(2, 6, 8, 8, requires_grad=True), torch.randn(2, 9, 4, 4, requires_grad=True)
+losses = dsct_kernels.dsct_loss(
+    logits, torch.randn(2, 6, 8, 8), torch.randint(0, 6, (2, 8, 8)), features, torch.randn(2, 5, 8, 8), backend="native"
+)
+losses.total.backward()
+print({name: round(value.item(), 4) for name, value in losses._asdict().items()})
+PY
+
+echo "== the tests of the sdist, with the extras"
+"$work/run/bin/pip" install --quiet "${wheel[0]}[train,bench,test]" "$torch_run"
+tar -xzf "${sdist[0]}" --strip-components=1 --wildcards "*/tests" "*/benchmarks" "*/csrc" "*/pyproject.toml"
 "$work/run/bin/python" -m pytest "$@"

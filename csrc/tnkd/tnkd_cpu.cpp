@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <sstream>
@@ -282,6 +283,25 @@ LabelCount count_labels(const TnkdArgs& args, const TnkdKernels& kernel, bool se
   return total;
 }
 
+// A float16 gradient has to wait for the upstream gradient, often a GradScaler's 65536, with its digits: what is
+// smaller than 6e-5, as a mean over many pixels is, would lose them. So it is stored divided by this power of two
+// (which rounds once), such that no entry can reach 2^15; float16 ends at 65504.
+double float16_scale(const TnkdArgs& args, bool is_double, double by_count, double by_weight) {
+  double bound = args.temperature * (args.tckd_weight + args.nckd_weight) * by_count;
+  if (args.ce_weight != 0) {
+    double largest = 1;
+    if (args.class_weight != nullptr) {
+      largest = 0;
+      for (int64_t k = 0; k < args.classes; k++)
+        largest = std::max(largest, is_double ? static_cast<const double*>(args.class_weight)[k]
+                                              : double(static_cast<const float*>(args.class_weight)[k]));
+    }
+    bound += args.ce_weight * largest * by_weight;
+  }
+  if (!(bound > 0 && std::isfinite(bound))) return 1;
+  return std::exp2(std::clamp(std::ilogb(bound) - 14, -126, 126));
+}
+
 void store(const Tensor& to, int64_t i, double value) {
   if (to.scalar_type() == ScalarType::Double)
     static_cast<double*>(to.mutable_data_ptr())[i] = value;
@@ -375,10 +395,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   // Mean: CE over the sum of the weights (F.cross_entropy's rule), TNKD over the valid pixels; over nothing it is 0.
   const double by_count = reduction == kMean && count > 0 ? 1 / count : 1;
   const double by_weight = reduction == kMean && weight > 0 ? 1 / weight : 1;
-  // float16 gradients of a mean would underflow before a GradScaler could scale them: a division by about the count
-  // stays outside. By a power of two, so that float16 rounds once.
-  const bool defer = student_type == FloatType::kF16 && reduction == kMean && count > 0;
-  const double outside = defer ? std::exp2(-std::ilogb(count)) : 1;
+  const double outside = student_type == FloatType::kF16 ? float16_scale(args, is_double, by_count, by_weight) : 1;
   args.tnkd_scale = by_count / outside;
   args.ce_scale = by_weight / outside;
 

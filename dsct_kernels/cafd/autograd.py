@@ -19,7 +19,8 @@ def _cafd_backward(ctx: Any, backward_op: Op, grad_output: Tensor | None) -> Ten
     if grad_output is None:
         return None
     features, grad_map, stats = ctx.saved_tensors
-    grad_map = grad_map * (grad_output if grad_output.dim() == 0 else grad_output.view(-1, 1, 1))
+    factor = grad_output if grad_output.dim() == 0 else grad_output.view(-1, 1, 1)
+    grad_map = (grad_map * factor).to(grad_map.dtype)  # a float64 teacher makes the loss and its gradient float64
     return first_derivative_only(backward_op(features, grad_map, stats, *ctx.temperatures), "cafd_loss")
 
 

@@ -22,13 +22,12 @@ def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: boo
     return (grad.to(grad_scale.dtype) * factor).to(grad.dtype)
 
 
-def handed_over(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, scale_: InPlaceScale) -> Tensor:
-    """The same for a scalar grad_output and a `grad` that nobody else sees, without a second tensor of its size.
+def handed_over(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, scale_: InPlaceScale, keep: bool) -> Tensor:
+    """The same for a scalar grad_output, without a second tensor of its size where `grad` need not be kept.
 
-    While the graph lives on (retain_graph=True) the saved `grad` is only read. When this is its last use it becomes the
-    result: as it is where the factor is 1, scaled in place where not.
+    Where it need not, this is its last use, and it becomes the result: as it is where the factor is 1, scaled in place
+    where not.
     """
-    keep = torch._C._autograd._get_current_graph_task_keep_graph()
     if grad.device.type == "cpu":
         number = float(grad_output) * float(grad_scale)  # a Python number is not rounded to half precision
         if keep:
@@ -50,6 +49,8 @@ class EagerTNKD(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale)
         ctx.per_pixel, ctx.scale_ = args[REDUCTION] == 0, scale_
+        # Somebody's saved_tensors_hooks may hold on to what is saved here.
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         return loss, parts
 
     @staticmethod
@@ -60,7 +61,8 @@ class EagerTNKD(torch.autograd.Function):
             if ctx.per_pixel:
                 grad = scaled(grad, scale, grad_output, True)
             else:
-                grad = handed_over(grad, scale, grad_output, ctx.scale_)
+                keep = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
+                grad = handed_over(grad, scale, grad_output, ctx.scale_, keep)
             grad = first_derivative_only(grad, "tnkd_loss")
         return None, None, grad, *[None] * (NUM_INPUTS - 2)
 

@@ -38,7 +38,7 @@ def tnkd_loss(
             pixel counts, its label is the teacher's argmax, at the larger of the two resolutions.
         alpha: weight of the target term, >= 0.
         beta: weight of the non-target term, >= 0.
-        temperature: tau, > 0, divides the logits.
+        temperature: tau, > 0, divides the logits. Under torch.compile a changed value compiles anew.
         ignore_index: label of the pixels that contribute exactly nothing; None ignores none.
         reduction: "mean" over the valid pixels, "sum", or "none" for the map (N, *spatial), 0 at ignored pixels.
         backend: "auto", "reference", "native" or "triton"; DSCT_KERNELS_BACKEND sets what "auto" means.
@@ -101,7 +101,7 @@ def logit_loss(
     reduce = checks.reduction(reduction)
     size = checks.logits(student_logits, teacher_logits, target)
     module = backends.choose(backend, reference, native, triton, student_logits)
-    if target is not None and not torch.compiler.is_compiling():
+    if target is not None and not torch.compiler.is_compiling() and not backends.transforming():
         # The native CPU kernel looks at every label anyway, and raises the same error.
         on_cpu = student_logits.device.type == "cpu"
         if (on_cpu and module is not native) or (not on_cpu and checks.label_checks_asked_for()):
@@ -126,6 +126,7 @@ def upsample(logits: Tensor, size: list[int]) -> Tensor:
     if list(logits.shape[2:]) == size:
         return logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.clamp(min=torch.finfo(logits.dtype).min)  # a class at -inf stays absent: 0 * -inf would be NaN
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 

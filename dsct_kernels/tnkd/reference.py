@@ -12,12 +12,14 @@ INF = float("inf")
 
 def decouple(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """u = z_y - logsumexp_{j != y} z_j, (N, *spatial), and log softmax_{j != y}(z), (N, K, *spatial)."""
-    z = logits / temperature
-    z_target = z.masked_fill(~is_target, 0).sum(1)
-    others = z.masked_fill(is_target, -INF)
-    no_others = (others == -INF).all(1, keepdim=True)  # every other class absent: the target has all the mass
-    lse = others.masked_fill(no_others, 0).logsumexp(1, keepdim=True)
-    u = torch.where(no_others.squeeze(1), INF, z_target - lse.squeeze(1))
+    others = logits.masked_fill(is_target, -INF)
+    top = others.detach().amax(1, keepdim=True)
+    no_others = top == -INF  # every other class absent: the target has all the mass
+    top = top.masked_fill(no_others, 0)  # a shift changes nothing, and near 0 the numbers have digits to spare
+    z_target = (logits.masked_fill(~is_target, 0).sum(1, keepdim=True) - top) / temperature
+    others = (others - top) / temperature
+    lse = others.exp().sum(1, keepdim=True).masked_fill(no_others, 1).log()
+    u = torch.where(no_others, INF, z_target - lse).squeeze(1)
     return u, others - lse
 
 
