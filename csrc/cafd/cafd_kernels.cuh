@@ -947,9 +947,9 @@ Network<A> network(const Features& f, const CafdPlan& plan, A* stats, A* map, A*
   Network<A> net{};
   net.f = f;
   net.row_warps = plan.row_warps, net.row_maps = plan.maps, net.columns = plan.columns;
-  net.partial = {workspace, plan.chunks, f.channels};
   net.stats = {stats, f.channels, f.positions()};
-  net.maps = {workspace + f.samples * 3 * f.channels * plan.chunks, plan.shares, f.positions()};
+  net.maps = {workspace, plan.shares, f.positions()};  // first: its rows are written 16 bytes at a time
+  net.partial = {workspace + f.samples * 2 * f.positions() * plan.shares, plan.chunks, f.channels};
   net.map = map;
   net.stats_blocks = plan.layout == Layout::kColumns ? plan.column_blocks : plan.row_blocks;
   net.map_blocks = plan.layout == Layout::kColumns ? plan.column_blocks : plan.map_blocks;
