@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dsct_kernels.cafd import reference as cafd_reference
+
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """||got - truth|| / ||truth|| in float64 (the plain norm of the difference where truth is 0)."""
@@ -30,6 +32,54 @@ def assert_as_good_as_reference(
     if floor and (got.double().cpu() - truth.double().cpu()).norm() <= floor:
         return
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _cafd_terms(student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int) -> Tensor:
+    """The size of the gradient's terms before they cancel, elementwise: what a rounding is relative to."""
+    f = student.double().flatten(2)
+    p = (f / spatial_t).softmax(-1)
+    g = f.abs().mean(-1)
+    mean = g.mean(-1, keepdim=True)
+    w = (torch.where(mean == 0, 1, g / mean) / channel_t).softmax(-1)
+    a = cafd_reference.attention_map(student.detach().double(), channel_t, spatial_t).requires_grad_()
+    loss = cafd_reference.map_loss(a, cafd_reference.attention_map(teacher.double(), channel_t, spatial_t)).sum()
+    d = torch.autograd.grad(loss, a)[0].flatten(1).unsqueeze(1).abs()
+    if student.shape[2:] != teacher.shape[2:]:
+        d = d + 1  # rescaling the pooled map takes away the mean of terms of about this size
+    if reduction == 1:
+        d = d / len(f)
+    rho = (p * d).sum(-1)
+    look = w.unsqueeze(-1) * p * (d + rho.unsqueeze(-1)) / spatial_t
+    speak = w * (rho + (w * rho).sum(-1, keepdim=True)) / channel_t / mean.clamp_min(1e-300) / f.shape[-1]
+    return look + torch.where(mean == 0, 0, speak).unsqueeze(-1)
+
+
+def assert_cafd_as_good_as_reference(
+    got: tuple[Tensor, Tensor],
+    reference: tuple[Tensor, Tensor],
+    truth: tuple[Tensor, Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    what: str,
+    channel_t: float = 1.0,
+    spatial_t: float = 1.0,
+    reduction: int = 1,
+    extra: float = 1e-6,
+) -> None:
+    """The error rule on CAFD's (loss, gradient).
+
+    The loss is a sum of a log(a / b), the gradient a difference of terms: where they cancel to something small, the
+    reference may hit it by luck. Eight roundings of what is added and taken away are always allowed. `extra` is what
+    the gradient's own dtype asks for.
+    """
+    acc = torch.finfo(got[0].dtype)
+    rounding = 8 * acc.eps * max(1.0, 0.1 / channel_t)
+    terms = _cafd_terms(student, teacher, channel_t, spatial_t, reduction).norm().item()
+    sizes = (("loss", 2.0 * len(student), 1e-6), ("gradient", terms, extra))
+    for (name, size, relative), *values in zip(sizes, got, reference, truth, strict=True):
+        norm = values[2].norm().item()
+        cancelled = (rounding * size + acc.tiny) / (norm or 1.0) if norm < float("inf") else 0.0
+        assert_as_good_as_reference(*values, f"{name} {what}", relative + cancelled)
 
 
 def strided_copy(x: Tensor, layout: str) -> Tensor:

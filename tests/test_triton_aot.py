@@ -169,13 +169,27 @@ def test_the_report_sees_spills_and_narrow_loads():
 
 
 @compiled
-def test_float64_compiles():
+@pytest.mark.parametrize("student,teacher", [("float64", "float64"), ("float64", "bfloat16"), ("float32", "float64")])
+@pytest.mark.parametrize("classes,labelled", [(6, True), (6, False), (1024, True)])
+def test_tnkd_float64_compiles(student, teacher, classes, labelled):
     """What only a float64 call reaches: the interpreter runs it, but does not type it."""
-    for launch in tnkd_launches(6, torch.float64, "contiguous", True).values():
+    both = [laid_out((2, classes, 16, 16), getattr(torch, dtype), "contiguous") for dtype in (student, teacher)]
+    target = torch.empty(2, 16, 16, dtype=torch.uint8) if labelled else None
+    weight = torch.empty(classes, dtype=torch.float64) if labelled else None
+    with recorded(tnkd) as launches:
+        tnkd.forward(*both, target, weight, 1.0, 1.0, 2.0, 2.0, 255, int(labelled), True, True)
+    for launch in launches:
         assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0
-    features = laid_out((2, 32, 16, 16), torch.float64, "contiguous")
+
+
+@compiled
+@pytest.mark.parametrize("student,teacher", [("float64", "float64"), ("float64", "bfloat16"), ("float32", "float64")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cafd_float64_compiles(student, teacher, layout):
+    both = [laid_out((2, 32, 16, 16), getattr(torch, dtype), layout) for dtype in (student, teacher)]
     with recorded(cafd) as launches:
-        _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, True)
-        cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+        _, grad_map, stats = cafd.forward(*both, 1.0, 1.0, 1, True)
+        cafd.map_backward(both[0], grad_map, stats, 1.0, 1.0)
+        cafd.map_forward(both[0], 1.0, 1.0)
     for launch in launches:
         assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0

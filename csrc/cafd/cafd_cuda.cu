@@ -132,8 +132,9 @@ Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_ma
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
   auto run = acc_of(features) == ScalarType::Double ? run_backward<double> : run_backward<float>;
-  // Another op may hand over a strided D; the kernels read it row by row.
-  const Tensor dense = grad_map.is_contiguous() ? grad_map : torch::stable::contiguous(grad_map);
+  // Another op may hand over a strided D, or a slice that starts anywhere; the kernels read 16 bytes of a row at once.
+  Tensor dense = grad_map.is_contiguous() ? grad_map : torch::stable::contiguous(grad_map);
+  if (!cuda::on_16_bytes(dense.const_data_ptr())) dense = torch::stable::clone(dense);
   return run(features, dense, stats, channel_temperature, spatial_temperature, device, cuda::stream_of(features));
 }
 

@@ -64,6 +64,7 @@ struct Terms {
   A ce_weight, tckd_weight, nckd_weight, temperature;
   A log2_scale;  // log2(e) / temperature
   bool with_ce;
+  bool two_classes;
 };
 
 // Where the workspace keeps what.
@@ -160,9 +161,13 @@ DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms
     const A factor = terms.temperature * kd_norm;
     const A target_s = std::fma(z.student_target, terms.log2_scale, -z.student_base) * kLn2;
     const A target_t = std::fma(z.teacher_target, terms.log2_scale, -z.teacher_base) * kLn2;
-    const TnkdPixel<Math> kd = tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2,
-                                                factor * terms.tckd_weight, factor * terms.nckd_weight);
+    const TnkdPixel<Math> kd =
+        tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
+                         terms.two_classes ? A(0) : factor * terms.nckd_weight);
     loss.tckd = kd.tckd, loss.nckd = kd.nckd;
+    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf
+    // stay.
+    if (terms.two_classes && ::fabs(z.cross) < infinity<A>()) loss.nckd = 0;
     grad = {kd.coef_s, kd.coef_t, 0, kd.grad_target};
     if (terms.with_ce) {
       const A class_factor = class_weight == nullptr ? A(1) : class_weight[y];
@@ -1116,7 +1121,8 @@ Terms<A> terms_of(const TnkdArgs& args) {
           static_cast<A>(args.nckd_weight),
           static_cast<A>(args.temperature),
           static_cast<A>(1.4426950408889634074 / args.temperature),
-          args.with_ce};
+          args.with_ce,
+          args.classes == 2};
 }
 
 template <typename A>

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsct_kernels.cafd import reference as cafd_reference
 from dsct_kernels.tnkd import reference as tnkd_reference
-from tests.helpers import assert_as_good_as_reference, strided_copy
+from tests.helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
 from .harness import Case
 
@@ -45,6 +45,7 @@ class TnkdCase:
     reduction: int = 1
     with_ce: bool = True
     weighted: bool = False
+    weights: tuple[float, float, float] = (0.7, 1.0, 2.0)  # cross-entropy, TCKD, NCKD
     temperature: float = 2.0
     scale: float = 2.0
     needs_grad: bool = True
@@ -70,7 +71,7 @@ class TnkdCase:
         if target is not None and self.label_layout != "contiguous":
             target = strided_copy(target, self.label_layout)
         weight = torch.rand(k, dtype=acc_of(student, teacher)) + 0.5 if self.weighted else None
-        return (student, teacher, target, weight, 0.7, 1.0, 2.0, self.temperature, self.ignore_index, self.reduction,
+        return (student, teacher, target, weight, *self.weights, self.temperature, self.ignore_index, self.reduction,
                 self.with_ce)  # fmt: skip
 
     def case(self) -> Case:
@@ -109,6 +110,10 @@ class TnkdCase:
         assert_as_good_as_reference(loss, own[0], truth[0], f"loss of {what}")
         if truth[0].isfinite().all():
             assert_as_good_as_reference(got["parts"], own[1], truth[1], f"parts of {what}")
+        if self.shape[1] == 2 and truth[0].isfinite().all():
+            assert got["parts"][2] == 0, f"NCKD {got['parts'][2]} of two classes: {what}"
+            if self.weights[:2] == (0, 0):
+                assert (got["grad"] == 0).all(), f"gradient of NCKD of two classes: {what}"
         if self.needs_grad:
             grad = got["grad"].double() * got["grad_scale"].double()
             own_grad = own[2].to(self.dtype) if got["grad_scale"] == 1 else own[2]
@@ -173,6 +178,14 @@ TNKD = [
     *(TnkdCase(WHOLE, (1, 7, 4, 8), dtype, temperature=t, why="cross-entropy's own exponentials")
       for dtype in DTYPES for t in (1.0, 3.0)),
     TnkdCase(WHOLE, (1, 6, 4, 8), with_ce=False, needs_grad=False),
+    *(TnkdCase(kernel, (2, 2, 6, 8), dtype, layout=layout, weights=(0.0, 0.0, 7.0), with_ce=False, scale=scale,
+               temperature=1.5, why="two classes have no NCKD")
+      for kernel, layout in ((WHOLE, "contiguous"), (STAGED, "channels_last"), (ANY, "sliced")) for dtype in DTYPES
+      for scale in (2.0, 1e4)),
+    *(TnkdCase(kernel, (1, 2, 4, 8), layout=layout, logits=edit, needs_grad=edit is not student_lacks,
+               why="and hide no NaN and no inf (whose gradient nothing defines)")
+      for kernel, layout in ((WHOLE, "contiguous"), (STAGED, "channels_last"), (ANY, "sliced"))
+      for edit in (nan_at_valid, student_lacks, one_class_left)),
     *(TnkdCase(kernel, shape, dtype, scale=LARGE[dtype], temperature=t, why="magnitude")
       for kernel, shape in ((WHOLE, (1, 6, 4, 8)), (STAGED, (1, 19, 4, 8)))
       for dtype in DTYPES for t in (2.0, 0.01)),
@@ -230,6 +243,7 @@ class CafdCase:
     spatial_temperature: float = 1.0
     scale: float = 1.0
     fill: float | None = None
+    near: float | None = None  # the teacher is the student, and so much noise
     why: str = ""
 
     def case(self) -> Case:
@@ -253,6 +267,8 @@ class CafdCase:
             outputs["map"] = torch.empty(n, h, w, dtype=acc)
             return Case("map", {"features": self.student, "map_grad": self.map_grad}, outputs, numbers)
         self.teacher_features = make(self.teacher, self.teacher_dtype or self.dtype, self.teacher_layout or self.layout)
+        if self.near is not None:
+            self.teacher_features = (self.student + self.near * self.teacher_features).to(self.teacher_features.dtype)
         acc_both = acc_of(self.student, self.teacher_features)
         outputs["loss"] = torch.empty([n] if self.reduction == 0 else [], dtype=acc_both)
         outputs["grad_map"] = torch.empty(n, h, w, dtype=acc)
@@ -278,9 +294,14 @@ class CafdCase:
         if truth[0].isnan().any():
             assert torch.equal(result.isnan(), truth[0].isnan()), self
             return
-        assert_as_good_as_reference(result, own[0], truth[0], f"{self}")
         own_grad = own[1].to(self.dtype)
         extra = {torch.float16: 1e-3, torch.bfloat16: 4e-3}.get(self.dtype, 1e-6)
+        if self.near is None and self.teacher is not None:
+            assert_cafd_as_good_as_reference(
+                (result, got["grad"]), (own[0], own_grad), truth, self.student, self.teacher_features, f"of {self}",
+                *temperatures, self.reduction, extra)  # fmt: skip
+            return
+        assert_as_good_as_reference(result, own[0], truth[0], f"{self}")  # near the teacher: with no allowance
         assert_as_good_as_reference(got["grad"], own_grad, truth[1], f"gradient of {self}", extra)
 
 
@@ -305,6 +326,8 @@ CAFD = [
     CafdCase("any any any", (2, 4, 1, 1), (2, 4, 1, 1), why="one position"),
     CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=0.0, why="all-zero features"),
     CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=float("nan")),
+    *(CafdCase("rows rows rows", shape, shape, near=near, why="a small loss is exact, too")
+      for shape in ((2, 16, 8, 8), (1, 8, 64, 64)) for near in (0.1, 1e-3)),
     CafdCase("columns columns columns", (2, 4, 3, 4), (2, 4, 3, 4), fill=float("inf"), layout="channels_last"),
     *(CafdCase("rows rows rows", (2, 4, 4, 8), (2, 4, 4, 8), dtype, scale=LARGE[dtype] / 4, channel_temperature=0.1,
                spatial_temperature=0.01) for dtype in DTYPES),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = {
-    "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS"],
+    # alignment: a GPU stops at a 16-byte access that does not start on 16 bytes, an x86 goes on
+    "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"],
     "thread": ["-O0", "-g1", "-fsanitize=thread", "-DSHIM_THREADS"],
     "address": ["-O0", "-g1", "-fsanitize=address"],
 }

@@ -1,8 +1,8 @@
 """The CUDA kernels, compiled for the host behind a shim and run without a GPU.
 
-Once plainly, once under ThreadSanitizer (a missing barrier is a data race), once under AddressSanitizer (shared memory
-and tensors are allocations of exactly their size). The last tests break a copy of the source on purpose, and show that
-the sanitizers notice.
+Once with every access checked for its alignment, once under ThreadSanitizer (a missing barrier is a data race), once
+under AddressSanitizer (shared memory and tensors are allocations of exactly their size). The last tests break a copy of
+the source on purpose, and show that the sanitizers notice.
 
 Looked at instead of a shim of our own: HIP-CPU (header-only, wants HIP syntax and TBB, its fibres hide races from
 ThreadSanitizer; no longer maintained), numba's CUDA simulator (Python kernels only), gpuocelot and CuPBoP (compile PTX
@@ -106,8 +106,19 @@ PLANTS = {
         "(kCafdWarps - 1) * sizeof(A), stream",
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
+    "maps that start off 16 bytes": (
+        "plain",
+        CAFD_FILE,
+        "net.maps = {workspace, plan.shares",
+        "net.maps = {workspace + 1, plan.shares",
+        CafdCase("rows rows", (1, 3, 32, 96)),
+    ),
 }
-REPORT = {"thread": "ThreadSanitizer: data race", "address": "AddressSanitizer: heap-buffer-overflow"}
+REPORT = {
+    "plain": "misaligned address",
+    "thread": "ThreadSanitizer: data race",
+    "address": "AddressSanitizer: heap-buffer-overflow",
+}
 
 
 @pytest.mark.parametrize("plant", PLANTS)
