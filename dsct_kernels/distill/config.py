@@ -34,7 +34,7 @@ class Config:
     teacher_seed: int = 0
     crop: int = 128
     batch: int = 8
-    teacher_steps: int = 800
+    teacher_steps: int = 1200
     student_steps: int = 300
     teacher_lr: float = 1e-3
     student_lr: float = 3e-3
@@ -67,7 +67,7 @@ class Config:
 
 # What differs from the class defaults above, per data set.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "synthetic": {"cafd_weight": 0.3},
+    "synthetic": {"tnkd_weight": 3.0},
     "dubai": {
         "teacher": "segformer-b0",
         "student": "upernet-small",
