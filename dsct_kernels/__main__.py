@@ -45,10 +45,7 @@ def main() -> None:
             x = torch.zeros((1, 2, 1, 1), device=device)
             try:
                 chosen, refusal = backends.choose("auto", *modules, x), None
-            except (
-                RuntimeError,
-                ValueError,
-            ) as error:  # DSCT_KERNELS_BACKEND names what does not serve, or does not exist
+            except (RuntimeError, ValueError) as error:  # DSCT_KERNELS_BACKEND cannot serve, or names no backend
                 chosen, refusal = None, error
             for module in modules:
                 backend = module.__name__.rpartition(".")[2]
