@@ -35,10 +35,14 @@ def backends_on(device: str) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` and `backend` runs for every pair that can serve a call here."""
+    """A test that takes `device` and `backend` runs for every pair that can serve a call here; on cuda as a gpu test."""
     if {"device", "backend"} <= set(metafunc.fixturenames):
-        pairs = [(d, b) for d in DEVICES for b in backends_on(d)]
-        metafunc.parametrize("device,backend", pairs, ids=["-".join(p) for p in pairs])
+        pairs = [
+            pytest.param(d, b, id=f"{d}-{b}", marks=[pytest.mark.gpu] if d == "cuda" else [])
+            for d in DEVICES
+            for b in backends_on(d)
+        ]
+        metafunc.parametrize("device,backend", pairs)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -412,6 +412,28 @@ def test_autocast(device, backend, dtype):
     assert conv.weight.grad.isfinite().all() and conv.weight.grad.abs().sum() > 0
 
 
+def test_grad_scaler(device, backend):
+    """autocast and GradScaler as a training loop has them: a step is taken, from the gradient that it has unscaled."""
+    student, teacher, target = problem(device)
+    conv = torch.nn.Conv2d(5, 5, 1).to(device)
+
+    def loss(where):
+        with torch.autocast(device, dtype=torch.float16):
+            logits = conv(student)
+        return dsct_loss(logits, teacher, target, logits, teacher, backend=where).total
+
+    expected = torch.autograd.grad(loss("reference"), conv.weight)[0]
+    optimizer, scaler = torch.optim.SGD(conv.parameters(), lr=1.0), torch.amp.GradScaler(device, init_scale=1024)
+    before = conv.weight.detach().clone()
+    scaler.scale(loss(backend)).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(conv.weight.grad, expected, rtol=5e-3, atol=1e-4)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024, "an overflow was seen"
+    torch.testing.assert_close(before - conv.weight.detach(), conv.weight.grad)
+
+
 def test_distributed_data_parallel(device, backend, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
