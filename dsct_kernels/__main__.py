@@ -54,6 +54,11 @@ def main() -> None:
                 print(f"  {loss:5} {backend:10} {state}{', chosen by auto' if module is chosen else ''}")
             if refusal is not None:
                 print(f"  {loss:5} {'auto':10} raises: {refusal}")
+    print(
+        f"\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels: at most "
+        f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd; later calls "
+        "and processes find them in its cache"
+    )
 
 
 if __name__ == "__main__":

@@ -447,6 +447,31 @@ def test_distributed_data_parallel(device, backend, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_triton_compiles_no_more_kernels_than_the_report_says(device, backend, layout, monkeypatch):
+    if backend != "triton":
+        pytest.skip("about Triton's first call")
+    from dsct_kernels.cafd import triton as cafd
+    from dsct_kernels.tnkd import triton as tnkd
+
+    student, teacher, target = problem(device)
+    target[0, :2] = 255
+    x, y = features(device)
+    for module, loss, leaf in (
+        (tnkd, lambda s: tnkd_loss(s, teacher, target, backend=backend), strided_copy(student, layout)),
+        (cafd, lambda s: cafd_loss(s, y, backend=backend), strided_copy(x, layout)),
+    ):
+        variants, launch = set(), module.launch
+
+        def counted(kernel, programs, warps, *args, variants=variants, launch=launch, **constants):
+            variants.add((kernel.__name__, warps, *sorted((k, str(v)) for k, v in constants.items())))
+            launch(kernel, programs, warps, *args, **constants)
+
+        monkeypatch.setattr(module, "launch", counted)
+        (loss(leaf.requires_grad_()) * torch.tensor(2.0, device=device)).backward()
+        assert 2 < len(variants) <= module.MOST_COMPILED, variants
+
+
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from . import autograd
 
 __all__ = ["attention_map", "cafd", "why_not"]
 
+MOST_COMPILED = 8  # kernels of one variant, forward and backward
 LONGEST_ROW = 16384  # positions that one program holds in registers in the one-launch backward
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: more splits gain nothing
 
