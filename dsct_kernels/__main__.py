@@ -55,9 +55,9 @@ def main() -> None:
             if refusal is not None:
                 print(f"  {loss:5} {'auto':10} raises: {refusal}")
     print(
-        f"\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels: at most "
-        f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd; later calls "
-        "and processes find them in its cache"
+        "\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels: at most "
+        f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd; "
+        "later calls and processes find them in its cache"
     )
 
 

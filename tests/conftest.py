@@ -35,7 +35,7 @@ def backends_on(device: str) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` and `backend` runs for every pair that can serve a call here; on cuda as a gpu test."""
+    """A test that takes `device` and `backend` runs for every pair that can serve a call here, on cuda marked gpu."""
     if {"device", "backend"} <= set(metafunc.fixturenames):
         pairs = [
             pytest.param(d, b, id=f"{d}-{b}", marks=[pytest.mark.gpu] if d == "cuda" else [])
