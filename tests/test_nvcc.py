@@ -37,7 +37,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("source", ["tnkd/tnkd_cuda.cu", "cafd/cafd_cuda.cu"])
-@pytest.mark.parametrize("arch", ["sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_kernels_stay_in_registers(source: str, arch: str, tmp_path: Path) -> None:
     include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{ROOT / 'csrc'}"]
     command = [NVCC, *FLAGS, f"-arch={arch}", "-Xptxas", "-v", *include, "-c", str(ROOT / "csrc" / source)]
