@@ -222,6 +222,9 @@ class Run:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         model.eval()
+        if self.accelerator.num_processes > 1:  # the running statistics of the last step: those that are saved
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         confusion = MulticlassConfusionMatrix(len(self.classes), ignore_index=data.IGNORE, validate_args=False).to(
             self.device
         )
