@@ -75,11 +75,15 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
                                    typename Math::V factor_nckd) {
   using V = typename Math::V;
   using S = typename Math::S;
-  const V zero = Math::set1(S(0)), infinity = Math::set1(S(__builtin_inf()));
-  const V log_s = Math::log(sum_s), log_t = Math::log(sum_t);
+  const V zero = Math::set1(S(0)), one = Math::set1(S(1)), infinity = Math::set1(S(__builtin_inf()));
+  // log sum_s - log sum_t as the log of a ratio: near 0 where the networks agree, and then their divergence is as small,
+  // and would lose its digits between two logs of the size of log K.
+  const typename Math::M none_t = Math::eq(sum_t, zero);
+  const V present_t = Math::select(none_t, one, sum_t), over_t = one / present_t;
+  const V log_t = Math::log(present_t), log_ratio = Math::log(sum_s / present_t), log_s = log_t + log_ratio;
   const Sigmoids<Math> s = sigmoids<Math>(log_odds<Math>(target_s, sum_s, log_s));
   const Sigmoids<Math> t = sigmoids<Math>(log_odds<Math>(target_t, sum_t, log_t));
-  const V inverse_s = inverse_or_zero<Math>(sum_s), inverse_t = inverse_or_zero<Math>(sum_t);
+  const V inverse_s = inverse_or_zero<Math>(sum_s), inverse_t = Math::select(none_t, zero, over_t);
 
   TnkdPixel<Math> p;
   // 0 * log 0 = 0. A NaN stays: it is not equal to 0.
@@ -87,8 +91,8 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   const V miss = Math::select(Math::eq(t.miss, zero), zero, t.miss * (s.log_miss - t.log_miss));
   p.tckd = -(hit + miss);
   // A student without any other class where the teacher has some: infinitely far. A teacher without: nothing to learn.
-  const V divergence = cross * inverse_t + (log_s - log_t);
-  p.nckd = Math::select(Math::eq(sum_t, zero), zero, Math::select(Math::eq(sum_s, zero), cross + infinity, divergence));
+  const V divergence = cross * inverse_t + log_ratio;
+  p.nckd = Math::select(none_t, zero, Math::select(Math::eq(sum_s, zero), cross + infinity, divergence));
   // b^S - b^T from the two small sides where both networks are sure of the target: no digits lost next to 1.
   const V difference = Math::select(Math::lt(s.miss, s.hit), t.miss - s.miss, s.hit - t.hit);
   const V pull = factor_tckd * difference;

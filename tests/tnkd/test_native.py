@@ -521,6 +521,14 @@ def test_any_problem(problem: dict[str, Any]) -> None:
     compare(**problem)
 
 
+@pytest.mark.parametrize("reduction", [NONE, MEAN])
+def test_networks_that_nearly_agree_over_many_classes(reduction: int) -> None:
+    """The divergence is then far smaller than log K, and must not be left of a difference of two such logs."""
+    for seed in range(200):
+        student, teacher = (logits(2, 300, 3, scale=0.01, seed=2 * seed + i) for i in (0, 1))
+        compare(student, teacher, None, temperature=10.0, with_ce=False, reduction=reduction)
+
+
 def test_parts_add_up_to_the_loss() -> None:
     student, teacher, target = logits(2, 6, 9, 16), logits(2, 6, 9, 16, seed=2), labels(2, 9, 16, classes=6)
     for reduction in (MEAN, SUM):
