@@ -469,6 +469,8 @@ def test_triton_compiles_no_more_kernels_than_the_report_says(device, backend, l
 
         monkeypatch.setattr(module, "launch", counted)
         (loss(leaf.requires_grad_()) * torch.tensor(2.0, device=device)).backward()
+        if module is cafd and layout == "channels_last":  # the longest way there is
+            assert len(variants) == module.MOST_COMPILED, variants
         assert 2 < len(variants) <= module.MOST_COMPILED, variants
 
 

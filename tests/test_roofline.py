@@ -1,13 +1,9 @@
 """The estimates' arithmetic: occupancy worked out by hand, bytes against the sizes of tensors. Nothing is compiled."""
 
-import pathlib
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import cases, roofline
 

@@ -76,8 +76,8 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   using V = typename Math::V;
   using S = typename Math::S;
   const V zero = Math::set1(S(0)), one = Math::set1(S(1)), infinity = Math::set1(S(__builtin_inf()));
-  // log sum_s - log sum_t as the log of a ratio: near 0 where the networks agree, and then their divergence is as small,
-  // and would lose its digits between two logs of the size of log K.
+  // log sum_s - log sum_t as the log of a ratio: near 0 where the networks agree, and then their divergence is as
+  // small, and would lose its digits between two logs of the size of log K.
   const typename Math::M none_t = Math::eq(sum_t, zero);
   const V present_t = Math::select(none_t, one, sum_t), over_t = one / present_t;
   const V log_t = Math::log(present_t), log_ratio = Math::log(sum_s / present_t), log_s = log_t + log_ratio;

@@ -239,7 +239,7 @@ def test_mixed_precision(tmp_path):
 
 def test_two_processes_share_the_training(tmp_path):
     """Each draws crops of its own, gradients are averaged, validation tiles are shared out, and one of them writes."""
-    # torchrun, since `accelerate launch --cpu` without MPI starts one process and says nothing.
+    # torchrun, since `accelerate launch --cpu` starts one process and says nothing.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     tiny = [*TINY, "--scenes=6", "--log-every=1", "--teacher-steps=2", "--student-steps=2", "--no-pictures"]
     both, one = tmp_path / "both", tmp_path / "one"
