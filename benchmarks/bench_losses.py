@@ -20,6 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
+import traceback
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: find benchmarks, and dsct_kernels where it isn't installed
@@ -44,6 +45,8 @@ SETTINGS = {
     "cuda": {
         "copy": "torch copy_ of 1 GiB into a resident tensor",
         "memory": "torch.cuda.max_memory_allocated",
+        "timing": "CUDA events around calls that were all queued before the first one started: ms is the GPU's time, "
+        "host_ms what a call takes the host",
     },
 }
 
@@ -87,6 +90,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def reason(case: Case, error: Exception) -> str:
+    """Why something was not timed, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory at {case.shape} {case.dtype}"
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+def gpu_answers(device: torch.device) -> bool:
+    """False once a kernel's fault has cost this process its GPU: nothing can be timed from then on."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def measure_case(case: Case, device: torch.device, options: argparse.Namespace, say: Any) -> list[dict[str, Any]]:
     """All candidates at one case: first call, interleaved timing, memory."""
     bench = Bench(case, device, options.upstream)
@@ -109,20 +128,22 @@ def measure_case(case: Case, device: torch.device, options: argparse.Namespace, 
         try:
             measured[name]["first_call_s"] = bench.first_call(loss)
             usable[name] = loss
-        except torch.OutOfMemoryError:
-            measured[name]["reason"] = f"out of memory at {case.shape} {case.dtype}"
-            torch.cuda.empty_cache()
         except Exception as error:  # a backend that is not built or not usable says why
-            measured[name]["reason"] = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            measured[name]["reason"] = reason(case, error)
     budget = options.budget or (BUDGET_QUICK_S if options.quick else BUDGET_S)
     with OthersLoad() as others:
         timings = bench.time_interleaved(usable, budget)
+    for name, error in bench.failed.items():
+        measured[name]["reason"] = reason(case, error)
+        del usable[name]
     bandwidth = copy_gb_s(timings["copy"], device.type)
     for name, entry in measured.items():
         entry["copy_gb_s"] = bandwidth
         entry["others_load"] = others.share
         if name in usable:
             entry["ms"] = dataclasses.asdict(timings[name])
+            if device.type == "cuda":
+                entry |= {"host_ms": bench.host_ms[name], "queued": bench.queued[name]}
             if case.phase == FORWARD_BACKWARD:
                 entry["extra_bytes"] = bench.extra_memory(usable[name])
     parts = [f"{name} {entry['ms']['median']:.3f}" for name, entry in measured.items() if "ms" in entry]
@@ -152,6 +173,10 @@ def run(options: argparse.Namespace, say: Any) -> report.Result:
     }
     if options.append and options.json.exists():
         before = json.loads(options.json.read_text())
+        for key in ("device", "name") if device.type == "cuda" else ("device",):
+            there, here = before["machine"][key], result["machine"][key]
+            if there != here:
+                sys.exit(f"--append: {options.json} is of {key} {there}, this is {here}")
         result["measurements"] = before["measurements"]
     cases = make_cases(
         options.loss, options.device, options.quick, options.only_shape, options.layout, options.dtype, options.phase
@@ -160,14 +185,26 @@ def run(options: argparse.Namespace, say: Any) -> report.Result:
         sys.exit("no case left to time: the shapes named fit none of the losses named")
     start = time.perf_counter()
     for case in cases:
-        new = measure_case(case, device, options, say)
         key = dataclasses.astuple(case)
+        try:
+            new = measure_case(case, device, options, say)
+        except Exception as error:  # the other cases are worth having; the exit code tells
+            traceback.print_exc()
+            new = []
+            result.setdefault("failed", []).append({"case": " ".join(key), "reason": reason(case, error)})
+        lost = device.type == "cuda" and not gpu_answers(device)
+        if lost:
+            result.setdefault("failed", []).append({"case": "all that follow", "reason": "the GPU no longer answers"})
         kept = [m for m in result["measurements"] if tuple(m[name] for name in report.KEY) != key]
         result["measurements"] = kept + new
         if options.json:  # after each case: a run that is cut off leaves what it has
             result["settings"]["seconds"] = round(time.perf_counter() - start, 1)
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if lost:
+            break
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the next case finds the memory whole
     say(f"{len(cases)} cases in {time.perf_counter() - start:.0f} s")
     return result
 
@@ -197,6 +234,11 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         progress = Console(stderr=True)
         result = run(options, lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True))
+    failed = result.get("failed", [])
+    for failure in failed:
+        console.print(f"failed: {failure['case']}: {failure['reason']}", style="bold red", markup=False)
+    if not result["measurements"]:
+        return 1
     if options.markdown:
         print(report.markdown(result))
     elif not options.check or not options.read:
@@ -210,8 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
             console.print(str(verdict), style=None if verdict.passed else "bold red", markup=False, highlight=False)
         missed = sum(not verdict.passed for verdict in verdicts)
         console.print(f"{len(verdicts) - missed} of {len(verdicts)} required figures reached", markup=False)
-        return 1 if missed or not verdicts else 0
-    return 0
+        return 1 if missed or failed or not verdicts else 0
+    return 1 if failed and not options.read else 0
 
 
 if __name__ == "__main__":
