@@ -209,6 +209,84 @@ def test_chart_is_drawn_for_each_loss(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
+@pytest.mark.parametrize("launches,calls", [(5, 32), (60, 16), (2000, 1)])
+def test_a_sample_is_no_longer_than_the_launch_queue(launches, calls):
+    """A model of a queue of 1024 launches, 10 us of host time each: what a real one does is not tested here."""
+
+    def attempt(calls, hold):
+        host = calls * launches * 1e-5
+        whole = calls * launches <= 1024 and host < hold
+        return measure.Queued(1e-5, max(host, hold if calls * launches > 1024 else 0.0) / calls, whole)
+
+    got, hold = measure.fill_queue(attempt, 32)
+    assert got == calls and hold <= measure.MAX_HOLD_S
+    assert attempt(got, hold).whole == (hold > 0) == (launches <= 1024)
+
+
+def test_a_candidate_that_breaks_off_leaves_the_others():
+    bench = measure.Bench(case(), torch.device("cpu"))
+    loss, left = candidates.reference_loss("tnkd"), [3]
+
+    def breaks(x):
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("no room")
+        return loss(x)
+
+    timings = bench.time_interleaved({"eager": loss, "native": breaks}, 0.05)
+    assert set(timings) == {"eager", "copy"} and set(bench.failed) == {"native"}
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+
+    def measure_case(of, *_):
+        if of.loss == "tnkd":
+            raise RuntimeError("no such luck")
+        return [measured(of, "native", 1.0)]
+
+    monkeypatch.setattr(bench_losses, "measure_case", measure_case)
+    path = tmp_path / "out.json"
+    assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--json", str(path)]) == 1
+    data = json.loads(path.read_text())
+    assert {m["loss"] for m in data["measurements"]} == {"cafd", "dsct"}
+    assert [failure["reason"] for failure in data["failed"]] == ["no such luck"]
+
+
+def test_append_refuses_another_device(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps(result([], device="cuda")))
+    options = bench_losses.parse(["--quick", "--json", str(path), "--append"])
+    with pytest.raises(SystemExit, match="device cuda"):
+        bench_losses.run(options, print)
+
+
+def test_small_shapes_are_judged_as_called():
+    of = case(shape="128x100x1x1")
+    entries = [measured(of, name, ms, device="cuda") for name, ms in (("eager", 0.2), ("native", 0.01))]
+    for entry, host_ms in zip(entries, (0.3, 0.1)):
+        entry["host_ms"] = host_ms
+    (row,) = report.make_rows(result(entries, "cuda"))
+    assert row.speedup("eager") == pytest.approx(20) and row.speedup_best == pytest.approx(3)
+
+
+@pytest.mark.parametrize("loss,shape", [("tnkd", "2x3x8x8"), ("cafd", "2x3x8x8"), ("dsct", "2x3x8x8+2x3x4x4")])
+def test_the_compiled_baseline_is_compiled_once_for_all_buffers(loss, shape):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(candidates.reference_loss(loss), backend=count)
+    for seed in range(3):
+        compiled(cases.make_inputs(case(loss, shape), torch.device("cpu"), seed))
+        if seed == 0:
+            first = len(graphs)
+    assert len(graphs) == first > 0
+
+
 def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
     pytest.importorskip("rich")
     path = tmp_path / "out.json"
