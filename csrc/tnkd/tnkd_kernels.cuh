@@ -70,9 +70,10 @@ struct Terms {
 // Where the workspace keeps what.
 struct Workspace {
   unsigned* ticket;
-  double* counts;    // count_blocks
-  double* weights;   // count_blocks
-  double* partials;  // 3 sums a block of the main kernel
+  double* largest_weight;  // of a class, 1 without class weights
+  double* counts;          // count_blocks
+  double* weights;         // count_blocks
+  double* partials;        // 3 sums a block of the main kernel
   int count_blocks;
 };
 
@@ -82,7 +83,7 @@ struct Result {
   A* loss;
   A* parts;
   A* grad_scale;
-  bool mean, defer;  // defer: gradients were left undivided, grad_scale does it
+  bool mean, float16;  // float16: of the gradient
 };
 
 struct Labels {
@@ -311,6 +312,14 @@ __global__ void __launch_bounds__(kCountThreads, 1)
     work.weights[blockIdx.x] = class_weight == nullptr ? sums[0] : sums[1];
     if (blockIdx.x == 0) *work.ticket = 0;
   }
+  if (blockIdx.x == 0 && threadIdx.x < kWarp) {
+    A largest = class_weight == nullptr ? 1 : 0;
+    if (class_weight != nullptr) {
+      for (int k = threadIdx.x; k < labels.classes; k += kWarp) largest = larger(largest, class_weight[k]);
+      largest = warp_max(largest);
+    }
+    if (threadIdx.x == 0) *work.largest_weight = largest;
+  }
 }
 
 // The totals of count_pixels, in every thread. Each block adds the few partials up again, in the same order: cheaper
@@ -328,8 +337,31 @@ DSCT_DEVICE Totals add_counts(const Workspace& work, double* scratch) {
   return {sums[0], sums[1]};
 }
 
-// The largest power of two that count reaches: dividing a float16 by it does not round.
-DSCT_DEVICE double power_of_two_below(double count) { return count >= 1 ? scalbn(1.0, ilogb(count)) : 1.0; }
+// 1 / count and 1 / sum of weights of a mean, and the power of two, 2^outside, that a gradient is stored divided by.
+struct Norms {
+  double kd = 1, ce = 1;
+  int outside = 0;
+};
+
+// Mean: CE over the sum of the weights (F.cross_entropy's rule), TNKD over the valid pixels; over nothing it is 0.
+//
+// A float16 gradient has to wait for the upstream gradient, often a GradScaler's 65536, with its digits: what is
+// smaller than 6e-5, as a mean over many pixels is, would lose them. So a power of two (which rounds once) is left to
+// grad_scale, such that no entry can reach 2^15; float16 ends at 65504. What bounds the entries lies on the device:
+// every block comes to the same power by itself, and the host is not asked.
+template <typename A>
+DSCT_DEVICE Norms norms_of(const Totals& totals, const Terms<A>& terms, const Workspace& work,
+                           const Result<A>& result) {
+  Norms norms;
+  if (result.mean && totals.count > 0) norms.kd = 1 / totals.count;
+  if (result.mean && totals.weight != 0) norms.ce = 1 / totals.weight;
+  if (result.float16) {
+    double bound = static_cast<double>(terms.temperature) * (terms.tckd_weight + terms.nckd_weight) * norms.kd;
+    if (terms.with_ce) bound += terms.ce_weight * *work.largest_weight * norms.ce;
+    if (bound > 0 && bound < infinity<double>()) norms.outside = std::clamp(ilogb(bound) - 14, -126, 126);
+  }
+  return norms;
+}
 
 // Adds this block's sums to the result; the last block to arrive reduces all of them in block order.
 template <typename A>
@@ -360,10 +392,9 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
   __syncthreads();
   const Totals totals = add_counts(work, scratch);
   if (threadIdx.x == 0) {
-    const double kd = result.mean && totals.count > 0 ? 1 / totals.count : 1;
-    const double ce_norm = result.mean && totals.weight != 0 ? 1 / totals.weight : 1;
+    const Norms norms = norms_of(totals, terms, work, result);
     const double squared = static_cast<double>(terms.temperature) * terms.temperature;
-    const double part[3] = {sums[0] * ce_norm, sums[1] * kd * squared, sums[2] * kd * squared};
+    const double part[3] = {sums[0] * norms.ce, sums[1] * norms.kd * squared, sums[2] * norms.kd * squared};
     const double weight[3] = {terms.ce_weight, terms.tckd_weight, terms.nckd_weight};
     double loss = 0;
     for (int i = 0; i < 3; ++i) {
@@ -371,7 +402,7 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
       if (weight[i] != 0) loss += weight[i] * part[i];  // weight 0 takes no part: 0 * inf would be NaN
     }
     if (result.loss != nullptr) *result.loss = static_cast<A>(loss);
-    *result.grad_scale = static_cast<A>(result.defer && result.mean ? 1 / power_of_two_below(totals.count) : 1);
+    *result.grad_scale = static_cast<A>(scalbn(1.0, norms.outside));
   }
 }
 
@@ -385,17 +416,14 @@ DSCT_DEVICE A pixel_loss(const PixelLoss<A>& part, const Terms<A>& terms) {
   return loss;
 }
 
-// Gradient factors of the two normalisers. With `defer` both are multiplied by about the count of valid pixels.
+// What a gradient is multiplied by before it is stored.
 template <typename A>
-struct Norms {
-  A kd = 1, ce = 1;
+struct Factors {
+  A kd, ce;
 };
 template <typename A>
-DSCT_DEVICE Norms<A> norms_of(const Totals& totals, const Result<A>& result) {
-  if (!result.mean) return {};
-  const double count = totals.count > 0 ? totals.count : 1, weight = totals.weight != 0 ? totals.weight : 1;
-  const double kept = result.defer ? power_of_two_below(count) : 1;
-  return {static_cast<A>(kept / count), static_cast<A>(kept / weight)};
+DSCT_DEVICE Factors<A> factors_of(const Norms& norms) {
+  return {static_cast<A>(scalbn(norms.kd, -norms.outside)), static_cast<A>(scalbn(norms.ce, -norms.outside))};
 }
 
 // ------------------------------------------------------------------------------------------------- classes in planes
@@ -530,7 +558,7 @@ __global__ void __launch_bounds__(128, 1)
   constexpr int kPixels = Pack<T>::kSize;
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
-  Norms<float> norms;
+  Factors<float> factors;
   PixelLoss<float> total = {0, 0, 0};
   for (unsigned work_tile = blockIdx.x; work_tile < in.tiles; work_tile += gridDim.x) {
     const unsigned image = work_tile / in.tiles_per_image, tile = work_tile - image * in.tiles_per_image;
@@ -558,7 +586,7 @@ __global__ void __launch_bounds__(128, 1)
     }
     if (work_tile == blockIdx.x) {  // once, while the first logits are under way
       wait_for_previous();
-      norms = norms_of(add_counts(work, scratch), result);
+      factors = factors_of<float>(norms_of(add_counts(work, scratch), terms, work, result));
     }
     repeat<kPixels>([&](auto index) {
       constexpr int v = decltype(index)::value;
@@ -576,7 +604,7 @@ __global__ void __launch_bounds__(128, 1)
       z.student_target = student_target, z.teacher_target = teacher_target;
       PixelLoss<float> loss;
       PixelGrad<float> grad;
-      judge_pixel(z, y[v], terms, in.class_weight, norms.kd, norms.ce, loss, grad);
+      judge_pixel(z, y[v], terms, in.class_weight, factors.kd, factors.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       if (in.loss_map != nullptr && inside) {
         in.loss_map[image * in.pixels_per_image + pixel + v] = pixel_loss(loss, terms);
@@ -717,7 +745,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     fetch_tile(in.teacher, buffer(which, 1), image, start, pixels, in);
   };
 
-  Norms<float> norms;
+  Factors<float> factors;
   PixelLoss<float> total = {0, 0, 0};
   if (blockIdx.x < in.tiles) fetch(blockIdx.x, 0);
   int which = 0;
@@ -735,7 +763,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     }
     if (work_tile == blockIdx.x) {
       wait_for_previous();
-      norms = norms_of(add_counts(work, scratch), result);
+      factors = factors_of<float>(norms_of(add_counts(work, scratch), terms, work, result));
     }
     wait_for_copies();
     __syncthreads();
@@ -807,7 +835,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       }
       PixelLoss<float> loss;
       PixelGrad<float> grad;
-      judge_pixel(z, y, terms, in.class_weight, norms.kd, norms.ce, loss, grad);
+      judge_pixel(z, y, terms, in.class_weight, factors.kd, factors.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       if (in.loss_map != nullptr) in.loss_map[image * in.pixels_per_image + start + p] = pixel_loss(loss, terms);
       const float answer[kVerdicts] = {grad.student, grad.teacher, grad.ce, grad.target};
@@ -891,7 +919,7 @@ __global__ void __launch_bounds__(128, 1)
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
   wait_for_previous();
-  const Norms<A> norms = norms_of(add_counts(work, scratch), result);
+  const Factors<A> factors = factors_of<A>(norms_of(add_counts(work, scratch), terms, work, result));
   constexpr A kLog2E = A(1.4426950408889634074);
 
   PixelLoss<A> total = {0, 0, 0};
@@ -941,7 +969,7 @@ __global__ void __launch_bounds__(128, 1)
     }
     PixelLoss<A> loss;
     PixelGrad<A> grad;
-    judge_pixel(z, y, terms, in.class_weight, norms.kd, norms.ce, loss, grad);
+    judge_pixel(z, y, terms, in.class_weight, factors.kd, factors.ce, loss, grad);
     total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
     if (in.loss_map != nullptr) static_cast<A*>(in.loss_map)[pixel] = pixel_loss(loss, terms);
     if (in.grad == nullptr) continue;
@@ -1109,7 +1137,7 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
   return plan.tiles <= kMaxTiles ? plan : any;
 }
 
-// 16 bytes for the ticket, then counts, weights and partials.
+// 8 bytes for the ticket, 8 for the largest weight, then counts, weights and partials.
 inline int64_t tnkd_workspace_bytes(const TnkdPlan& plan) {
   return 16 + 16 * static_cast<int64_t>(plan.count_blocks) + 24 * plan.blocks;
 }
@@ -1128,13 +1156,14 @@ Terms<A> terms_of(const TnkdArgs& args) {
 template <typename A>
 Result<A> result_of(const TnkdArgs& args) {
   return {static_cast<A*>(args.loss), static_cast<A*>(args.parts), static_cast<A*>(args.grad_scale), args.mean,
-          args.mean && args.student_dtype == Dtype::kFloat16};
+          args.student_dtype == Dtype::kFloat16};
 }
 
 inline Workspace workspace_of(const TnkdArgs& args, const TnkdPlan& plan) {
   char* base = static_cast<char*>(args.workspace) + 16;
   Workspace work;
   work.ticket = static_cast<unsigned*>(args.workspace);
+  work.largest_weight = static_cast<double*>(args.workspace) + 1;
   work.counts = reinterpret_cast<double*>(base);
   work.weights = reinterpret_cast<double*>(base + 8 * plan.count_blocks);
   work.partials = reinterpret_cast<double*>(base + 16 * plan.count_blocks);

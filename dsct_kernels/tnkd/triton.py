@@ -157,12 +157,14 @@ def forward(
     # without ignored pixels and class weights the count is known from the shape, and the labels are read once
     counted = mean and target is not None and (has_ignore or weighted)
     weight = class_weight if weighted else None
+    float16 = student.dtype == torch.float16  # whose gradient leaves a power of two to grad_scale
+    largest_weight = class_weight.amax() if float16 and weighted else None
     ignore = ignore_index if has_ignore else 0
     acc = kernels.tl.float64 if loss.dtype == torch.float64 else kernels.tl.float32
     flags: dict[str, Any] = {
         "NONE_": reduction == NONE,
         "MEAN_": mean,
-        "FOLD": student.dtype != torch.float16,  # float16 gradients / count would underflow before a GradScaler acts
+        "FLOAT16": float16,
         "HAS_COUNT": counted,
         "HAS_WEIGHT": weighted,
         "WITH_CE": with_ce,
@@ -180,7 +182,7 @@ def forward(
             num_counts = counts.numel()
         launch(
             kernels.tnkd_kernel, programs, config.warps,
-            student, teacher, target, weight, counts, weights, grad if needs_grad else None,
+            student, teacher, target, weight, largest_weight, counts, weights, grad if needs_grad else None,
             loss if reduction == NONE else None, partial, num_classes, num_pixels, num_counts, programs,
             sizes[1], sizes[2], sizes[3], blocks, student.stride(1), *s, teacher.stride(1), *t,
             grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, tckd_weight, nckd_weight, ce_weight, ignore,
@@ -193,8 +195,8 @@ def forward(
         block = min(4096, max(16, next_power_of_2(programs)))
         launch(
             kernels.finish_kernel, 1, 8 if block > 512 else 1,
-            partial, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels, tckd_weight,
-            nckd_weight, ce_weight, BLOCK=block, **flags)  # fmt: skip
+            partial, largest_weight, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels,
+            temperature, tckd_weight, nckd_weight, ce_weight, BLOCK=block, **flags)  # fmt: skip
     return loss, parts, grad, grad_scale
 
 

@@ -194,26 +194,43 @@ def _totals(counts, weights, num_counts, num_pixels, HAS_COUNT: tl.constexpr, HA
 
 
 @triton.jit
-def _factors(counts, weights, num_counts, num_pixels, ce_weight, MEAN_: tl.constexpr, FOLD: tl.constexpr,
-             HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
-             ACC: tl.constexpr):  # fmt: skip
-    """What the gradient of the TNKD terms and of CE is multiplied by: 1/count and ce_weight/weights, or, where the
-    normaliser is left to grad_scale, both divided by grad_scale."""
+def _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_weight, nckd_weight, ce_weight,
+             MEAN_: tl.constexpr, FLOAT16: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+             WITH_CE: tl.constexpr, COUNTS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """What the gradient of CE and of the TNKD terms is multiplied by, ce_weight/weights and 1/count, both divided by
+    the third: the power of two that is left to grad_scale."""
     ce_factor = tl.full([], ce_weight, ACC)
     mean_factor = tl.full([], 1.0, ACC)
+    outside = tl.full([], 1.0, ACC)
     if MEAN_:
         count, weight = _totals(counts, weights, num_counts, num_pixels, HAS_COUNT, HAS_WEIGHT, COUNTS, ACC)
-        kept = 1.0 if FOLD else _power_of_two_below(count, ACC)
-        mean_factor = tl.where(count > 0, kept / count, 0.0)
-        ce_factor = tl.where(weight > 0, ce_factor * (kept / weight), 0.0)
-    return ce_factor, mean_factor
+        mean_factor = tl.where(count > 0, 1.0 / count, 0.0)
+        ce_factor = tl.where(weight > 0, ce_factor * (1.0 / weight), 0.0)
+    if FLOAT16:
+        bound = tau * (tckd_weight + nckd_weight) * mean_factor
+        if WITH_CE:
+            if HAS_WEIGHT:
+                bound += ce_factor * tl.load(largest_weight)
+            else:
+                bound += ce_factor
+        outside = _float16_scale(bound, ACC)
+        mean_factor /= outside
+        ce_factor /= outside
+    return ce_factor, mean_factor, outside
 
 
 @triton.jit
-def _power_of_two_below(count, ACC: tl.constexpr):
-    """The largest power of two that count >= 1 reaches: its exponent bits. Dividing a float16 by it does not round."""
-    bits = tl.maximum(count, 1.0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
-    return bits.to(tl.float32, bitcast=True).to(ACC)
+def _float16_scale(bound, ACC: tl.constexpr):
+    """The power of two that a float16 gradient is stored divided by, of a bound on its entries.
+
+    It has to wait for the upstream gradient, often a GradScaler's 65536, with its digits: what is smaller than 6e-5, as
+    a mean over many pixels is, would lose them. Divided by this it rounds once, and no entry reaches 2^15; float16 ends
+    at 65504. From the bound's exponent bits: the host is not asked.
+    """
+    bound = bound.to(tl.float32)
+    power = tl.maximum(bound, 1.9259299443872359e-34).to(tl.int32, bitcast=True) & 0x7F800000  # 2^-112: no subnormal
+    scale = power.to(tl.float32, bitcast=True) * 6.103515625e-05  # 2^-14
+    return tl.where((bound > 0) & (bound < float("inf")), scale, 1.0).to(ACC)
 
 
 @triton.jit
@@ -236,7 +253,7 @@ def _labels(target, class_weight, at, inside, num_classes, ignore, HAS_TARGET: t
 
 @triton.jit
 def tnkd_kernel(
-    student, teacher, target, class_weight, counts, weights, grad, loss_map, partial,
+    student, teacher, target, class_weight, largest_weight, counts, weights, grad, loss_map, partial,
     num_classes, num_pixels, num_counts, num_programs, size_1, size_2, inner, blocks,
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
     y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
@@ -244,7 +261,7 @@ def tnkd_kernel(
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
     UNROLL: tl.constexpr, RESIDENT: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr,
-    NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FOLD: tl.constexpr, COUNTS: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr, COUNTS: tl.constexpr,
     FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of PIXELS pixels. WHOLE: every pixel of every tile exists, and no access needs a mask for it.
@@ -279,8 +296,9 @@ def tnkd_kernel(
     t_step = tl.full([], CLASSES, tl.int64) * t_k
     low = float("-inf")
 
-    ce_factor, mean_factor = _factors(counts, weights, num_counts, num_pixels, ce_weight_, MEAN_, FOLD, HAS_COUNT,
-                                      HAS_WEIGHT, WITH_CE, COUNTS, ACC)  # fmt: skip
+    ce_factor, mean_factor, _ = _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_weight,
+                                         nckd_weight, ce_weight_, MEAN_, FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE,
+                                         COUNTS, ACC)  # fmt: skip
 
     top_s = tl.full([CLASSES, PIXELS], low, ACC)
     top_t = tl.full([CLASSES, PIXELS], low, ACC)
@@ -501,11 +519,11 @@ def tnkd_kernel(
 
 
 @triton.jit
-def finish_kernel(partial, counts, weights, loss, parts, grad_scale, num_programs, num_counts, num_pixels,
-                   tckd_weight_: tl.float64, nckd_weight_: tl.float64, ce_weight_: tl.float64,
-                   NONE_: tl.constexpr, MEAN_: tl.constexpr, FOLD: tl.constexpr, HAS_COUNT: tl.constexpr,
-                   HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr,
-                   ACC: tl.constexpr):  # fmt: skip
+def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_scale, num_programs, num_counts,
+                   num_pixels, tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
+                   ce_weight_: tl.float64, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
+                   HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
+                   BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One program: the partial sums in a fixed order, the averages, the weighted loss."""
     ce = tl.zeros([BLOCK], ACC)
     tckd = tl.zeros([BLOCK], ACC)
@@ -520,15 +538,17 @@ def finish_kernel(partial, counts, weights, loss, parts, grad_scale, num_program
     ce = tl.sum(ce, 0)
     tckd = tl.sum(tckd, 0)
     nckd = tl.sum(nckd, 0)
-    scale = tl.full([], 1.0, ACC)
+    outside = tl.full([], 1.0, ACC)
     if MEAN_:
         count, weight = _totals(counts, weights, num_counts, num_pixels, HAS_COUNT, HAS_WEIGHT, COUNTS, ACC)
         over = tl.where(count > 0, 1.0 / count, 0.0)
         tckd *= over
         nckd *= over
         ce *= tl.where(weight > 0, 1.0 / weight, 0.0)
-        if not FOLD:
-            scale = 1.0 / _power_of_two_below(count, ACC)
+    if FLOAT16:
+        _, _, outside = _factors(counts, weights, largest_weight, num_counts, num_pixels, tl.full([], tau_, ACC),
+                                 tl.full([], tckd_weight_, ACC), tl.full([], nckd_weight_, ACC), ce_weight_, MEAN_,
+                                 FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE, COUNTS, ACC)  # fmt: skip
     if not NONE_:
         value = _weighted(tl.full([], tckd_weight_, ACC), tckd) + _weighted(tl.full([], nckd_weight_, ACC), nckd)
         if WITH_CE:
@@ -537,7 +557,7 @@ def finish_kernel(partial, counts, weights, loss, parts, grad_scale, num_program
     tl.store(parts, ce)
     tl.store(parts + 1, tckd)
     tl.store(parts + 2, nckd)
-    tl.store(grad_scale, scale)
+    tl.store(grad_scale, outside)
 
 
 @triton.jit

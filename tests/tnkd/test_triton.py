@@ -4,6 +4,8 @@ On CPU under Triton's interpreter, on `cuda` where there is a GPU. Shapes are ti
 for each operation of a program. What all backends share is tested in tests/test_losses.py and tests/test_edge_cases.py.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +16,7 @@ from dsct_kernels import tnkd_loss, triton_common
 from dsct_kernels.tnkd import reference, triton
 from dsct_kernels.tnkd.triton import Config
 from tests.conftest import DEVICES
-from tests.helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
 from tests.test_edge_cases import check_tnkd, problem
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
@@ -114,16 +116,53 @@ def test_dtypes_and_reductions(device, dtype, reduction):
     check(student, teacher, target.to(torch.int16), weight, reduction=reduction)
 
 
-def test_float16_keeps_the_normaliser_out_of_the_gradient(device):
+def test_float16_keeps_a_power_of_two_out_of_the_gradient(device):
     student, teacher, target = problem(device, (2, 4, 3, 5), torch.float16)
     target[0, 0] = 255
     arguments = (teacher, target, None, 0.3, 1.0, 2.0, 2.0, 255)
     mean, total = (triton.forward(student, *arguments, r, True, True) for r in (1, 2))
-    assert mean[3] == 1 / 16 and total[3] == 1  # 25 pixels count: divided by a power of two, nothing rounds twice
-    torch.testing.assert_close(mean[2].float() * 25 / 16, total[2].float(), rtol=2e-3, atol=1e-6)
+    for _, _, grad, scale in (mean, total):
+        assert math.log2(scale.item()).is_integer()  # nothing rounds twice
+        assert 2**10 < grad.abs().max() < 2**15
+    torch.testing.assert_close(mean[2].float() * mean[3] * 25, total[2].float() * total[3], rtol=2e-3, atol=1e-6)
     folded = triton.forward(student.float(), *arguments, 1, True, True)
     assert folded[3] == 1
     torch.testing.assert_close(mean[2].float() * mean[3], folded[2], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("scale,temperature", [(1e-4, 0.01), (0.1, 20.0), (1e4, 1.0)])
+def test_small_float16_gradients_survive_until_they_are_scaled(device, reduction, scale, temperature):
+    """Below 6e-5 float16 runs out of digits, and a GradScaler multiplies only after the gradient was stored."""
+    student, teacher, target = problem(device, (2, 7, 3, 5), torch.float16, scale=scale)
+    target[:, 1] = 255
+    rare = torch.full((7,), 1e-6, device=device)  # a mean's weights add up to little beside the count
+    rare[int(target[0, 0, 0])] = 40.0
+    for weight, tckd, nckd, ce in ((None, 0.5, 0.0, None), (None, 1e-6, 2e-6, None), (rare, 1, 2, 1e-3),
+                                   (rare, 1, 2, 1e4)):  # fmt: skip
+        numbers, with_ce = (ce or 0.0, tckd, nckd, temperature), ce is not None
+        rest = (student, teacher, target, weight, numbers, 255, reduction, with_ce)
+        *_, exact = truth(torch.float64, *rest)
+        *_, grad, outside = triton.forward(
+            student, teacher, target, weight, *numbers, 255, reduction, with_ce, True
+        )  # fmt: skip
+        assert grad.isfinite().all()
+        assert relative_error(grad.to(outside.dtype) * outside, exact) < 2**-11  # one rounding
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_float16_without_anything_to_scale(device, reduction):
+    """Nothing valid, no term asked for, a weight that is not finite: no bound, and no 0 / 0."""
+    student, teacher, target = problem(device, (1, 4, 3, 5), torch.float16)
+    none = triton.forward(student, teacher, torch.full_like(target, 255), None, 1.0, 1.0, 2.0, 2.0, 255, reduction,
+                          True, True)  # fmt: skip
+    nothing = triton.forward(student, teacher, target, None, 0.0, 0.0, 0.0, 2.0, 255, reduction, True, True)
+    for _, _, grad, scale in (none, nothing):
+        assert (grad == 0).all() and scale.isfinite() and scale > 0
+    infinite = torch.tensor([1.0, 1.0, 1.0, float("inf")], device=device)
+    target.clamp_(max=2)
+    *_, grad, scale = triton.forward(student, teacher, target, infinite, 1.0, 1.0, 2.0, 2.0, 255, reduction, True, True)
+    assert grad.isfinite().all() and scale == 1
 
 
 def test_strides_that_do_not_merge(device):
