@@ -158,7 +158,7 @@ def forward(
     counted = mean and target is not None and (has_ignore or weighted)
     weight = class_weight if weighted else None
     float16 = student.dtype == torch.float16  # whose gradient leaves a power of two to grad_scale
-    largest_weight = class_weight.amax() if float16 and weighted else None
+    largest_weight = weight.amax() if float16 and weight is not None else None
     ignore = ignore_index if has_ignore else 0
     acc = kernels.tl.float64 if loss.dtype == torch.float64 else kernels.tl.float32
     flags: dict[str, Any] = {

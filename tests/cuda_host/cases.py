@@ -201,7 +201,7 @@ TNKD = [
     *(TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)),
     *(TnkdCase(kernel, (1, k, 4, 16), torch.float16, layout=layout, reduction=r, temperature=t, weights=weights,
-               scale=scale, rare=rare, with_ce=with_ce, only_grad=True, why="small gradients, which wait for a GradScaler")
+               scale=scale, rare=rare, with_ce=with_ce, only_grad=True, why="small gradients, before a GradScaler")
       for kernel, k, layout in ((WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"), (ANY, 5, "sliced"))
       for r in (0, 1, 2) for t, scale in ((0.01, 1e-4), (20.0, 0.1), (1.0, 1e4))
       for weights, rare, with_ce in (((0.0, 1e-6, 2e-6), False, False), ((0.0, 0.5, 0.0), False, False),
