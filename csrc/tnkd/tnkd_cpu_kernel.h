@@ -5,6 +5,7 @@
 //   2. sums     exp once per logit, kept in place of the logit; the target's lane contributes nothing
 //   3. pixel    pixel_math.h: losses, and the coefficients of the gradient
 //   4. write    grad_j = coef_s e^S_j + coef_t e^T_j (+ cross-entropy), once, past the caches where it will not fit
+// Many classes in channels_last go another way, a lane per class: tnkd_cpu_rows.h.
 #pragma once
 
 #include "../common/vec_math.h"
@@ -271,6 +272,40 @@ void label_by_teacher(int n, int64_t classes, const typename A::S* columns, type
 template <class A>
 struct Sums {
   typename A::V s, t, ce, cross;
+  DSCT_INLINE Sums none() { return {A::set1(0), A::set1(0), A::set1(0), A::set1(0)}; }
+  DSCT_INLINE void add(Sums& to, const Sums& more) {
+    to.s = to.s + more.s;
+    to.t = to.t + more.t;
+    to.ce = to.ce + more.ce;
+    to.cross = to.cross + more.cross;
+  }
+};
+
+// Logits into exponentials, to the columns from `at` on, and their sums. Only `others` count.
+template <class A, Ce mode>
+struct Exponentials {
+  typename A::V to_exp2, max_s, max_t;
+  typename A::S *student, *teacher, *ce;
+
+  DSCT_INLINE void take(const Exponentials& to, int64_t at, typename A::V z_s, typename A::V z_t, typename A::M others,
+                        Sums<A>& sums) {
+    typedef typename A::V V;
+    const V x_s = z_s - to.max_s, x_t = z_t - to.max_t;
+    const V t_s = x_s * to.to_exp2, t_t = x_t * to.to_exp2;
+    const V e_s = A::keep(others, exp2_nonpositive<A>(t_s));
+    const V e_t = A::keep(others, exp2_nonpositive<A>(t_t));
+    sums.s = sums.s + e_s;
+    sums.t = sums.t + e_t;
+    sums.cross = fma_where<A>(A::lt(A::set1(0), e_t), e_t, t_t - t_s, sums.cross);
+    A::store(to.student + at, e_s);
+    A::store(to.teacher + at, e_t);
+    if constexpr (mode == Ce::kSquare) sums.ce = A::fma(e_s, e_s, sums.ce);
+    if constexpr (mode == Ce::kOwn) {
+      const V e_ce = A::keep(others, exp2_nonpositive<A>(x_s * A::set1(typename A::S(1.4426950408889634074))));
+      sums.ce = sums.ce + e_ce;
+      A::store(to.ce + at, e_ce);
+    }
+  }
 };
 
 // The logits of the next block, asked for while this one is computed on, a class at a time: each of its vectors asks
@@ -303,58 +338,39 @@ template <class A, Ce mode>
 DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, int block) {
   typedef typename A::S S;
   typedef typename A::V V;
-  typedef typename A::M M;
   const double log2e = 1.4426950408889634074;
   const int lane = v * A::N;
   const int64_t classes = args.classes;
   S* student = scratch.student + lane * classes;
   S* teacher = scratch.teacher + lane * classes;
-  S* ce = scratch.ce + lane * classes;
   const int shares = block / A::N;
   int share = int((shares - v * classes % shares) % shares);  // classes until the next one to ask for
   const int64_t first_asked = (v * classes + shares - 1) / shares;
   Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, classes, first_asked);
   Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, classes, first_asked);
   const V zero = A::set1(0), one = A::set1(1), infinity = A::set1(S(__builtin_inf()));
-  const V to_exp2 = A::set1(S(log2e / args.temperature));
   const V label = A::load(scratch.label + lane);
-  const M valid = A::le(zero, label);
+  const typename A::M valid = A::le(zero, label);
   V max_s = A::load(scratch.max_s + lane), max_t = A::load(scratch.max_t + lane);
   max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
   max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
-  Sums<A> total = {zero, zero, zero, zero};
+  const Exponentials<A, mode> to = {A::set1(S(log2e / args.temperature)), max_s, max_t, student, teacher,
+                                    scratch.ce + lane * classes};
+  Sums<A> total = Sums<A>::none();
   V k = zero;
   for (int64_t begin = 0; begin < classes; begin += kPartial) {
     const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
-    Sums<A> part = {zero, zero, zero, zero};
+    Sums<A> part = Sums<A>::none();
     for (int64_t c = begin; c < end; c++, k = k + one) {
       if (share-- == 0) {
         share = shares - 1;
         Ahead::ask(ahead_s);
         Ahead::ask(ahead_t);
       }
-      const M other = A::ne_where(valid, label, k);
-      const V x_s = A::load(student + c * A::N) - max_s;
-      const V x_t = A::load(teacher + c * A::N) - max_t;
-      const V t_s = x_s * to_exp2, t_t = x_t * to_exp2;
-      const V e_s = A::keep(other, exp2_nonpositive<A>(t_s));
-      const V e_t = A::keep(other, exp2_nonpositive<A>(t_t));
-      part.s = part.s + e_s;
-      part.t = part.t + e_t;
-      part.cross = fma_where<A>(A::lt(zero, e_t), e_t, t_t - t_s, part.cross);
-      A::store(student + c * A::N, e_s);
-      A::store(teacher + c * A::N, e_t);
-      if constexpr (mode == Ce::kSquare) part.ce = A::fma(e_s, e_s, part.ce);
-      if constexpr (mode == Ce::kOwn) {
-        const V e_ce = A::keep(other, exp2_nonpositive<A>(x_s * A::set1(S(log2e))));
-        part.ce = part.ce + e_ce;
-        A::store(ce + c * A::N, e_ce);
-      }
+      Exponentials<A, mode>::take(to, c * A::N, A::load(student + c * A::N), A::load(teacher + c * A::N),
+                                  A::ne_where(valid, label, k), part);
     }
-    total.s = total.s + part.s;
-    total.t = total.t + part.t;
-    total.ce = total.ce + part.ce;
-    total.cross = total.cross + part.cross;
+    Sums<A>::add(total, part);
   }
   A::store(scratch.max_s + lane, max_s);
   A::store(scratch.max_t + lane, max_t);
@@ -368,6 +384,12 @@ template <class A>
 struct LossSums {
   typename A::V ce, tckd, nckd;
 };
+template <class A>
+DSCT_INLINE void add_losses(const LossSums<A>& losses, PixelSums* sums) {
+  sums->ce += double(sum<A>(losses.ce));
+  sums->tckd += double(sum<A>(losses.tckd));
+  sums->nckd += double(sum<A>(losses.nckd));
+}
 
 // P: A, or a Pair of it.
 template <class P, Ce mode, class A>
@@ -506,7 +528,23 @@ DSCT_INLINE void stream_copy(void* to, const void* from, size_t bytes) {
     F32::stream(static_cast<float*>(to) + i, F32::load(static_cast<const float*>(from) + i));
 }
 
-// Classes contiguous: transposed back into rows of K in L1, and from there to where they belong. Tiles go from the last
+// The gradient of `count` pixels, rows of K in s.rows, to where it belongs.
+template <class A, class T>
+DSCT_INLINE void put_rows(const TnkdArgs& args, const Scratch<A>& s, int first, int count) {
+  const int64_t classes = args.classes;
+  const T* rows = reinterpret_cast<const T*>(s.rows);
+  T* to = static_cast<T*>(const_cast<void*>(args.grad.data)) + s.at_grad.base + first * s.at_grad.stride;
+  const size_t bytes = size_t(count) * size_t(classes) * sizeof(T);
+  if (s.at_grad.stride != classes) {
+    for (int i = 0; i < count; i++) memcpy(to + i * s.at_grad.stride, rows + i * classes, size_t(classes) * sizeof(T));
+  } else if (args.stream && (reinterpret_cast<uintptr_t>(to) | bytes) % 64 == 0) {
+    stream_copy(to, rows, bytes);
+  } else {
+    memcpy(to, rows, bytes);
+  }
+}
+
+// Classes contiguous: transposed back into rows of K in L1, and from there on. Tiles go from the last
 // to the first: what a partial one writes past the end of a pixel is overwritten by the next pixel's first tile.
 template <class A, Ce mode, class T>
 DSCT_INLINE void write_columns(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
@@ -535,15 +573,7 @@ DSCT_INLINE void write_columns(const TnkdArgs& args, const Scratch<A>& s, int v0
     }
     for (int64_t c = whole - A::N; c >= 0; c -= A::N) write_tile<A, mode, A::N>(g, c, A::N, out, classes);
   }
-  T* to = static_cast<T*>(const_cast<void*>(args.grad.data)) + s.at_grad.base + first * s.at_grad.stride;
-  const size_t bytes = size_t(count) * size_t(classes) * sizeof(T);
-  if (s.at_grad.stride != classes) {
-    for (int i = 0; i < count; i++) memcpy(to + i * s.at_grad.stride, rows + i * classes, size_t(classes) * sizeof(T));
-  } else if (args.stream && (reinterpret_cast<uintptr_t>(to) | bytes) % 64 == 0) {
-    stream_copy(to, rows, bytes);
-  } else {
-    memcpy(to, rows, bytes);
-  }
+  put_rows<A, T>(args, s, first, count);
 }
 
 template <class A, Ce mode, class T>
@@ -621,6 +651,15 @@ bool load_labels(const TnkdArgs& args, const Offsets& at, int n, typename A::S* 
   return any;
 }
 
+template <class A>
+DSCT_INLINE void set_ce_factors(const TnkdArgs& args, Scratch<A>& s) {
+  typedef typename A::S S;
+  if (!args.with_ce) return;
+  const S* weight = static_cast<const S*>(args.class_weight);
+  for (int i = 0; i < kMaxBlock; i++)
+    s.ce_factor[i] = s.label[i] < 0 ? S(0) : weight == nullptr ? S(1) : weight[int64_t(s.label[i])];
+}
+
 // --- blocks ---
 
 struct Position {
@@ -670,8 +709,9 @@ DSCT_INLINE void locate(const TnkdArgs& args, const Position& p, const int64_t* 
 }
 
 template <class A, class P, Ce mode>
-DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel, LossSums<P>& losses) {
+DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel, PixelSums& sums) {
   typedef typename A::S S;
+  LossSums<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
   constexpr int kGroup = Scratch<A>::kGroup;
   bool any = true;
   if (args.target != nullptr) {
@@ -684,11 +724,7 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block
   }
   if (any) {
     read<A>(args.student, s.at_student, n, args.classes, s.label, s.student, s.max_s, s.target_s);
-    if (args.with_ce) {
-      const S* weight = static_cast<const S*>(args.class_weight);
-      for (int i = 0; i < kMaxBlock; i++)
-        s.ce_factor[i] = s.label[i] < 0 ? S(0) : weight == nullptr ? S(1) : weight[int64_t(s.label[i])];
-    }
+    set_ce_factors<A>(args, s);
   } else {  // nothing but ignored pixels: nothing is read
     const int lanes = (n + A::N - 1) / A::N * A::N;
     if (args.loss_map != nullptr) memset(static_cast<S*>(args.loss_map) + pixel, 0, size_t(n) * sizeof(S));
@@ -710,7 +746,16 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block
     }
     if (args.grad.data != nullptr) write<A, mode>(args, s, v0, n);
   }
+  add_losses<P>(losses, &sums);
 }
+
+}  // namespace
+}  // namespace DSCT_ISA
+}  // namespace dsct
+#include "tnkd_cpu_rows.h"
+namespace dsct {
+namespace DSCT_ISA {
+namespace {
 
 template <class A, Ce mode>
 PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
@@ -721,6 +766,7 @@ PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>&
 #endif
   PixelSums sums = {0, 0, 0};
   const int block = block_pixels<A>(args.classes);
+  const bool rows = rows_are_faster<A>(args);
   for (int64_t pixel = begin; pixel < end;) {
     const Position p = position(args, pixel);
     bool uniform;
@@ -729,11 +775,10 @@ PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>&
     locate(args, p, args.teacher.pixel_strides, n, uniform, &s.at_teacher);
     if (args.grad.data != nullptr) locate(args, p, args.grad.pixel_strides, n, uniform, &s.at_grad);
     if (args.target != nullptr) locate(args, p, args.target_strides, n, uniform, &s.at_target);
-    LossSums<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
-    run_block<A, P, mode>(args, s, n, block, pixel, losses);
-    sums.ce += double(sum<P>(losses.ce));
-    sums.tckd += double(sum<P>(losses.tckd));
-    sums.nckd += double(sum<P>(losses.nckd));
+    if (rows && uniform)
+      run_row_block<A, mode>(args, s, n, pixel, sums);
+    else
+      run_block<A, P, mode>(args, s, n, block, pixel, sums);
     pixel += n;
   }
   if (args.stream) stream_fence();
