@@ -544,8 +544,8 @@ DSCT_INLINE void put_rows(const TnkdArgs& args, const Scratch<A>& s, int first, 
   }
 }
 
-// Classes contiguous: transposed back into rows of K in L1, and from there on. Tiles go from the last
-// to the first: what a partial one writes past the end of a pixel is overwritten by the next pixel's first tile.
+// Classes contiguous: transposed back into rows of K in L1. Tiles go from the last to the first: what a partial one
+// writes past the end of a pixel is overwritten by the next pixel's first tile.
 template <class A, Ce mode, class T>
 DSCT_INLINE void write_columns(const TnkdArgs& args, const Scratch<A>& s, int v0, int n) {
   const int64_t classes = args.classes;
