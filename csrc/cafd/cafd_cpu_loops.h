@@ -306,7 +306,7 @@ struct Loops {
     for (int64_t c = 0; c < C; c += F64::N) {
       const int left = static_cast<int>(C - c < F64::N ? C - c : F64::N);
       const F64::V v = left == F64::N ? F64::load(g + c) : load_n<F64>(g + c, left);
-      const F64::V y = F64::keep(F64::first(left), exp<F64>((v - F64::set1(max)) * F64::set1(inv)));
+      const F64::V y = F64::keep(F64::first(left), exp_nonpositive<F64>((v - F64::set1(max)) * F64::set1(inv)));
       store_n<F64>(g + c, y, left);
       total += sum<F64>(y);
     }

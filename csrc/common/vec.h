@@ -143,6 +143,10 @@ struct F32 : VecTypes<float, int32_t> {
     return _mm512_min_ps(a, b);
   }
   DSCT_INLINE V abs(V a) { return _mm512_abs_ps(a); }
+  DSCT_INLINE V reciprocal(V a) {  // within 1 ulp, a normal number; a third of what a division takes
+    const V guess = _mm512_rcp14_ps(a);
+    return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(a, guess, set1(1.0f)), guess);
+  }
   DSCT_INLINE V sqrt(V a) { return _mm512_sqrt_ps(a); }
   DSCT_INLINE V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   DSCT_INLINE V scale(V a, V n) {  // a * 2^n, n whole
@@ -218,6 +222,7 @@ struct F64 : VecTypes<double, int64_t> {
   DSCT_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }
   DSCT_INLINE V min(V a, V b) { return _mm512_min_pd(a, b); }
   DSCT_INLINE V abs(V a) { return _mm512_abs_pd(a); }
+  DSCT_INLINE V reciprocal(V a) { return set1(1.0) / a; }
   DSCT_INLINE V sqrt(V a) { return _mm512_sqrt_pd(a); }
   DSCT_INLINE V round(V a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   DSCT_INLINE V scale(V a, V n) { return _mm512_scalef_pd(a, n); }
@@ -296,6 +301,7 @@ struct VecCommon : VecTypes<Scalar, Int> {
   }
   DSCT_INLINE V min(V a, V b) { return select(a < b, a, b); }
   DSCT_INLINE V abs(V a) { return (V)((I)a & ~(I)set1(S(-0.0))); }
+  DSCT_INLINE V reciprocal(V a) { return set1(1) / a; }
   DSCT_INLINE V fma(V a, V b, V c) {
     return a * b + c;  // contracted where the target has it
   }
@@ -489,6 +495,7 @@ struct Pair {
   DSCT_INLINE V max(V x, V y) { return {A::max(x.a, y.a), A::max(x.b, y.b)}; }
   DSCT_INLINE V min(V x, V y) { return {A::min(x.a, y.a), A::min(x.b, y.b)}; }
   DSCT_INLINE V abs(V x) { return {A::abs(x.a), A::abs(x.b)}; }
+  DSCT_INLINE V reciprocal(V x) { return {A::reciprocal(x.a), A::reciprocal(x.b)}; }
   DSCT_INLINE V round(V x) { return {A::round(x.a), A::round(x.b)}; }
   DSCT_INLINE V scale(V x, V n) { return {A::scale(x.a, n.a), A::scale(x.b, n.b)}; }
   DSCT_INLINE void split(V x, V* mantissa, V* exponent) {

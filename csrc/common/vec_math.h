@@ -95,12 +95,12 @@ DSCT_INLINE typename A::V exp2_nonpositive(typename A::V x) {
 }
 #endif
 
-// e^x, any x. Cody-Waite: x - n ln2 in two pieces, so that a large |x| costs no digits.
+// e^x, x <= 0. Cody-Waite: x - n ln2 in two pieces, so that a large |x| costs no digits.
 template <class A>
-DSCT_INLINE typename A::V exp(typename A::V x) {
+DSCT_INLINE typename A::V exp_nonpositive(typename A::V x) {
   using K = Coefficients<A>;
   using S = typename A::S;
-  x = A::min(A::set1(K::exp_high), A::max(A::set1(K::exp_low), x));
+  x = A::max(A::set1(K::exp_low), x);
   const typename A::V n = A::round(x * A::set1(S(1.4426950408889634)));
   typename A::V r = A::fma(n, A::set1(-K::ln2_high), x);
   r = A::fma(n, A::set1(-K::ln2_low), r);
@@ -133,6 +133,14 @@ DSCT_INLINE typename A::V log_split(typename A::V m, typename A::V e, double) { 
   return A::fma(e, A::set1(Coefficients<A>::ln2_high), f - (half_square - low));
 }
 
+// Positive normal numbers only; NaN stays NaN.
+template <class A>
+DSCT_INLINE typename A::V log_normal(typename A::V x) {
+  typename A::V mantissa, exponent;
+  A::split(x, &mantissa, &exponent);
+  return log_split<A>(mantissa, exponent, typename A::S());
+}
+
 template <class A>
 DSCT_INLINE typename A::V log(typename A::V x) {
   typename A::V mantissa, exponent;
@@ -141,24 +149,6 @@ DSCT_INLINE typename A::V log(typename A::V x) {
   const typename A::V infinity = A::set1(typename A::S(__builtin_inf()));
   const typename A::M special = A::both(A::eq(A::abs(exponent), infinity), A::eq(mantissa, mantissa));  // 0 and inf
   return A::select(special, exponent, y);
-}
-
-// log(1 + t), 0 <= t <= 1: what a softplus needs.
-template <class A>
-DSCT_INLINE typename A::V log1p_unit(typename A::V t, float) {
-  static constexpr float c[] = {
-      -0.00317605701843f, 0.019542527261f,  -0.0563736128301f, 0.105436237954f,  -0.152696670744f,
-      0.196632742572f,    -0.249516162629f, 0.333297104989f,   -0.499998926481f, 1.0f};
-  return horner<A>(t, c) * t;
-}
-template <class A>
-DSCT_INLINE typename A::V log1p_unit(typename A::V t, double) {
-  const typename A::V one = A::set1(1.0), w = t + one;
-  return log<A>(w) + (t - (w - one)) / w;  // the second term gives back what 1 + t rounded away
-}
-template <class A>
-DSCT_INLINE typename A::V log1p_unit(typename A::V t) {
-  return log1p_unit<A>(t, typename A::S());
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 // and use the coefficients that come back:  grad_j = coef_s e^S_j + coef_t e^T_j (+ coef_ce e^CE_j),  grad_y as it is.
 // `sum` is 0 only where every other class is absent: the largest of them contributes 1.
 //
-// Math is a policy: V the value, S its scalar, M a condition; set1, abs, max, lt, eq, select, exp, log,
-// log1p_unit (log(1 + t) for t in [0, 1]).
+// Math is a policy: V the value, S its scalar, M a condition; set1, abs, min, max, lt, eq, select, reciprocal,
+// exp_nonpositive (exp(x) for x <= 0) and log_normal (log of a positive normal number; NaN stays NaN).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -33,39 +33,35 @@ struct CePixel {
   typename Math::V coef;  // p_j = coef e_j
 };
 
-// u = z_y - logsumexp_{j != y} z_j: +inf where there is no other class.
+// The target against the others: b = sigmoid(u) and 1 - b, with u = target - log sum, as shares of a total in which the
+// larger of the two exponents is 0. So nothing overflows, nothing cancels, and the exponential waits for no sum.
 template <class Math>
-DSCT_HD typename Math::V log_odds(typename Math::V target, typename Math::V sum, typename Math::V log_sum) {
-  using S = typename Math::S;
-  return Math::select(Math::eq(sum, Math::set1(S(0))), Math::set1(S(__builtin_inf())), target - log_sum);
-}
-
-template <class Math>
-DSCT_HD typename Math::V inverse_or_zero(typename Math::V sum) {
-  using S = typename Math::S;
-  return Math::select(Math::eq(sum, Math::set1(S(0))), Math::set1(S(0)), Math::set1(S(1)) / sum);
-}
-
-// sigmoid and log sigmoid of u and of -u, from one exp and one log; no cancellation anywhere.
-template <class Math>
-struct Sigmoids {
-  typename Math::V hit, miss, log_hit, log_miss;
+struct Odds {
+  typename Math::V x;               // target, +inf where there is no other class
+  typename Math::V at, others;      // e^target : sum, both times min(1, e^-target)
+  typename Math::V total, inverse;  // at + others >= 1
+  typename Math::V hit, miss;       // b, 1 - b
+  typename Math::V inverse_sum;     // 0 where there is no other class
+  typename Math::M none;            // no other class
 };
 template <class Math>
-DSCT_HD Sigmoids<Math> sigmoids(typename Math::V u) {
+DSCT_HD Odds<Math> odds(typename Math::V target, typename Math::V sum) {
   using V = typename Math::V;
-  const V zero = Math::set1(0), one = Math::set1(1);
-  const V t = Math::exp(-Math::abs(u));
-  const V larger = one / (one + t);
-  const V smaller = t * larger;
-  const V softplus = Math::log1p_unit(t);
-  const typename Math::M negative = Math::lt(u, zero);
-  Sigmoids<Math> s;
-  s.hit = Math::select(negative, smaller, larger);
-  s.miss = Math::select(negative, larger, smaller);
-  s.log_hit = -Math::max(zero, -u) - softplus;
-  s.log_miss = -Math::max(zero, u) - softplus;
-  return s;
+  using S = typename Math::S;
+  const V zero = Math::set1(S(0)), one = Math::set1(S(1));
+  Odds<Math> o;
+  o.none = Math::eq(sum, zero);
+  o.x = Math::select(o.none, Math::set1(S(__builtin_inf())), target);
+  const V e = Math::exp_nonpositive(-Math::abs(o.x));
+  const typename Math::M likely = Math::lt(zero, o.x);
+  o.at = Math::select(likely, one, e);
+  o.others = Math::select(likely, sum * e, sum);
+  o.total = o.at + o.others;
+  o.inverse = Math::reciprocal(o.total);
+  o.hit = o.at * o.inverse;
+  o.miss = o.others * o.inverse;
+  o.inverse_sum = Math::select(o.none, zero, Math::reciprocal(sum));
+  return o;
 }
 
 // factor_tckd = tau * tckd_weight * normaliser, factor_nckd likewise: they go into the gradient only.
@@ -76,29 +72,33 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   using V = typename Math::V;
   using S = typename Math::S;
   const V zero = Math::set1(S(0)), one = Math::set1(S(1)), infinity = Math::set1(S(__builtin_inf()));
-  // log sum_s - log sum_t as the log of a ratio: near 0 where the networks agree, and then their divergence is as
-  // small, and would lose its digits between two logs of the size of log K.
-  const typename Math::M none_t = Math::eq(sum_t, zero);
-  const V present_t = Math::select(none_t, one, sum_t), over_t = one / present_t;
-  const V log_t = Math::log(present_t), log_ratio = Math::log(sum_s / present_t), log_s = log_t + log_ratio;
-  const Sigmoids<Math> s = sigmoids<Math>(log_odds<Math>(target_s, sum_s, log_s));
-  const Sigmoids<Math> t = sigmoids<Math>(log_odds<Math>(target_t, sum_t, log_t));
-  const V inverse_s = inverse_or_zero<Math>(sum_s), inverse_t = Math::select(none_t, zero, over_t);
+  const Odds<Math> s = odds<Math>(target_s, sum_s), t = odds<Math>(target_t, sum_t);
+  // Differences of logs as logs of ratios: near 0 where the networks agree, and then their divergence is as small, and
+  // would lose its digits between two logs of the size of log K.
+  const V log_sums = Math::select(s.none, -infinity, Math::log_normal(sum_s / sum_t));
+  // log(total_s / total_t): where a network is sure, what tells its total from 1 is lost in it. The difference of the
+  // totals, part by part, has it, and log(1 + d) = log(r) + (1 + d - r) / r for any r near 1 + d.
+  const V ratio = s.total * t.inverse;
+  const V lost = ((s.at - t.at) + (s.others - t.others)) * t.inverse - (ratio - one);
+  const V found = Math::select(Math::lt(ratio, Math::set1(S(0.5))), zero, lost * (t.total * s.inverse));
+  const V log_totals = Math::log_normal(ratio) + found;
 
   TnkdPixel<Math> p;
-  // 0 * log 0 = 0. A NaN stays: it is not equal to 0.
-  const V hit = Math::select(Math::eq(t.hit, zero), zero, t.hit * (s.log_hit - t.log_hit));
-  const V miss = Math::select(Math::eq(t.miss, zero), zero, t.miss * (s.log_miss - t.log_miss));
-  p.tckd = -(hit + miss);
+  // log b = min(x, 0) - log total, log(1 - b) = log sum - max(x, 0) - log total. 0 * log 0 = 0. A NaN stays: it is not
+  // equal to 0.
+  const V hit = Math::select(Math::eq(t.hit, zero), zero, t.hit * (Math::min(t.x, zero) - Math::min(s.x, zero)));
+  const V further = (Math::max(s.x, zero) - Math::max(t.x, zero)) - log_sums;
+  const V miss = Math::select(Math::eq(t.miss, zero), zero, t.miss * further);
+  p.tckd = (hit + miss) + log_totals;
   // A student without any other class where the teacher has some: infinitely far. A teacher without: nothing to learn.
-  const V divergence = cross * inverse_t + log_ratio;
-  p.nckd = Math::select(none_t, zero, Math::select(Math::eq(sum_s, zero), cross + infinity, divergence));
+  const V divergence = cross * t.inverse_sum + log_sums;
+  p.nckd = Math::select(t.none, zero, Math::select(s.none, cross + infinity, divergence));
   // b^S - b^T from the two small sides where both networks are sure of the target: no digits lost next to 1.
   const V difference = Math::select(Math::lt(s.miss, s.hit), t.miss - s.miss, s.hit - t.hit);
   const V pull = factor_tckd * difference;
   p.grad_target = pull;
-  p.coef_s = (factor_nckd - pull) * inverse_s;
-  p.coef_t = -factor_nckd * inverse_t;
+  p.coef_s = (factor_nckd - pull) * s.inverse_sum;
+  p.coef_t = -factor_nckd * t.inverse_sum;
   return p;
 }
 
@@ -106,12 +106,13 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
 template <class Math>
 DSCT_HD CePixel<Math> ce_pixel(typename Math::V target, typename Math::V sum) {
   using V = typename Math::V;
-  const V u = log_odds<Math>(target, sum, Math::log(sum));
-  const Sigmoids<Math> s = sigmoids<Math>(u);
+  const Odds<Math> o = odds<Math>(target, sum);
+  // log total, with what was lost when the smaller part was added to the larger.
+  const V lost = Math::min(o.at, o.others) - (o.total - Math::max(o.at, o.others));
   CePixel<Math> p;
-  p.ce = -s.log_hit;
-  p.miss = s.miss;
-  p.coef = s.miss * inverse_or_zero<Math>(sum);
+  p.ce = (Math::log_normal(o.total) + lost * o.inverse) - Math::min(o.x, Math::set1(0));
+  p.miss = o.miss;
+  p.coef = o.miss * o.inverse_sum;
   return p;
 }
 

@@ -186,10 +186,10 @@ DSCT_INLINE void gradient_rows(const TnkdArgs& args, const Scratch<A>& s, int la
 }
 
 template <class A, Ce mode, class T>
-void run_row_block_as(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel, PixelSums& sums) {
+void run_row_block_as(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel) {
   constexpr int kGroup = Scratch<A>::kGroup * A::N;
   load_labels<A>(args, s.at_target, n, s.label);
-  set_ce_factors<A>(args, s);
+  set_ce_factors<A>(args, s, n);
   LossSums<A> losses = {A::set1(0), A::set1(0), A::set1(0)};
   for (int lane = 0; lane < n; lane += A::N) {
     const int count = n - lane < A::N ? n - lane : A::N;
@@ -201,20 +201,20 @@ void run_row_block_as(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel,
     gradient_rows<A, mode, T>(args, s, lane, count, reinterpret_cast<T*>(s.rows) + in_group * args.classes);
     if (in_group + count == kGroup || lane + count == n) put_rows<A, T>(args, s, lane - in_group, in_group + count);
   }
-  add_losses<A>(losses, &sums);
+  add_losses(args, losses, s);
 }
 
 template <class A, Ce mode>
-void run_row_block(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel, PixelSums& sums) {
+void run_row_block(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel) {
   switch (args.student.type) {
     case FloatType::kF32:
-      return run_row_block_as<A, mode, float>(args, s, n, pixel, sums);
+      return run_row_block_as<A, mode, float>(args, s, n, pixel);
     case FloatType::kBF16:
-      return run_row_block_as<A, mode, bf16>(args, s, n, pixel, sums);
+      return run_row_block_as<A, mode, bf16>(args, s, n, pixel);
     case FloatType::kF16:
-      return run_row_block_as<A, mode, f16>(args, s, n, pixel, sums);
+      return run_row_block_as<A, mode, f16>(args, s, n, pixel);
     case FloatType::kF64:
-      if constexpr (sizeof(typename A::S) == 8) return run_row_block_as<A, mode, double>(args, s, n, pixel, sums);
+      if constexpr (sizeof(typename A::S) == 8) return run_row_block_as<A, mode, double>(args, s, n, pixel);
   }
 }
 

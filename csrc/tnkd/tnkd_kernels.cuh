@@ -128,25 +128,14 @@ struct OneNumber {
   using M = bool;
   static DSCT_DEVICE A set1(A x) { return x; }
   static DSCT_DEVICE A abs(A x) { return ::fabs(x); }
+  static DSCT_DEVICE A min(A x, A y) { return -larger(-x, -y); }
   static DSCT_DEVICE A max(A x, A y) { return larger(x, y); }
   static DSCT_DEVICE bool lt(A x, A y) { return x < y; }
   static DSCT_DEVICE bool eq(A x, A y) { return x == y; }
   static DSCT_DEVICE A select(bool m, A x, A y) { return m ? x : y; }
-  static DSCT_DEVICE A exp(A x) { return exp2_fast(x * A(1.4426950408889634074)); }
-  static DSCT_DEVICE A log(A x) { return std::log(x); }
-  static DSCT_DEVICE float log1p_unit(float t) {  // t P(t), within 2e-7 relative on [0, 1]: half of what log1pf costs
-    float p = 0.005232629366219044f;
-    p = fmaf(p, t, -0.029504986479878426f);
-    p = fmaf(p, t, 0.07822556048631668f);
-    p = fmaf(p, t, -0.13663214445114136f);
-    p = fmaf(p, t, 0.1910599321126938f);
-    p = fmaf(p, t, -0.2484297901391983f);
-    p = fmaf(p, t, 0.3331909775733948f);
-    p = fmaf(p, t, -0.4999949336051941f);
-    p = fmaf(p, t, 0.9999999403953552f);
-    return p * t;
-  }
-  static DSCT_DEVICE double log1p_unit(double t) { return ::log1p(t); }
+  static DSCT_DEVICE A reciprocal(A x) { return A(1) / x; }
+  static DSCT_DEVICE A exp_nonpositive(A x) { return exp2_fast(x * A(1.4426950408889634074)); }
+  static DSCT_DEVICE A log_normal(A x) { return std::log(x); }
 };
 
 // Loss and gradient factors of a pixel whatever its label turned out to be. ce_scale: log2(e) where cross-entropy has
