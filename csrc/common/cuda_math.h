@@ -144,6 +144,40 @@ DSCT_DEVICE void wait_for_copies() {
 #endif
 }
 
+// ------------------------------------------------------------------------------------------ one element, any dtype
+template <typename A>
+DSCT_DEVICE A load_number(const void* base, Dtype dtype, int64_t offset) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return static_cast<A>(static_cast<const float*>(base)[offset]);
+    case Dtype::kFloat64:
+      return static_cast<A>(static_cast<const double*>(base)[offset]);
+    case Dtype::kFloat16:
+      return static_cast<A>(static_cast<float>(static_cast<const Half*>(base)[offset]));
+    default:
+      return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(base)[offset]));
+  }
+}
+
+template <typename A>
+DSCT_DEVICE void store_number(void* base, Dtype dtype, int64_t offset, A value) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      static_cast<float*>(base)[offset] = static_cast<float>(value);
+      break;
+    case Dtype::kFloat64:
+      static_cast<double*>(base)[offset] = static_cast<double>(value);
+      break;
+    case Dtype::kFloat16:
+      static_cast<Half*>(base)[offset] = static_cast<Half>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(static_cast<float>(value));
+  }
+}
+
+DSCT_HOST_DEVICE int size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
 // ------------------------------------------------------------------------------------------------------- arithmetic
 template <typename A>
 DSCT_DEVICE A infinity() {

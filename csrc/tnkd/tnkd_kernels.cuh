@@ -870,37 +870,6 @@ struct AnyLayout {
   PixelStride student_stride, teacher_stride, grad_stride, target_stride;
 };
 
-template <typename A>
-DSCT_DEVICE A load_any(const void* base, Dtype dtype, int64_t offset) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return static_cast<A>(static_cast<const float*>(base)[offset]);
-    case Dtype::kFloat64:
-      return static_cast<A>(static_cast<const double*>(base)[offset]);
-    case Dtype::kFloat16:
-      return static_cast<A>(static_cast<float>(static_cast<const Half*>(base)[offset]));
-    default:
-      return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(base)[offset]));
-  }
-}
-
-template <typename A>
-DSCT_DEVICE void store_any(void* base, Dtype dtype, int64_t offset, A value) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      static_cast<float*>(base)[offset] = static_cast<float>(value);
-      break;
-    case Dtype::kFloat64:
-      static_cast<double*>(base)[offset] = static_cast<double>(value);
-      break;
-    case Dtype::kFloat16:
-      static_cast<Half*>(base)[offset] = static_cast<Half>(static_cast<float>(value));
-      break;
-    default:
-      static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(static_cast<float>(value));
-  }
-}
-
 // One thread per pixel; the classes are read three times, the second and third from cache where they fit.
 template <typename A>
 __global__ void __launch_bounds__(128, 1)
@@ -916,8 +885,8 @@ __global__ void __launch_bounds__(128, 1)
   for (int64_t pixel = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; pixel < in.pixels; pixel += step) {
     const int64_t at_s = offset_of(pixel, in.space, in.student_stride.at);
     const int64_t at_t = offset_of(pixel, in.space, in.teacher_stride.at);
-    auto student = [&](int j) { return load_any<A>(in.student, in.student_dtype, at_s + j * in.student_class); };
-    auto teacher = [&](int j) { return load_any<A>(in.teacher, in.teacher_dtype, at_t + j * in.teacher_class); };
+    auto student = [&](int j) { return load_number<A>(in.student, in.student_dtype, at_s + j * in.student_class); };
+    auto teacher = [&](int j) { return load_number<A>(in.teacher, in.teacher_dtype, at_t + j * in.teacher_class); };
 
     int y = 0;
     if (labels.type == Label::kTeacher) {
@@ -971,7 +940,7 @@ __global__ void __launch_bounds__(128, 1)
         if (terms.with_ce) g += grad.ce * exp_ce(zs);
         if (j == y) g = grad.target;
       }
-      store_any(in.grad, in.student_dtype, at_g + j * in.grad_class, g);
+      store_number(in.grad, in.student_dtype, at_g + j * in.grad_class, g);
     }
   }
   finish_block(total, terms, work, result, scratch);
