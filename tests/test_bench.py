@@ -247,10 +247,20 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_losses, "measure_case", measure_case)
     path = tmp_path / "out.json"
-    assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--json", str(path)]) == 1
+    assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--one-process", "--json", str(path)]) == 1
     data = json.loads(path.read_text())
     assert {m["loss"] for m in data["measurements"]} == {"cafd", "dsct"}
     assert [failure["reason"] for failure in data["failed"]] == ["no such luck"]
+
+
+def test_no_case_inherits_the_process_of_another():
+    options = bench_losses.parse(["--quick", "--budget", "0.01", "--baselines", "eager", "--threads", "1"])
+    threads = torch.get_num_threads()
+    entries = bench_losses.measure_alone(case("tnkd", "2x3x4x4"), torch.device("cpu"), options)
+    assert {entry["candidate"] for entry in entries} == {"eager", "native"}
+    assert torch.get_num_threads() == threads  # another process's were set
+    with pytest.raises(ValueError, match="NxCxHxW"):
+        bench_losses.measure_alone(case("tnkd", "2x3"), torch.device("cpu"), options)
 
 
 def test_append_refuses_another_device(tmp_path):
@@ -302,6 +312,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
         assert "reason" in m or (0 < m["ms"]["min"] <= m["ms"]["median"] <= m["ms"]["max"] < math.inf)
         assert m["copy_gb_s"] > 0
     assert "torch" in data["machine"] and "build" in data["machine"]
+    assert data["settings"]["processes"] == "one for each case" and list(tmp_path.iterdir()) == [path]
 
     bench_losses.main([*options, "--loss", "tnkd", "--dtype", "bf16", "--json", str(path), "--append"])
     assert len(json.loads(path.read_text())["measurements"]) > len(data["measurements"])
