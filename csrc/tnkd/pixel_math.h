@@ -74,7 +74,7 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   const V zero = Math::set1(S(0)), one = Math::set1(S(1)), infinity = Math::set1(S(__builtin_inf()));
   const Odds<Math> s = odds<Math>(target_s, sum_s), t = odds<Math>(target_t, sum_t);
   // Differences of logs as logs of ratios: near 0 where the networks agree, and then their divergence is as small, and
-  // would lose its digits between two logs of the size of log K.
+  // would lose its digits between two logs of the size of log K. Not used where the teacher has no other class.
   const V log_sums = Math::select(s.none, -infinity, Math::log_normal(sum_s / sum_t));
   // log(total_s / total_t): where a network is sure, what tells its total from 1 is lost in it. The difference of the
   // totals, part by part, has it, and log(1 + d) = log(r) + (1 + d - r) / r for any r near 1 + d.
