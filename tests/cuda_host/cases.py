@@ -342,7 +342,9 @@ CAFD = [
     CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=0.0, why="all-zero features"),
     CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=float("nan")),
     *(CafdCase("rows rows rows", shape, shape, near=near, why="a small loss is exact, too")
-      for shape in ((2, 16, 8, 8), (1, 8, 64, 64)) for near in (0.1, 1e-3)),
+      for shape in ((2, 16, 8, 8), (1, 8, 64, 64)) for near in (0.1, 1e-3, 1e-5)),
+    *(CafdCase("columns columns columns", shape, shape, layout="channels_last", near=near, why="the same by columns")
+      for shape in ((2, 24, 8, 8), (1, 40, 24, 24)) for near in (0.1, 1e-3, 1e-5)),
     CafdCase("columns columns columns", (2, 4, 3, 4), (2, 4, 3, 4), fill=float("inf"), layout="channels_last"),
     *(CafdCase("rows rows rows", (2, 4, 4, 8), (2, 4, 4, 8), dtype, scale=LARGE[dtype] / 4, channel_temperature=0.1,
                spatial_temperature=0.01) for dtype in DTYPES),
