@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dsct_kernels
 from dsct_kernels import CAFDLoss, DSCTLoss, TNKDLoss, cafd_loss, channel_attention_map, dsct_loss, tnkd_loss
 from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
-from tests.test_edge_cases import check_cafd, check_tnkd, features, problem
+from tests.test_edge_cases import check_cafd, check_tnkd, features, problem, tnkd
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Shapes with a story: one pixel; no spatial dimensions; odd sizes; K = 2; a block and a bit; more classes than pixels;
@@ -72,6 +72,20 @@ def test_layouts_give_the_same_numbers(device, backend, student_layout, teacher_
     if student_layout != "sliced":
         assert grad.stride() == torch.empty_like(s).stride()
     check_cafd(s, t, backend)
+
+
+@pytest.mark.parametrize("classes", [3, 6, 150])
+@pytest.mark.parametrize("away", [-40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0])
+def test_target_term_of_any_size_keeps_its_digits(device, backend, classes, away):
+    """The target's logit moved up or down at every pixel: where all are sure TCKD is tiny, and no error of a fixed size
+    is allowed."""
+    student, noise, target = problem(device, (1, classes, 8, 8), scale=1.0)
+    student.scatter_add_(1, target.unsqueeze(1), torch.full_like(student[:, :1], away))
+    networks, keywords = (student, student + noise), {"beta": 0.0, "temperature": 1.0}
+    got, own = (tnkd(*networks, target, name, **keywords) for name in (backend, "reference"))
+    truth = tnkd(*(x.double() for x in networks), target, "reference", **keywords)
+    for what, *values in zip(("loss", "gradient"), got, own, truth):
+        assert_as_good_as_reference(*values, f"{what} {away} away")
 
 
 @pytest.mark.parametrize("student_dtype", FLOATS, ids=str)

@@ -33,35 +33,43 @@ struct CePixel {
   typename Math::V coef;  // p_j = coef e_j
 };
 
-// The target against the others: b = sigmoid(u) and 1 - b, with u = target - log sum, as shares of a total in which the
-// larger of the two exponents is 0. So nothing overflows, nothing cancels, and the exponential waits for no sum.
+// The target against the others: with u = target - log sum, odds = exp(-|u|), and b = sigmoid(u), 1 - b from it.
+// Nothing overflows, nothing cancels, and the exponential waits for no log.
 template <class Math>
 struct Odds {
-  typename Math::V x;               // target, +inf where there is no other class
-  typename Math::V at, others;      // e^target : sum, both times min(1, e^-target)
-  typename Math::V total, inverse;  // at + others >= 1
-  typename Math::V hit, miss;       // b, 1 - b
-  typename Math::V inverse_sum;     // 0 where there is no other class
-  typename Math::M none;            // no other class
+  typename Math::V x;             // target, +inf where there is no other class
+  typename Math::V odds, larger;  // the larger of b and 1 - b is 1 / (1 + odds)
+  typename Math::V hit, miss;     // b, 1 - b
+  typename Math::V inverse_sum;   // 0 where there is no other class
+  typename Math::M none;          // no other class
 };
 template <class Math>
-DSCT_HD Odds<Math> odds(typename Math::V target, typename Math::V sum) {
+DSCT_HD Odds<Math> odds_of(typename Math::V target, typename Math::V sum) {
   using V = typename Math::V;
   using S = typename Math::S;
   const V zero = Math::set1(S(0)), one = Math::set1(S(1));
   Odds<Math> o;
   o.none = Math::eq(sum, zero);
   o.x = Math::select(o.none, Math::set1(S(__builtin_inf())), target);
+  // e^target : sum, both times min(1, e^-target)
   const V e = Math::exp_nonpositive(-Math::abs(o.x));
-  const typename Math::M likely = Math::lt(zero, o.x);
-  o.at = Math::select(likely, one, e);
-  o.others = Math::select(likely, sum * e, sum);
-  o.total = o.at + o.others;
-  o.inverse = Math::reciprocal(o.total);
-  o.hit = o.at * o.inverse;
-  o.miss = o.others * o.inverse;
+  const typename Math::M positive = Math::lt(zero, o.x);
+  const V at = Math::select(positive, one, e), others = Math::select(positive, sum * e, sum);
+  const typename Math::M unlikely = Math::lt(at, others);  // selects by it, not min and max: they may drop a NaN
+  o.odds = Math::select(unlikely, at, others) * Math::reciprocal(Math::select(unlikely, others, at));
+  o.larger = Math::reciprocal(one + o.odds);
+  const V smaller = o.odds * o.larger;
+  o.hit = Math::select(unlikely, smaller, o.larger);
+  o.miss = Math::select(unlikely, o.larger, smaller);
   o.inverse_sum = Math::select(o.none, zero, Math::reciprocal(sum));
   return o;
+}
+
+// log(1 + x), x > -1: log(r) + (x - (r - 1)) / r, with r = 1 + x as it was rounded.
+template <class Math>
+DSCT_HD typename Math::V log1p(typename Math::V x) {
+  const typename Math::V one = Math::set1(1), r = one + x;
+  return Math::log_normal(r) + (x - (r - one)) * Math::reciprocal(r);
 }
 
 // factor_tckd = tau * tckd_weight * normaliser, factor_nckd likewise: they go into the gradient only.
@@ -72,26 +80,24 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   using V = typename Math::V;
   using S = typename Math::S;
   const V zero = Math::set1(S(0)), one = Math::set1(S(1)), infinity = Math::set1(S(__builtin_inf()));
-  const Odds<Math> s = odds<Math>(target_s, sum_s), t = odds<Math>(target_t, sum_t);
-  // Differences of logs as logs of ratios: near 0 where the networks agree, and then their divergence is as small, and
-  // would lose its digits between two logs of the size of log K. Not used where the teacher has no other class.
-  const V log_sums = Math::select(s.none, -infinity, Math::log_normal(sum_s / sum_t));
-  // log(total_s / total_t): where a network is sure, what tells its total from 1 is lost in it. The difference of the
-  // totals, part by part, has it, and log(1 + d) = log(r) + (1 + d - r) / r for any r near 1 + d.
-  const V ratio = s.total * t.inverse;
-  const V lost = ((s.at - t.at) + (s.others - t.others)) * t.inverse - (ratio - one);
-  const V found = Math::select(Math::lt(ratio, Math::set1(S(0.5))), zero, lost * (t.total * s.inverse));
-  const V log_totals = Math::log_normal(ratio) + found;
+  const Odds<Math> s = odds_of<Math>(target_s, sum_s), t = odds_of<Math>(target_t, sum_t);
+  // log sum_s - log sum_t as the log of a ratio: near 0 where the networks agree, and then their divergence is as
+  // small, and would lose its digits between two logs of the size of log K.
+  const V present_t = Math::select(t.none, one, sum_t), log_t = Math::log_normal(present_t);
+  const V log_ratio = Math::select(s.none, -infinity, Math::log_normal(sum_s / present_t));
+  const V u_s = s.x - (log_t + log_ratio), u_t = t.x - log_t;
 
   TnkdPixel<Math> p;
-  // log b = min(x, 0) - log total, log(1 - b) = log sum - max(x, 0) - log total. 0 * log 0 = 0. A NaN stays: it is not
-  // equal to 0.
-  const V hit = Math::select(Math::eq(t.hit, zero), zero, t.hit * (Math::min(t.x, zero) - Math::min(s.x, zero)));
-  const V further = (Math::max(s.x, zero) - Math::max(t.x, zero)) - log_sums;
-  const V miss = Math::select(Math::eq(t.miss, zero), zero, t.miss * further);
-  p.tckd = (hit + miss) + log_totals;
+  // log b = -max(-u, 0) - log(1 + odds), log(1 - b) = -max(u, 0) - log(1 + odds). 0 * log 0 = 0. With both
+  // networks on one side the difference of the maxima is that of u, which has digits that u has not.
+  const V gap = (s.x - t.x) - log_ratio;
+  const V up = Math::select(Math::lt(zero, Math::min(u_s, u_t)), gap, Math::max(u_s, zero) - Math::max(u_t, zero));
+  const V down = Math::select(Math::lt(Math::max(u_s, u_t), zero), -gap, Math::max(-u_s, zero) - Math::max(-u_t, zero));
+  const V hit = Math::select(Math::eq(t.hit, zero), zero, t.hit * down);
+  const V miss = Math::select(Math::eq(t.miss, zero), zero, t.miss * up);
+  p.tckd = (hit + miss) + log1p<Math>((s.odds - t.odds) * t.larger);
   // A student without any other class where the teacher has some: infinitely far. A teacher without: nothing to learn.
-  const V divergence = cross * t.inverse_sum + log_sums;
+  const V divergence = cross * t.inverse_sum + log_ratio;
   p.nckd = Math::select(t.none, zero, Math::select(s.none, cross + infinity, divergence));
   // b^S - b^T from the two small sides where both networks are sure of the target: no digits lost next to 1.
   const V difference = Math::select(Math::lt(s.miss, s.hit), t.miss - s.miss, s.hit - t.hit);
@@ -106,11 +112,10 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
 template <class Math>
 DSCT_HD CePixel<Math> ce_pixel(typename Math::V target, typename Math::V sum) {
   using V = typename Math::V;
-  const Odds<Math> o = odds<Math>(target, sum);
-  // log total, with what was lost when the smaller part was added to the larger.
-  const V lost = Math::min(o.at, o.others) - (o.total - Math::max(o.at, o.others));
+  const Odds<Math> o = odds_of<Math>(target, sum);
+  const V u = o.x - Math::log_normal(Math::select(o.none, Math::set1(1), sum));
   CePixel<Math> p;
-  p.ce = (Math::log_normal(o.total) + lost * o.inverse) - Math::min(o.x, Math::set1(0));
+  p.ce = Math::max(-u, Math::set1(0)) + log1p<Math>(o.odds);
   p.miss = o.miss;
   p.coef = o.miss * o.inverse_sum;
   return p;

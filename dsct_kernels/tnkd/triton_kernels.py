@@ -127,15 +127,16 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
     rare = tl.where(less_t == 0, 0.0, less_t * (tl.maximum(-v_s, 0.0) + v_t))
     far = more_t * tl.maximum(v_s, 0.0) + rare
+    x = (e_s - e_t) * more_t  # softplus(v_s) - softplus(v_t) less what is above 0: log(1 + x)
+    rest = far
     if NEAR:
         delta = v_s - v_t
         near = tl.abs(delta) < 1.0
-        x = less_t * (delta + delta * delta * _expm1_tail(delta))
-        one_more = 1.0 + x
-        lost = (x - (one_more - 1.0)) * _reciprocal(one_more, FAST)
-        tckd = _log(tl.where(near, one_more, (1.0 + e_s) * more_t), ACC) + tl.where(near, lost - less_t * delta, far)
-    else:
-        tckd = far + _log((1.0 + e_s) * more_t, ACC)
+        x = tl.where(near, less_t * (delta + delta * delta * _expm1_tail(delta)), x)
+        rest = tl.where(near, -less_t * delta, far)
+    one_more = 1.0 + x
+    lost = (x - (one_more - 1.0)) * _reciprocal(one_more, FAST)  # where both are sure, all there is
+    tckd = _log(one_more, ACC) + lost + rest
     gap = side_s - less_t
     gap *= side  # b^S - b^T
     by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
