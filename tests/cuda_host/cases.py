@@ -162,6 +162,17 @@ def all_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     target.fill_(255)
 
 
+def sure_of(away: float) -> Any:
+    """Both networks put the label so far above or below the other classes; where they differ otherwise is of size 1."""
+
+    def edit(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+        label = target.long().clamp(max=student.shape[1] - 1).unsqueeze(1)
+        student.scatter_add_(1, label, torch.full_like(student[:, :1], away))
+        teacher.copy_(student + teacher)
+
+    return edit
+
+
 def bad_label(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     target.view(-1)[2] = 200
 
@@ -198,6 +209,11 @@ TNKD = [
     *(TnkdCase(kernel, shape, logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)
       for kernel, shape in ((WHOLE, (1, 6, 4, 8)), (STAGED, (1, 19, 4, 8)))),
+    *(TnkdCase(kernel, shape, layout=layout, logits=sure_of(away), weights=(0.0, 1.0, 0.0), temperature=1.0, scale=1.0,
+               with_ce=False, why="a target term as small as exp(-|away|) has its digits")
+      for kernel, shape, layout in ((WHOLE, (1, 6, 8, 8), "contiguous"), (STAGED, (1, 150, 8, 8), "contiguous"),
+                                    (ANY, (1, 19, 8, 8), "sliced"))
+      for away in (-40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0)),
     *(TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)),
     *(TnkdCase(kernel, (1, k, 4, 16), torch.float16, layout=layout, reduction=r, temperature=t, weights=weights,
