@@ -112,8 +112,8 @@ def gpu_answers(device: torch.device) -> bool:
 def measure_alone(case: Case, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
     """measure_case in a process of its own, so that no case inherits another's heap.
 
-    What malloc keeps from the cases before decides whether a fresh tensor has to be paged in: it moved torch.compile's
-    CAFD at 4x512x64x64 from 44 to 13 ms.
+    What malloc keeps from the cases before decides whether a fresh tensor has to be paged in: it makes torch.compile's
+    CAFD at 4x512x64x64 three times as fast.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as process:

@@ -254,8 +254,9 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
 
 
 def test_no_case_inherits_the_process_of_another():
-    options = bench_losses.parse(["--quick", "--budget", "0.01", "--baselines", "eager", "--threads", "1"])
     threads = torch.get_num_threads()
+    arguments = ["--quick", "--budget", "0.01", "--baselines", "eager", "--threads", str(threads + 1)]
+    options = bench_losses.parse(arguments)
     entries = bench_losses.measure_alone(case("tnkd", "2x3x4x4"), torch.device("cpu"), options)
     assert {entry["candidate"] for entry in entries} == {"eager", "native"}
     assert torch.get_num_threads() == threads  # another process's were set

@@ -143,7 +143,7 @@ struct F32 : VecTypes<float, int32_t> {
     return _mm512_min_ps(a, b);
   }
   DSCT_INLINE V abs(V a) { return _mm512_abs_ps(a); }
-  DSCT_INLINE V reciprocal(V a) {  // within 1 ulp, a normal number; a third of what a division takes
+  DSCT_INLINE V reciprocal(V a) {  // within 1 ulp, a normal number; half of what a division takes
     const V guess = _mm512_rcp14_ps(a);
     return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(a, guess, set1(1.0f)), guess);
   }
