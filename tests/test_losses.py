@@ -214,6 +214,22 @@ def test_dsct_adds_up_and_its_cross_entropy_is_torchs(device, backend, reduction
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("classes", [6, 19])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_dsct_without_labels_weighs_the_teachers_classes(device, backend, classes, reduction):
+    """The mean is over the weights of classes that nobody has named: the teacher's argmax."""
+    student, teacher, _ = problem(device, (2, classes, 5, 7))
+    student.requires_grad_()
+    weight = torch.rand(classes, device=device) + 0.1
+    results = []
+    for name, labels in ((backend, None), ("reference", teacher.argmax(1))):
+        losses = dsct_loss(
+            student, teacher, labels, class_weight=weight, ignore_index=None, reduction=reduction, backend=name
+        )
+        results.append([*losses, *torch.autograd.grad(losses.total, student)])
+    torch.testing.assert_close(*results)
+
+
 def test_dsct_leaves_out_what_has_no_weight_or_no_features(device, backend):
     student, teacher, target = problem(device)
     s, t = features(device)

@@ -38,6 +38,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // reported here: the next to ask should not get it again
     throw std::runtime_error(std::string("dsct_kernels: ") + what + ": " + cudaGetErrorString(error));
   }
 }
@@ -68,16 +69,18 @@ inline Device device_of(int index) {
 }
 
 template <typename... Params, typename... Args>
-void launch_kernel(const char* name, bool early, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-                   cudaStream_t stream, const Args&... args) {
+void launch_kernel(const char* name, const Device& device, bool early, void (*kernel)(Params...), int64_t blocks,
+                   int threads, size_t shared, cudaStream_t stream, const Args&... args) {
   if (blocks == 0) return;
   if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument(std::string(name) + ": the tensor needs " + std::to_string(blocks) +
                                 " blocks, more than one launch can have");
   }
+  // Always the most that the device has: a limit of this launch's size would be another thread's, or a captured
+  // graph's, of the same kernel with more classes.
   if (shared > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
+                               device.shared_bytes),
           name);
   }
   cudaLaunchConfig_t config{};
@@ -97,15 +100,16 @@ void launch_kernel(const char* name, bool early, void (*kernel)(Params...), int6
 template <typename... Params, typename... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
             cudaStream_t stream, const Args&... args) {
-  launch_kernel(name, false, kernel, blocks, threads, shared, stream, args...);
+  launch_kernel(name, Device(), false, kernel, blocks, threads, shared, stream, args...);
 }
 
-// For a kernel that calls wait_for_previous() before it touches what the launch before it wrote, and follows one of
-// ours that calls release_next(): its blocks start while that one ends, which hides the gap between two launches.
+// For a kernel that follows one of ours that calls release_next(): its blocks start while that one ends, which hides
+// the gap between two launches. Every one of its threads calls wait_for_previous() before it touches what the launch
+// before wrote, before it writes to device memory, and before it exits: then its own end says that all before it ended.
 template <typename... Params, typename... Args>
 void launch_early(const char* name, const Device& device, void (*kernel)(Params...), int64_t blocks, int threads,
                   size_t shared, cudaStream_t stream, const Args&... args) {
-  launch_kernel(name, device.overlap, kernel, blocks, threads, shared, stream, args...);
+  launch_kernel(name, device, device.overlap, kernel, blocks, threads, shared, stream, args...);
 }
 
 #endif

@@ -9,7 +9,8 @@
 // `sum` is 0 only where every other class is absent: the largest of them contributes 1.
 //
 // Math is a policy: V the value, S its scalar, M a condition; set1, abs, min, max, lt, eq, select, reciprocal,
-// exp_nonpositive (exp(x) for x <= 0) and log_normal (log of a positive normal number; NaN stays NaN).
+// ratio (x / y, exactly 1 where they are equal), exp_nonpositive (exp(x) for x <= 0) and log_normal (log of a positive
+// normal number; NaN stays NaN).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -84,7 +85,7 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   // log sum_s - log sum_t as the log of a ratio: near 0 where the networks agree, and then their divergence is as
   // small, and would lose its digits between two logs of the size of log K.
   const V present_t = Math::select(t.none, one, sum_t), log_t = Math::log_normal(present_t);
-  const V log_ratio = Math::select(s.none, -infinity, Math::log_normal(sum_s / present_t));
+  const V log_ratio = Math::select(s.none, -infinity, Math::log_normal(Math::ratio(sum_s, present_t)));
   const V u_s = s.x - (log_t + log_ratio), u_t = t.x - log_t;
 
   TnkdPixel<Math> p;

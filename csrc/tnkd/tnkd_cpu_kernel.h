@@ -25,6 +25,7 @@ constexpr int kPartial = 16;
 template <class A>
 struct Math : A {
   typedef typename A::V V;
+  DSCT_INLINE V ratio(V x, V y) { return x / y; }
   DSCT_INLINE V exp_nonpositive(V x) { return DSCT_ISA::exp_nonpositive<A>(x); }
   DSCT_INLINE V log_normal(V x) { return DSCT_ISA::log_normal<A>(x); }
 };

@@ -45,6 +45,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
   args.teacher_dtype = cuda::dtype_of(teacher_logits, "teacher_logits");
   const bool wide = args.student_dtype == cuda::Dtype::kFloat64 || args.teacher_dtype == cuda::Dtype::kFloat64;
   const ScalarType acc = wide ? ScalarType::Double : ScalarType::Float;
+  if (class_weight) {
+    STD_TORCH_CHECK(class_weight->is_cuda() && class_weight->dim() == 1 && class_weight->is_contiguous() &&
+                        class_weight->size(0) == student_logits.size(1) && class_weight->scalar_type() == acc,
+                    "class_weight: expected a contiguous (K,) tensor on the logits' device in the accumulation dtype");
+    // The mean needs the weights' sum before the first gradient, and the kernels find the argmax only on the way.
+    STD_TORCH_CHECK(target || !with_ce || reduction != 1,
+                    "target: expected labels (the teacher's argmax) where class weights are averaged over, got None");
+  }
+  STD_TORCH_CHECK(teacher_logits.is_cuda() && (!target || target->is_cuda()),
+                  "teacher_logits, target: expected the device of student_logits");
 
   std::vector<int64_t> pixels_shape;
   for (int64_t d = 0; d < student_logits.dim(); ++d) {

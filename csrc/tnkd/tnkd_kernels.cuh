@@ -134,6 +134,13 @@ struct OneNumber {
   static DSCT_DEVICE bool eq(A x, A y) { return x == y; }
   static DSCT_DEVICE A select(bool m, A x, A y) { return m ? x : y; }
   static DSCT_DEVICE A reciprocal(A x) { return A(1) / x; }
+  // Rounded as IEEE says, whatever --prec-div: equal numbers have the ratio 1, and its log is 0.
+  static DSCT_DEVICE A ratio(A x, A y) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(A) == 4) return __fdiv_rn(x, y);
+#endif
+    return x / y;
+  }
   // With what x log2(e) rounds away: at x = -40 that is 2e-6 of the result.
   static DSCT_DEVICE A exp_nonpositive(A x) {
     constexpr A kLog2E = A(1.4426950408889634074), kRest = A(1.4426950408889634074 - double(kLog2E));
@@ -287,7 +294,7 @@ __global__ void __launch_bounds__(kCountThreads, 1)
       if (class_weight != nullptr && y >= 0) sums[1] += class_weight[y];
     };
     int64_t done = 0;
-    if (labels.packs && space.dims == 1) {
+    if (labels.packs) {
       done = pixels / kCountPixels * kCountPixels;
       for (int64_t p = first * kCountPixels; p < done; p += step * kCountPixels) {
         int y[kCountPixels];
@@ -371,12 +378,12 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
     mine[0] = sums[0], mine[1] = sums[1], mine[2] = sums[2];
     __threadfence();
     scratch[0] = atomicAdd(work.ticket, 1u) == gridDim.x - 1 ? 1.0 : 0.0;
+    __threadfence();  // the other blocks' partials are read after this
   }
   __syncthreads();
   const bool last = scratch[0] != 0.0;
   if (!last) return;
   __syncthreads();
-  __threadfence();
   sums[0] = sums[1] = sums[2] = 0;
 #pragma unroll 4
   for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
@@ -775,8 +782,8 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       et[i] = here ? static_cast<float>(teacher[p * pixel_t + j * class_t]) : -infinity<float>();
     }
     int y;
-    if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
-      float best = et[0];
+    if (labels.type == Label::kTeacher) {                        // the teacher's argmax, smallest index on a tie
+      float best = et[0] == et[0] ? et[0] : -infinity<float>();  // a NaN must lose in every thread alike
       y = group;
 #pragma unroll
       for (int i = 1; i < kClasses; ++i) {
@@ -1224,18 +1231,28 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& d
   const bool wide = args.student_dtype == Dtype::kFloat64 || args.teacher_dtype == Dtype::kFloat64;
   const Workspace work = workspace_of(args, plan);
   const Labels labels = labels_of(args);
-  Space space;
-  PixelStride target_stride;
-  space.dims = args.dims;
-  for (int d = 0; d < kMaxDims; ++d) space.size[d] = args.size[d], target_stride.at[d] = args.target_strides[d];
+  // The labels by themselves: dimensions that the logits keep apart are one here, and then they are counted in packs.
+  Space space{};
+  PixelStride target_stride{};
+  for (int d = 0; d < args.dims; ++d) {
+    const int last = space.dims - 1;
+    if (last >= 0 && target_stride.at[last] == args.target_strides[d] * args.size[d]) {
+      space.size[last] *= args.size[d];
+    } else {
+      space.size[space.dims++] = args.size[d];
+    }
+    target_stride.at[space.dims - 1] = args.target_strides[d];
+  }
+  Labels counted = labels;
+  counted.packs = aligned(args.target) && space.dims == 1 && target_stride.at[0] == 1;
   const bool count = args.mean && args.has_target && (args.has_ignore_index || args.class_weight != nullptr);
   const size_t shared = 2 * kWarp * sizeof(double);
   if (wide) {
-    launch("tnkd", count_pixels<double>, plan.count_blocks, kCountThreads, shared, stream, labels, space, target_stride,
-           args.pixels, static_cast<const double*>(args.class_weight), count, work);
+    launch("tnkd", count_pixels<double>, plan.count_blocks, kCountThreads, shared, stream, counted, space,
+           target_stride, args.pixels, static_cast<const double*>(args.class_weight), count, work);
     return launch_any<double>(plan, args, labels, work, device, stream);
   }
-  launch("tnkd", count_pixels<float>, plan.count_blocks, kCountThreads, shared, stream, labels, space, target_stride,
+  launch("tnkd", count_pixels<float>, plan.count_blocks, kCountThreads, shared, stream, counted, space, target_stride,
          args.pixels, static_cast<const float*>(args.class_weight), count, work);
   auto by_dtype = [&](auto type) {
     using T = decltype(type);

@@ -112,6 +112,14 @@ def fake(
     )
 
 
+def lacks_labels(target: Tensor | None, class_weight: Tensor | None, reduction: int, with_ce: bool) -> bool:
+    """A mean over class weights needs their sum, so the labels, before the first gradient.
+
+    The GPU kernels find the teacher's argmax on the way: there it has to be taken beforehand.
+    """
+    return target is None and class_weight is not None and with_ce and reduction == 1
+
+
 def call(op: Callable[..., Any], scale_: InPlaceScale, student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts) of the op, differentiable in student_logits; `args` are the op's, without needs_grad."""
     needs_grad = student_logits.requires_grad and torch.is_grad_enabled()

@@ -177,6 +177,10 @@ def bad_label(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     target.view(-1)[2] = 200
 
 
+def teacher_nan(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    teacher[:, 1] = float("nan")
+
+
 def ties(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
     teacher.round_()
 
@@ -231,6 +235,12 @@ TNKD = [
     TnkdCase(STAGED, (1, 380, 2, 4), why="many groups"),
     TnkdCase(STAGED, (1, 19, 10, 20), temperature=3.0, weighted=True, why="a tile that is not full"),
     TnkdCase(STAGED, (1, 19, 4, 8), label=None, logits=ties),
+    *(TnkdCase(kernel, (1, k, 4, 8), layout=layout, label=None, logits=teacher_nan, why="a NaN is never hidden")
+      for kernel, k, layout in ((WHOLE, 6, "contiguous"), (STAGED, 19, "contiguous"), (STAGED, 150, "contiguous"),
+                                (ANY, 6, "sliced"))),
+    *(TnkdCase(kernel, (3, k, 5, 16), label=label, weighted=True, why="labels counted in packs")
+      for kernel, k in ((WHOLE, 6), (STAGED, 19)) for label in (torch.uint8, torch.int64)),
+    TnkdCase(ANY, (3, 6, 5, 16), label_layout="sliced", weighted=True, why="labels counted one by one"),
     TnkdCase(STAGED, (1, 19, 4, 8), torch.float16, label=None, reduction=0),
     *(TnkdCase(STAGED, (1, k, 2, 3), why="the most classes that are staged") for k in (700, 1024)),
     TnkdCase(ANY, (1, 1025, 2, 3), why="and one more"),
