@@ -5,7 +5,7 @@ import torch
 
 from dsct_kernels import cafd_loss, channel_attention_map, tnkd_loss
 from dsct_kernels.cafd import reference
-from tests.helpers import assert_as_good_as_reference
+from tests.helpers import assert_as_good_as_reference, strided_copy
 
 NAN, INF = float("nan"), float("inf")
 # A loss is a difference of terms of size 1 (TNKD: temperature^2); where it is near 0, a few roundings of these remain.
@@ -150,6 +150,18 @@ def test_nan_at_a_valid_pixel_is_not_hidden(device, backend, network, at_target)
     assert tnkd(student, teacher, target, backend)[0].isnan()
     per_pixel = tnkd(student, teacher, target, backend, reduction="none")[0]
     assert per_pixel.isnan().sum() == 1 and per_pixel[0, 1, 2].isnan()
+
+
+@pytest.mark.parametrize("classes", [6, 19, 150])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_teachers_nan_is_not_hidden_without_labels(device, backend, classes, layout):
+    """It is no argmax that anyone should compare with."""
+    student, teacher, _ = problem(device, (1, classes, 4, 8))
+    for poisoned in (1, classes - 1):
+        bad = strided_copy(teacher.clone(), layout)
+        bad[0, poisoned, 1, 2] = NAN
+        per_pixel = tnkd(strided_copy(student, layout), bad, None, backend, reduction="none")[0]
+        assert per_pixel[0, 1, 2].isnan() and per_pixel.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("absent", ["other", "target", "all others"])
@@ -305,6 +317,16 @@ def test_teacher_tokens_are_read_in_place(device, backend):
     assert viewed.data_ptr() == tokens.data_ptr()
     check_cafd(student, viewed, backend)
     torch.testing.assert_close(cafd(student, viewed, backend)[0], cafd(student, teacher, backend)[0])
+
+
+def test_features_of_one_column(device, backend):
+    """Width 1, whose stride says nothing: tokens as (N, C, L, 1), and a column of a channels_last picture."""
+    student, teacher = (x.repeat(1, 8, 1, 1)[:, :8] for x in features(device))
+    tokens = student.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1)
+    assert tokens.stride(1) == tokens.stride(3) == 1
+    check_cafd(tokens, teacher.flatten(2).unsqueeze(-1), backend)
+    pictures = [x.contiguous(memory_format=torch.channels_last) for x in (student, teacher)]
+    check_cafd(*(x[..., 1:2] for x in pictures), backend)
 
 
 @pytest.mark.parametrize("student_size,teacher_size", [((6, 6), (3, 3)), ((3, 5), (7, 4)), ((4, 4), (5, 9))])

@@ -10,11 +10,9 @@ using cuda::CafdPlan;
 using cuda::Features;
 
 Features features_of(const Tensor& tensor, const char* name) {
-  Features f{};
-  f.data = tensor.const_data_ptr();
-  f.dtype = cuda::dtype_of(tensor, name);
-  f.samples = tensor.size(0), f.channels = tensor.size(1), f.height = tensor.size(2), f.width = tensor.size(3);
-  for (int d = 0; d < 4; ++d) f.stride[d] = tensor.stride(d);
+  int64_t size[4], stride[4];
+  for (int d = 0; d < 4; ++d) size[d] = tensor.size(d), stride[d] = tensor.stride(d);
+  const Features f = cuda::make_features(tensor.const_data_ptr(), cuda::dtype_of(tensor, name), size, stride);
   STD_TORCH_CHECK(f.positions() <= std::numeric_limits<int32_t>::max(), name, ": more than 2^31 positions a sample");
   return f;
 }
