@@ -65,7 +65,10 @@ def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
         return "the native kernels were built without CUDA; reinstall where torch has CUDA and an nvcc is found"
     for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
         ptx = arch.endswith("+PTX")
-        major, minor = (int(x) for x in arch.removesuffix("+PTX").rstrip("af").split("."))
+        try:
+            major, minor = (int(x) for x in arch.removesuffix("+PTX").rstrip("af").split("."))
+        except ValueError:  # "", or a name like Hopper: nothing is known of what it covers
+            continue
         if (major == have[0] and minor <= have[1]) or (ptx and (major, minor) <= have):
             return None
     return f"the native kernels were built for CUDA {archs}, this GPU is {have[0]}.{have[1]}"

@@ -10,6 +10,8 @@ import torch
 
 OLDEST = (3, 6)
 
+FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs from version to version
+
 LIBRARY = torch.library.Library("dsct_kernels", "FRAGMENT")
 # Inputs are read at the strides they have, and the fake kernels promise the student's: Inductor must not re-lay them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -55,6 +57,10 @@ def _look(device: str, index: int | None) -> str | None:
         return None
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return "the Triton kernels need compute capability 8.0 or newer"
+    try:
+        triton.runtime.driver.active.get_current_device()  # its first use compiles what launches kernels
+    except Exception as error:
+        return f"Triton cannot launch kernels here, for which it needs a C compiler and Python.h: {error}"
     return None
 
 
@@ -67,7 +73,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def launch(kernel: Any, programs: int, warps: int, *args: Any, **constants: Any) -> None:
     """The only place a kernel is started from: the ahead-of-time test replaces it to see every launch."""
-    kernel[(programs,)](*args, num_warps=warps, **constants)
+    kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=FP_FUSION, **constants)
 
 
 def fast(result: torch.Tensor) -> bool:

@@ -20,6 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from dsct_kernels.triton_common import FP_FUSION
+
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 NAMES = {
@@ -108,7 +110,8 @@ BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 def report(name: str, launch: Launch, arch: int) -> Report:
     """Compile for sm_`arch` and read the machine code."""
-    compiled = compile(source(launch), target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "enable_fp_fusion": FP_FUSION}
+    compiled = compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

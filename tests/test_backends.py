@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from dsct_kernels import backends, triton_common
+
 PURE = "import sys; sys.modules['dsct_kernels._C'] = None; "  # as installed without a compiler
 CALL = (
     "import torch; from dsct_kernels import tnkd_loss; x = torch.randn(2, 3, 4, 4); print(tnkd_loss(x, x + 1).item())"
@@ -42,3 +47,15 @@ def test_the_environment_names_the_default_backend():
     )
     for name in ("reference", ""):
         assert run("-c", CALL, DSCT_KERNELS_BACKEND=name).returncode == 0
+
+
+@pytest.mark.parametrize("archs", ["Hopper", "8.0;", "Ampere 12.0+PTX"])
+def test_architectures_by_name_or_left_empty_are_no_match(archs):
+    assert backends._why_not_arch(archs, (7, 5)) == f"the native kernels were built for CUDA {archs}, this GPU is 7.5"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be launched on")
+def test_a_triton_that_cannot_launch_says_so(monkeypatch):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert str(triton_common._look("cuda", 0)).startswith("Triton cannot launch kernels here")

@@ -25,7 +25,7 @@ from tests.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report
 pytestmark = pytest.mark.skipif(not (BIN / "nvdisasm").exists(), reason="this Triton brings no NVIDIA tools")
 TNKD_CASES = [
     (classes, dtype, layout, with_ce)
-    for classes in (6, 19, 150)
+    for classes in (6, 19, 150, 1024)
     for dtype in (torch.float32, torch.bfloat16)
     for layout in ("contiguous", "channels_last")
     for with_ce in (False, True)

@@ -48,13 +48,13 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
     if pixels_adjacent:
         # A lane holds 16 bytes of pixels of every `classes`-th class, and 20 registers or more for each of the pixels:
         # `classes` is the smallest power of two that leaves it without a spill. More of them would repeat what is done
-        # once a pixel. Up to eight, a warp has its pixels to itself and exchanges sums by shuffles.
+        # once a pixel. Up to eight, a warp has its pixels to itself and exchanges sums by shuffles; above, warps share
+        # pixels, in runs of 64 bytes a class, of 32 or 16 for the most classes: each logit is still read once.
         vector = max(1, 16 // itemsize)
-        classes = 1
-        while -(-num_classes // classes) > _most_held(num_classes, classes, vector, with_ce):
-            classes *= 2
-        if classes <= 8:
-            config = Config(pixels=32 * vector // classes, classes=classes, warps=1, resident=True)
+        for classes, warps in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)):
+            if -(-num_classes // classes) <= _most_held(num_classes, classes, vector, with_ce):
+                config = Config(pixels=32 * warps * vector // classes, classes=classes, warps=warps, resident=True)
+                break
         else:
             config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
     elif num_classes <= 8:
@@ -63,9 +63,12 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
         config = Config(pixels=32, classes=4, warps=4, resident=True)
     elif num_classes <= 256:
         config = Config(pixels=16, classes=32, warps=4, resident=True)
+    elif num_classes <= 1024:
+        config = Config(pixels=4, classes=128, warps=4, resident=True)
     else:
         config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
-    pixels = max(16 if pixels_adjacent else 1, min(config.pixels, next_power_of_2(inner)))
+    least = min(16, config.pixels) if pixels_adjacent else 1
+    pixels = max(least, min(config.pixels, next_power_of_2(inner)))
     return Config(pixels, config.classes, config.warps, config.resident, config.unroll)
 
 
@@ -77,6 +80,8 @@ def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> in
         return 4 if with_ce else 6
     if classes == 2 and with_ce:
         return 2  # three spill under Triton 3.8
+    if classes > 8:
+        return 3 if with_ce else 5
     return 4 if with_ce else 5
 
 
@@ -123,6 +128,8 @@ def forward(
     """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice."""
     from . import triton_kernels as kernels
 
+    if autograd.lacks_labels(target, class_weight, reduction, with_ce):
+        target, ignore_index = teacher.argmax(1), None
     loss, parts, grad, grad_scale = autograd.fake(
         student, teacher, target, class_weight, ce_weight, tckd_weight, nckd_weight, temperature, ignore_index,
         reduction, with_ce, needs_grad)  # fmt: skip

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.fixture(params=DEVICES[-1:])
+@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
 def device(request: pytest.FixtureRequest) -> str:
     """A GPU where there is one, else the interpreter's CPU."""
     return request.param
