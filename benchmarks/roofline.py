@@ -1,13 +1,15 @@
-"""ESTIMATES, with no GPU, what one could at best do for each of the benchmark's GPU cases. Nothing here is timed.
+"""ESTIMATES, with no GPU, what one could at best do for each of the benchmark's GPU cases. No kernel is run or timed.
 
-Floor time is bytes / bandwidth: once for the bytes that must move, once for those the Triton kernels ask for, as if no
-cache served a second read. Occupancy is worked out from what ahead-of-time compilation says of registers and shared
-memory. Launches, arithmetic and latency are left out, and so are the small kernels' bytes (statistics, partial sums).
-Inputs that already lie in L2 can beat the floor (docs/gpu.md).
+Floor time is bytes / bandwidth: once for the bytes that must move, once for those a backend's kernels ask for, as if no
+cache served a second read. Occupancy is worked out from what ahead-of-time compilation (Triton's, and nvcc where there
+is one) says of registers and shared memory. Launches, arithmetic and latency are left out, and so are the small
+kernels' bytes (statistics, partial sums). Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing
+measured is how long Triton's compiler takes here, without its cache: a first call on a GPU waits as long.
 
 Examples:
-    python benchmarks/roofline.py                                      # every case, on an H100 SXM: 90 seconds
+    python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
     python benchmarks/roofline.py --gpu rtx4090 --loss tnkd --dtype fp32 --phase forward+backward
+    python benchmarks/roofline.py --backend native              # the CUDA C++ kernels only; needs nvcc and g++
     python benchmarks/roofline.py --bandwidth 2000 --arch 90 --json estimate.json
 """
 
@@ -17,7 +19,10 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,20 +30,24 @@ if __package__ in (None, ""):  # run as a script: find benchmarks and tests
     sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
+import triton
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, FORWARD_BACKWARD, IGNORE_INDEX, LAYOUTS, LOSSES, PHASES, Case, make_cases
 from dsct_kernels import triton_common
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.tnkd import triton as tnkd
+from tests import nvcc
 from tests.aot import Launch, recorded, report, source
+from tests.cuda_host import harness
 
 NOTE = "ESTIMATE, not a measurement: nothing was run on a GPU"
-GPUS = {  # data sheet: GB/s, compute capability
-    "a100": ("A100 80GB SXM", 2039, 80),
-    "rtx4090": ("RTX 4090", 1008, 89),
-    "h100": ("H100 SXM", 3350, 90),
-    "h200": ("H200", 4800, 90),
+BACKENDS = ("native", "triton")
+GPUS = {  # data sheet: GB/s, compute capability, multiprocessors
+    "a100": ("A100 80GB SXM", 2039, 80, 108),
+    "rtx4090": ("RTX 4090", 1008, 89, 128),
+    "h100": ("H100 SXM", 3350, 90, 132),
+    "h200": ("H200", 4800, 90, 132),
 }
 
 
@@ -84,22 +93,48 @@ def occupancy(registers: int, shared: int, warps: int, arch: int) -> tuple[int, 
     return most[limit], most[limit] * warps * 32 / limits.threads, limit
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch of a case, by either backend."""
+
+    name: str
+    programs: int
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    bytes: int  # of logits, features, labels and gradients that it asks for; 0 for the kernels that touch none
+    compile_s: float | None = None
+
+
+def empty(shape: tuple[int, ...], case: Case) -> Tensor:
+    """A tensor without memory."""
+    form = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    return torch.empty(shape, dtype=DTYPES[case.dtype], device="meta").contiguous(memory_format=form)
+
+
+def sizes_of(case: Case) -> tuple[int, int, int]:
+    """Bytes of one network's logits, of the labels, of one network's features."""
+    size = DTYPES[case.dtype].itemsize
+    logits = size * torch.Size(case.logits).numel() if case.logits else 0
+    labels = torch.int64.itemsize * torch.Size(case.logits).numel() // case.logits[1] if case.logits else 0
+    return logits, labels, size * torch.Size(case.features).numel() if case.features else 0
+
+
+# ------------------------------------------------------------------------------------------------------------- triton
+
+
 def launches_of(case: Case) -> list[Launch]:
-    """The launches that the Triton backend makes for a case, on tensors without memory."""
+    """The launches that the Triton backend makes for a case."""
     backward = case.phase == FORWARD_BACKWARD
-
-    def empty(shape: tuple[int, ...]) -> Tensor:
-        form = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
-        return torch.empty(shape, dtype=DTYPES[case.dtype], device="meta").contiguous(memory_format=form)
-
     with recorded(tnkd, cafd) as launches:
         if case.logits:
             target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
-            logits, with_ce = empty(case.logits), case.loss == "dsct"
+            logits, with_ce = empty(case.logits, case), case.loss == "dsct"
             ce_weight = 1.0 if with_ce else 0.0
             tnkd.forward(logits, logits, target, None, ce_weight, 1.0, 2.0, 2.0, IGNORE_INDEX, 1, with_ce, backward)
         if case.features:
-            features = empty(case.features)
+            features = empty(case.features, case)
             _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, backward)
             if backward:
                 cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
@@ -107,53 +142,129 @@ def launches_of(case: Case) -> list[Launch]:
 
 
 def bytes_of(case: Case, launch: Launch) -> int:
-    """Bytes of logits, features, labels and gradients that a launch asks for; 0 for the kernels that touch none."""
-    name, size = launch.kernel.__name__, DTYPES[case.dtype].itemsize
-    if name in ("count_kernel", "tnkd_kernel"):
-        assert case.logits
-        logits = size * torch.Size(case.logits).numel()
-        labels = torch.int64.itemsize * torch.Size(case.logits).numel() // case.logits[1]
-        if name == "count_kernel":
-            return labels
+    name = launch.kernel.__name__
+    logits, labels, features = sizes_of(case)
+    if name == "count_kernel":
+        return labels
+    if name == "tnkd_kernel":
         walks = 1 if launch.constants["RESIDENT"] else 2  # too many classes to hold: read again for the gradient
         return 2 * walks * logits + labels + (logits if launch.constants["NEEDS_GRAD"] else 0)
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"row_stats_kernel": 2, "maps_kernel": 2, "row_backward_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
-    return times[name] * size * torch.Size(case.features or ()).numel() if name in times else 0
+    return times.get(name, 0) * features
 
 
-def estimate(case: Case, bandwidth: float, arch: int, seen: dict[Any, Any]) -> dict[str, Any]:
-    """Bytes, floor times and kernels of a case. `seen` keeps what was compiled: most cases share kernels."""
-    kernels = []
-    for launch in launches_of(case):
-        key = (source(launch).hash(), launch.warps)
-        name = launch.kernel.__name__
-        if key not in seen:
-            seen[key] = report(name, launch, arch)
-        found = seen[key]
-        blocks, share, limit = occupancy(found.registers, found.shared, launch.warps, arch)
-        kernels.append(
-            {
-                "kernel": name,
-                "programs": launch.programs,
-                "warps": launch.warps,
-                "registers": found.registers,
-                "spills": found.spills,
-                "shared": found.shared,
-                "blocks": blocks,
-                "occupancy": share,
-                "limit": limit,
-                "bytes": bytes_of(case, launch),
-            }
-        )
-    asked = sum(kernel["bytes"] for kernel in kernels)
+class Triton:
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.seen: dict[Any, Any] = {}  # what was compiled: most cases share kernels
+
+    def kernels(self, case: Case) -> list[Kernel]:
+        found = []
+        for launch in launches_of(case):
+            name, key = launch.kernel.__name__, (source(launch).hash(), launch.warps)
+            if key not in self.seen:
+                start = time.perf_counter()
+                with triton.knobs.compilation.scope():
+                    triton.knobs.compilation.always_compile = True
+                    self.seen[key] = report(name, launch, self.arch), time.perf_counter() - start
+            r, seconds = self.seen[key]
+            asked = bytes_of(case, launch)
+            found.append(Kernel(name, launch.programs, launch.warps, r.registers, r.spills, r.shared, asked, seconds))
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------------- native
+
+
+def native_cases(case: Case) -> list[harness.Case]:
+    """The calls of the CUDA ops for a case, on tensors without memory."""
+    backward = case.phase == FORWARD_BACKWARD
+
+    def number() -> Tensor:
+        return torch.empty((), device="meta")
+
+    cases = []
+    if case.logits:
+        with_ce = case.loss == "dsct"
+        target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
+        outputs = {"loss": number(), "parts": torch.empty(3, device="meta"), "grad_scale": number()}
+        outputs |= {"grad": empty(case.logits, case)} if backward else {}
+        numbers = {"ce_weight": float(with_ce), "tckd_weight": 1.0, "nckd_weight": 2.0, "temperature": 2.0}
+        numbers |= {"ignore_index": IGNORE_INDEX, "reduction": 1, "with_ce": with_ce}
+        tensors = {"student": empty(case.logits, case), "teacher": empty(case.logits, case), "target": target}
+        cases.append(harness.Case("tnkd", tensors, outputs, numbers))
+    if case.features:
+        n, _, h, w = case.features
+        outputs = {"loss": number(), "grad_map": torch.empty(n, h, w, device="meta")}
+        outputs |= {"grad": empty(case.features, case)} if backward else {}
+        numbers = {"channel_temperature": 1.0, "spatial_temperature": 1.0, "reduction": 1}
+        tensors = {"student": empty(case.features, case), "teacher": empty(case.features, case)}
+        cases.append(harness.Case("cafd", tensors, outputs, numbers))
+    return cases
+
+
+def native_bytes_of(case: Case, name: str) -> int:
+    """`name`: with its template arguments."""
+    logits, labels, features = sizes_of(case)
+    kernel = name.split("<")[0]
+    if kernel == "count_pixels":
+        return labels
+    if kernel in ("planes_whole", "staged"):  # each logit once
+        return (3 if case.phase == FORWARD_BACKWARD else 2) * logits + labels
+    assert kernel != "any_layout", "none of the benchmark's cases"
+    # both networks: two reads; the student: one, and the gradient's write where there is one
+    times = {"row_stats": 2, "row_maps": 2, "column_stats": 2, "column_maps": 2, "row_backward": 2, "column_rho": 1,
+             "column_backward": 2}  # fmt: skip
+    again = kernel == "row_backward" and name.endswith(", 0>")  # a row too long to hold is read for each of its passes
+    return (times.get(kernel, 0) + again) * features
+
+
+class Native:
+    """The CUDA sources: their own launch plans, which a host build of them lists, and nvcc's report of each kernel."""
+
+    def __init__(self, arch: int, multiprocessors: int, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.device = {"multiprocessors": multiprocessors, "shared_bytes": LIMITS[arch].shared - RESERVED_SHARED}
+        self.driver = harness.build(folder, "list")
+        self.resources = {k: r for name in nvcc.SOURCES for k, r in nvcc.resources(name, arch, folder).items()}
+        self.names = dict(zip(self.resources, nvcc.demangled(list(self.resources)), strict=True))
+
+    @staticmethod
+    def why_not() -> str | None:
+        missing = [tool for tool in ("nvcc", "g++", "c++filt") if shutil.which(tool) is None]
+        return f"no {' and no '.join(missing)} on the PATH" if missing else None
+
+    def kernels(self, case: Case) -> list[Kernel]:
+        found = []
+        for call in native_cases(case):
+            call.numbers |= self.device
+            for launch in harness.launches(self.driver, call, self.folder / "case"):
+                r, name = self.resources[launch.kernel], self.names[launch.kernel]
+                asked = native_bytes_of(case, name)
+                shared = r.shared + launch.shared
+                found.append(Kernel(name, launch.blocks, launch.threads // 32, r.registers, r.in_memory, shared, asked))
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------- estimates
+
+
+def estimate(case: Case, backend: str, kernels: Sequence[Kernel], bandwidth: float, arch: int) -> dict[str, Any]:
+    """Bytes, floor times and kernels of a case."""
+    rows = []
+    for kernel in kernels:
+        blocks, share, limit = occupancy(kernel.registers, kernel.shared, kernel.warps, arch)
+        rows.append({**dataclasses.asdict(kernel), "blocks": blocks, "occupancy": share, "limit": limit})
+    asked = sum(kernel.bytes for kernel in kernels)
     return {
         **dataclasses.asdict(case),
+        "backend": backend,
         "floor_bytes": case.floor_bytes,
         "floor_us": case.floor_bytes / bandwidth / 1e3,
         "asked_bytes": asked,
         "asked_us": asked / bandwidth / 1e3,
-        "kernels": kernels,
+        "kernels": rows,
     }
 
 
@@ -167,19 +278,20 @@ def print_table(head: str, rows: Sequence[Sequence[str]]) -> None:
 def print_estimates(result: dict[str, Any]) -> None:
     """Floor times of every case, then every kernel they launch, each once."""
     print(f"{NOTE}. {result['gpu']}, {result['bandwidth_gb_s']:g} GB/s, sm_{result['arch']}.")
-    print("floor: bytes that must move; asked: bytes that the Triton kernels ask for, some of which a cache will serve")
+    print("floor: bytes that must move; asked: bytes that the kernels ask for, some of which a cache will serve")
     rows: list[list[str]] = []
     kernels: dict[tuple[str, ...], str] = {}
     for case in result["estimates"]:
         name = [case["loss"], case["shape"], case["layout"], case["dtype"], case["phase"]]
         amounts = [case["floor_bytes"] / 1e6, case["floor_us"], case["asked_bytes"] / 1e6, case["asked_us"]]
-        rows.append([*name, *(f"{amount:.1f}" for amount in amounts)])
+        rows.append([*name, case["backend"], *(f"{amount:.1f}" for amount in amounts)])
         for k in case["kernels"]:
-            row = [k["kernel"], *(str(k[key]) for key in ("warps", "registers", "spills", "shared", "blocks"))]
-            kernels.setdefault((*row, f"{k['occupancy']:.0%}", k["limit"]), " ".join(name))
-    print_table("loss|shape|layout|dtype|phase|floor MB|floor us|asked MB|asked us", rows)
+            row = [k["name"], *(str(k[key]) for key in ("warps", "registers", "spills", "shared", "blocks"))]
+            seconds = "-" if k["compile_s"] is None else f"{k['compile_s']:.1f}"
+            kernels.setdefault((case["backend"], *row, f"{k['occupancy']:.0%}", k["limit"], seconds), " ".join(name))
+    print_table("loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us", rows)
     print(f"\n{NOTE}. Occupancy of every kernel above, of sm_{result['arch']}'s threads.")
-    head = "kernel|warps|registers|spilt B|shared B|blocks an SM|occupancy|limited by|for instance in"
+    head = "backend|kernel|warps|registers|spilt B|shared B|blocks an SM|occupancy|limited by|compile s|for instance"
     print_table(head, sorted([*row, where] for row, where in kernels.items()))
 
 
@@ -188,6 +300,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="bandwidth and architecture by name")
     parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="in place of the named GPU's")
     parser.add_argument("--arch", type=int, choices=LIMITS, help="in place of the named GPU's: 90 is sm_90")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: both, native where nvcc and g++ are")
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--only-shape", nargs="+", metavar="NxCxHxW", help="for dsct also NxKxHxW+NxCxHxW")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS)
@@ -200,13 +313,27 @@ def main() -> None:
     if triton_common.interpreted():
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
 
-    name, bandwidth, arch = GPUS[args.gpu]
+    backends = args.backend or BACKENDS
+    if "native" in backends and (reason := Native.why_not()) is not None:
+        if args.backend:
+            parser.error(f"--backend native: {reason}")
+        print(f"the native kernels are left out: {reason}", file=sys.stderr)
+        backends = ("triton",)
+    name, bandwidth, arch, multiprocessors = GPUS[args.gpu]
     if args.bandwidth is not None or args.arch is not None:
         name = "a GPU as given"
     bandwidth, arch = args.bandwidth or bandwidth, args.arch or arch
     cases = make_cases(args.loss, "cuda", False, args.only_shape, args.layout, args.dtype, args.phase)
-    seen: dict[Any, Any] = {}
-    estimates = [estimate(case, bandwidth, arch, seen) for case in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [
+            (backend, Triton(arch) if backend == "triton" else Native(arch, multiprocessors, pathlib.Path(folder)))
+            for backend in backends
+        ]
+        estimates = [
+            estimate(case, backend, kernels.kernels(case), bandwidth, arch)
+            for case in cases
+            for backend, kernels in sources
+        ]
     result = {"note": NOTE, "gpu": name, "bandwidth_gb_s": bandwidth, "arch": arch, "estimates": estimates}
     print_estimates(result)
     if args.json:

@@ -1,4 +1,6 @@
-"""The estimates' arithmetic: occupancy worked out by hand, bytes against the sizes of tensors. Nothing is compiled."""
+"""The estimates' arithmetic: occupancy worked out by hand, bytes against the sizes of tensors, no kernel compiled."""
+
+import shutil
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from benchmarks import cases, roofline
+from tests import nvcc
+from tests.cuda_host import harness
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,37 @@ def test_bytes_are_the_tensors(layout):
     assert sum(asked(forward).values()) == 4 * features.nbytes
 
 
-def test_logits_that_do_not_fit_in_registers_are_read_twice():
-    case = cases.Case("tnkd", "1x150x32x32", "contiguous", "fp32", cases.FORWARD_BACKWARD)
-    assert asked(case)["tnkd_kernel"] == 5 * 4 * 150 * 32 * 32 + 8 * 32 * 32
+@pytest.mark.parametrize("classes,times", [(150, 3), (1024, 3), (3000, 5)])
+def test_logits_that_do_not_fit_in_registers_are_read_twice(classes, times):
+    case = cases.Case("tnkd", f"1x{classes}x32x32", "contiguous", "fp32", cases.FORWARD_BACKWARD)
+    assert asked(case)["tnkd_kernel"] == times * 4 * classes * 32 * 32 + 8 * 32 * 32
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("c++filt")), reason="needs g++ and c++filt")
+def test_native_launches_are_the_plans_of_the_cuda_sources(tmp_path):
+    driver = harness.build(tmp_path, "list")
+
+    def listed(*names: str) -> list[tuple[str, int, int, int, int]]:
+        case = cases.Case(*names, cases.FORWARD_BACKWARD)
+        found = []
+        for call in roofline.native_cases(case):
+            call.numbers |= {"multiprocessors": 132, "shared_bytes": 227 * 1024}
+            launches = harness.launches(driver, call, tmp_path / "case")
+            for launch, name in zip(launches, nvcc.demangled([x.kernel for x in launches]), strict=True):
+                asked = roofline.native_bytes_of(case, name)
+                found.append((name.split("<")[0], launch.blocks, launch.threads, launch.shared, asked))
+        return found
+
+    size, labels = 2 * 4 * 6 * 512 * 512, 8 * 4 * 512 * 512
+    count, whole = listed("tnkd", "4x6x512x512", "contiguous", "bf16")
+    assert count[0] == "count_pixels" and count[-1] == labels
+    assert whole == ("planes_whole", 1024, 128, 96 * 8, 3 * size + labels)  # 4 images of 256 tiles of 128 threads x 8
+    size = 4 * 16 * 150 * 512 * 512  # 2.5 GB: nothing is allocated
+    _, staged = listed("tnkd", "16x150x512x512", "channels_last", "fp32")
+    assert staged[0] == "staged" and staged[1] == 132 * 8 and staged[-1] == 3 * size + 16 * labels // 4
+    size = 4 * 4 * 512 * 64 * 64
+    rows = {row[0]: row[-1] for row in listed("cafd", "4x512x64x64", "contiguous", "fp32")}
+    assert rows == {"row_stats": 2 * size, "channel_weights": 0, "row_maps": 2 * size, "add_maps": 0, "compare_maps": 0,
+                    "map_products": 0, "row_backward": 2 * size}  # fmt: skip
+    columns = {row[0]: row[-1] for row in listed("cafd", "4x512x64x64", "channels_last", "fp32")}
+    assert sum(columns.values()) == 7 * size and columns["column_rho"] == size

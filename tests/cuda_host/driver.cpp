@@ -1,5 +1,6 @@
 // Runs the CUDA kernels on the host for one or more cases, each a text file that names tensors and numbers.
-// Test-only; see shim.h and test_cuda_host.py, which writes the cases and reads the results.
+// Test-only; see shim.h and harness.py, which writes the cases and reads the results. After --list, launches are listed
+// and nothing is run, read, written or allocated, however large the tensors.
 #include <cstdio>
 #include <fstream>
 #include <iostream>
@@ -21,12 +22,15 @@ using namespace dsct::cuda;
 // A buffer of exactly these bytes, on 16: an access beyond its end is one that AddressSanitizer reports.
 struct Buffer {
   explicit Buffer(size_t bytes) : bytes(bytes) {
+    if (shim::list_only) return;
     if (posix_memalign(&data, 16, std::max<size_t>(bytes, 1)) != 0) throw std::bad_alloc();
     std::memset(data, 0xff, bytes);  // NaN in every floating-point dtype
   }
-  ~Buffer() { std::free(data); }
+  ~Buffer() {
+    if (!shim::list_only) std::free(data);
+  }
   Buffer(const Buffer&) = delete;
-  void* data = nullptr;
+  void* data = reinterpret_cast<void*>(4096);  // what a listed launch is given: aligned, and not null
   size_t bytes;
 };
 
@@ -76,7 +80,7 @@ struct Case {
         for (auto& x : tensor.size) words >> x;
         for (auto& x : tensor.stride) words >> x;
         tensor.buffer = std::make_shared<Buffer>(bytes);
-        if (words >> source) {
+        if (words >> source && !shim::list_only) {
           std::ifstream(folder + source, std::ios::binary).read(static_cast<char*>(tensor.buffer->data), bytes);
         }
         tensors[name] = tensor;
@@ -89,7 +93,7 @@ struct Case {
   }
   void* data(const std::string& name) const { return find(name) == nullptr ? nullptr : find(name)->data(); }
   void write(const std::string& name) const {
-    if (find(name) == nullptr) return;
+    if (find(name) == nullptr || shim::list_only) return;
     const Buffer& buffer = *find(name)->buffer;
     std::ofstream(folder + "out_" + name, std::ios::binary).write(static_cast<const char*>(buffer.data), buffer.bytes);
   }
@@ -232,5 +236,6 @@ void run(const Case& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) run(Case(argv[i]));
+  shim::list_only = argc > 1 && std::string(argv[1]) == "--list";
+  for (int i = shim::list_only ? 2 : 1; i < argc; ++i) run(Case(argv[i]));
 }

@@ -20,6 +20,7 @@ FLAGS = {
     "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"],
     "thread": ["-O0", "-g1", "-fsanitize=thread", "-DSHIM_THREADS"],
     "address": ["-O0", "-g1", "-fsanitize=address"],
+    "list": ["-O0", "-rdynamic"],  # for `launches`: the kernels' symbols, and as little compiling as will do
 }
 
 
@@ -41,7 +42,10 @@ def build(folder: Path, check: str, csrc: Path = ROOT / "csrc", more: Sequence[s
 
 @dataclass
 class Case:
-    """One call of an op: its tensors, where outputs are given as empty tensors of the wanted shape and strides."""
+    """One call of an op: its tensors, where outputs are given as empty tensors of the wanted shape and strides.
+
+    For `launches` they may be on the meta device, of any size.
+    """
 
     op: str
     tensors: dict[str, Tensor]
@@ -56,7 +60,7 @@ class Case:
             shape = " ".join(map(str, [*tensor.shape, *tensor.stride()]))
             size = tensor.untyped_storage().nbytes()
             line = f"tensor {name} {dtype_name(tensor.dtype)} {size} {tensor.storage_offset()} {tensor.dim()} {shape}"
-            if name in self.tensors or self.op == "scale":
+            if tensor.device.type != "meta" and (name in self.tensors or self.op == "scale"):
                 (folder / name).write_bytes(bytes(tensor.untyped_storage()))
                 line += f" {name}"
             lines.append(line)
@@ -90,3 +94,21 @@ def run_raw(driver: Path, cases: list[Case], folder: Path) -> subprocess.Complet
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
     return subprocess.run([str(driver), *paths], capture_output=True, text=True, env=env, timeout=600)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str  # its symbol, which is nvcc's too
+    blocks: int
+    threads: int
+    shared: int  # bytes asked for at launch
+
+
+def launches(driver: Path, case: Case, folder: Path) -> list[Launch]:
+    """What would be launched for a case, given the device's `multiprocessors` and `shared_bytes` as its numbers."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [str(driver), "--list", str(case.write(folder))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("launch ")]
+    return [Launch(kernel, *(int(number) for number in numbers)) for kernel, *numbers in rows]

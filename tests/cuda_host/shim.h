@@ -9,6 +9,7 @@
 // caches.
 #pragma once
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <ucontext.h>
 
@@ -17,6 +18,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -39,6 +41,16 @@ using cudaStream_t = void*;
 namespace shim {
 
 constexpr unsigned kWarpSize = 32;
+
+// Launches are listed instead of run: the kernel's symbol (which a program linked with -rdynamic knows, and which nvcc
+// gives it too), blocks, threads, bytes of shared memory.
+inline bool list_only = false;
+
+inline void list(const void* kernel, int64_t blocks, int threads, size_t shared) {
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) throw std::runtime_error("a kernel without a symbol");
+  std::printf("\nlaunch %s %lld %d %zu\n", info.dli_sname, static_cast<long long>(blocks), threads, shared);
+}
 
 struct Index {
   unsigned x = 0, y = 0, z = 0;
@@ -225,6 +237,7 @@ void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int thr
     throw std::invalid_argument(std::string(name) + ": a launch of " + std::to_string(blocks) + " x " +
                                 std::to_string(threads));
   }
+  if (::shim::list_only) return ::shim::list(reinterpret_cast<const void*>(kernel), blocks, threads, shared);
   ::shim::run(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, [&] { kernel(args...); });
 }
 
