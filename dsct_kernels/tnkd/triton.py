@@ -3,8 +3,8 @@
 Three launches: count the valid pixels from the labels alone (only where an average needs it), the pass over the logits,
 and one program that adds the partial sums in a fixed order. Nothing is atomic and nothing comes back to the host.
 
-With `resident`, a program holds all the classes of its pixels in registers, as a tuple of tiles, and reads each logit
-once. Otherwise it walks the classes twice, and the second read comes from L1 or L2.
+With `resident`, always so up to 768 classes, a program holds all the classes of its pixels in registers, as a tuple of
+tiles, and reads each logit once. Otherwise it walks the classes twice, and the second read comes from L1 or L2.
 
 Variants: one kernel is compiled for each K (resident) and combination of dtypes, layout and flags that a process uses:
 a training run uses one or two.
@@ -81,7 +81,7 @@ def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> in
     if classes == 2 and with_ce:
         return 2  # three spill under Triton 3.8
     if classes > 8:
-        return 3 if with_ce else 5
+        return 3 if with_ce else 4
     return 4 if with_ce else 5
 
 

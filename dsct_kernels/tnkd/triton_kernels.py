@@ -107,10 +107,8 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     over_s = _reciprocal(sum_s, FAST)
     over_t = _reciprocal(sum_t, FAST)
     log_t = _log(sum_t, ACC)
-    if tl.float64 == ACC:
-        ratio = sum_s / sum_t
-    else:
-        ratio = tl.div_rn(sum_s, sum_t)  # as IEEE rounds: equal sums have the ratio 1, and its log is 0
+    ratio = sum_s * over_t
+    ratio += tl.fma(-ratio, sum_t, sum_s) * over_t  # what was rounded away: equal sums have the ratio 1, its log is 0
     log_ratio = _log(ratio, ACC)
     u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - (log_t + log_ratio))
     u_t = tl.where(none_t, float("inf"), (y_t - top_t) * over_tau - log_t)
