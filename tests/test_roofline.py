@@ -59,7 +59,7 @@ def test_bytes_are_the_tensors(layout):
 
 
 @pytest.mark.parametrize("classes,times", [(150, 3), (1024, 3), (3000, 5)])
-def test_logits_that_do_not_fit_in_registers_are_read_twice(classes, times):
+def test_logits_are_read_twice_only_where_registers_do_not_hold_them(classes, times):
     case = cases.Case("tnkd", f"1x{classes}x32x32", "contiguous", "fp32", cases.FORWARD_BACKWARD)
     assert asked(case)["tnkd_kernel"] == times * 4 * classes * 32 * 32 + 8 * 32 * 32
 

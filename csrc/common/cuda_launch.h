@@ -76,8 +76,8 @@ void launch_kernel(const char* name, const Device& device, bool early, void (*ke
     throw std::invalid_argument(std::string(name) + ": the tensor needs " + std::to_string(blocks) +
                                 " blocks, more than one launch can have");
   }
-  // Always the most that the device has: a limit of this launch's size would be another thread's, or a captured
-  // graph's, of the same kernel with more classes.
+  // Always the most that the device has. The limit is the kernel's, not the launch's: one of this launch's size would
+  // fail another thread, or a captured graph, that runs the same kernel with more classes.
   if (shared > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                device.shared_bytes),

@@ -782,8 +782,9 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       et[i] = here ? static_cast<float>(teacher[p * pixel_t + j * class_t]) : -infinity<float>();
     }
     int y;
-    if (labels.type == Label::kTeacher) {                        // the teacher's argmax, smallest index on a tie
-      float best = et[0] == et[0] ? et[0] : -infinity<float>();  // a NaN must lose in every thread alike
+    if (labels.type == Label::kTeacher) {
+      // The teacher's argmax, smallest index on a tie. A NaN must lose in every thread alike.
+      float best = et[0] == et[0] ? et[0] : -infinity<float>();
       y = group;
 #pragma unroll
       for (int i = 1; i < kClasses; ++i) {

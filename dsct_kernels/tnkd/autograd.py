@@ -112,12 +112,17 @@ def fake(
     )
 
 
-def lacks_labels(target: Tensor | None, class_weight: Tensor | None, reduction: int, with_ce: bool) -> bool:
-    """A mean over class weights needs their sum, so the labels, before the first gradient.
+def with_labels(
+    teacher_logits: Tensor, target: Tensor | None, class_weight: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
+    """The op's arguments behind student_logits, with the teacher's argmax as target where an op cannot do without.
 
-    The GPU kernels find the teacher's argmax on the way: there it has to be taken beforehand.
+    A mean over class weights needs their sum before the first gradient; the GPU kernels find the argmax on the way.
     """
-    return target is None and class_weight is not None and with_ce and reduction == 1
+    *numbers, ignore_index, reduction, with_ce = rest
+    if target is None and class_weight is not None and with_ce and reduction == 1:
+        target, ignore_index = teacher_logits.argmax(1), None
+    return teacher_logits, target, class_weight, *numbers, ignore_index, reduction, with_ce
 
 
 def call(op: Callable[..., Any], scale_: InPlaceScale, student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

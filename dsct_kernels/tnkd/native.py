@@ -1,5 +1,7 @@
 """TNKD through the compiled kernels of csrc/tnkd: C++ on CPU, CUDA on NVIDIA."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,22 +22,8 @@ if NATIVE_MISSING is None:
     autograd.register("dsct_kernels::tnkd")
 
 
-def tnkd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    ce_weight: float,
-    tckd_weight: float,
-    nckd_weight: float,
-    temperature: float,
-    ignore_index: int | None,
-    reduction: int,
-    with_ce: bool,
-) -> tuple[Tensor, Tensor]:
+def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    if student_logits.is_cuda and autograd.lacks_labels(target, class_weight, reduction, with_ce):
-        target, ignore_index = teacher_logits.argmax(1), None
-    return autograd.call(
-        _op, _scale, student_logits, teacher_logits, target, class_weight, ce_weight, tckd_weight, nckd_weight,
-        temperature, ignore_index, reduction, with_ce)  # fmt: skip
+    if student_logits.is_cuda:
+        args = autograd.with_labels(*args)
+    return autograd.call(_op, _scale, student_logits, *args)

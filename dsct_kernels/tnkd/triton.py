@@ -87,16 +87,17 @@ def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> in
 
 def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
     """The launches that tuning tries for K classes: lanes and warps split over pixels and classes."""
-    vectors = (max(1, 16 // itemsize),) if pixels_adjacent else (1, 4)
+    widest = max(1, 16 // itemsize)
+    vectors = (widest,) if pixels_adjacent else (1, 4)
     found = []
     for vector in vectors:  # values of a tile that a lane holds
         for warps in (1, 2, 4, 8):
-            for classes in (1, 2, 4, 8, 16, 32):
+            for classes in (1, 2, 4, 8, 16, 32, 64, 128, 256):
                 pixels = 32 * warps * vector // classes
                 held = 2 * -(-num_classes // classes) * vector  # logits a lane holds, were they all to stay
-                if classes > max(2, num_classes // 2) or pixels < (8 * vector if pixels_adjacent else 1):
+                if classes > next_power_of_2(num_classes) or pixels < (widest if pixels_adjacent else 1):
                     continue
-                if 8 <= held <= 96 and (pixels_adjacent or warps <= 4):
+                if held <= 96 and (pixels_adjacent or warps <= 4):
                     found.append(Config(pixels, classes, warps, True))
                 if held > 48 and classes >= 4 and warps <= 4:
                     found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (2, 4))
@@ -128,8 +129,6 @@ def forward(
     """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice."""
     from . import triton_kernels as kernels
 
-    if autograd.lacks_labels(target, class_weight, reduction, with_ce):
-        target, ignore_index = teacher.argmax(1), None
     loss, parts, grad, grad_scale = autograd.fake(
         student, teacher, target, class_weight, ce_weight, tckd_weight, nckd_weight, temperature, ignore_index,
         reduction, with_ce, needs_grad)  # fmt: skip
@@ -163,6 +162,10 @@ def forward(
     weighted = class_weight is not None and with_ce
     # without ignored pixels and class weights the count is known from the shape, and the labels are read once
     counted = mean and target is not None and (has_ignore or weighted)
+    if mean and weighted and target is None:
+        raise ValueError(
+            "target: expected labels (the teacher's argmax) where class weights are averaged over, got None"
+        )
     weight = class_weight if weighted else None
     float16 = student.dtype == torch.float16  # whose gradient leaves a power of two to grad_scale
     largest_weight = weight.amax() if float16 and weight is not None else None
@@ -260,4 +263,4 @@ _op = torch.ops.dsct_kernels.tnkd_triton.default
 
 def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    return autograd.call(_op, scale_in_place, student_logits, *args)
+    return autograd.call(_op, scale_in_place, student_logits, *autograd.with_labels(*args))

@@ -261,6 +261,32 @@ def test_the_table_never_leaves_its_limits():
                         assert held <= 96, (classes, itemsize, config)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("with_ce", [False, True])
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_every_logit_is_read_once_and_tuning_tries_what_the_table_chose(itemsize, with_ce, adjacent):
+    once = 768 if itemsize == 2 and with_ce and adjacent else 1024
+    for classes in [*range(2, once + 1), 1500, 4000]:
+        config = triton.choose(classes, itemsize, adjacent, 4096, with_ce)
+        assert config.resident or classes > once, (classes, config)
+        assert config in triton.candidates(classes, itemsize, adjacent), (classes, config)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_class_weights_without_labels(device, reduction):
+    """A mean over the weights needs the labels beforehand: the op says so, and the loss takes them."""
+    student, teacher, _ = problem(device, (2, 5, 3, 4))
+    weight = torch.rand(5, device=device)
+    if reduction != 1:
+        return check(student, teacher, None, weight, reduction=reduction)
+    with pytest.raises(ValueError, match="target: expected labels"):
+        check(student, teacher, None, weight)
+    numbers = (0.7, 1.0, 2.0, 1.5)
+    loss, _ = triton.tnkd(student, teacher, None, weight, *numbers, 255, 1, True)
+    exact, _, _ = truth(torch.float64, student, teacher, None, weight, numbers, 255, 1, True)
+    torch.testing.assert_close(loss, exact.float())
+
+
 def test_why_not(monkeypatch):
     cpu = torch.zeros(1)
     monkeypatch.setattr(triton_common, "interpreted", lambda: False)
