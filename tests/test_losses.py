@@ -285,11 +285,14 @@ def test_a_modules_keyword_may_change_between_steps(device, backend):
 def losses_of(backend, device, dtype=torch.float32):
     """Each public loss as a function of one (2, 5, 3, 4) tensor."""
     _, teacher, target = problem(device, dtype=dtype)
+    larger, its_labels = problem(device, (2, 5, 7, 9), dtype=dtype)[1:]
     return {
         "tnkd": lambda x: tnkd_loss(x, teacher, target, backend=backend),
         "tnkd none": lambda x: tnkd_loss(x, teacher, target, reduction="none", backend=backend).sum(),
+        "tnkd smaller": lambda x: tnkd_loss(x, larger, its_labels, backend=backend),
         "cafd": lambda x: cafd_loss(x, teacher, backend=backend),
         "cafd none": lambda x: cafd_loss(x, teacher, reduction="none", backend=backend).sum(),
+        "cafd larger": lambda x: cafd_loss(x, teacher[:, :, :2, :3], backend=backend),
         "map": lambda x: channel_attention_map(x, backend=backend).square().sum(),
         "dsct": lambda x: dsct_loss(x, teacher, target, x, teacher, backend=backend).total,
     }

@@ -22,13 +22,30 @@ def attention_map(features: Tensor, channel_temperature: float, spatial_temperat
     return (weight.unsqueeze(-1) * p).sum(1).view(n, h, w)
 
 
+def pool(a: Tensor, size: tuple[int, int]) -> Tensor:
+    """F.adaptive_avg_pool2d of maps (N, H, W); on CUDA, where its gradient adds with atomics, as matrix products."""
+    if a.device.type != "cuda":
+        return F.adaptive_avg_pool2d(a.unsqueeze(1), size).squeeze(1)
+    rows, columns = (pooling(n, to, a.device) for n, to in zip(a.shape[1:], size, strict=True))
+    return (rows @ a.double() @ columns.T).to(a.dtype)
+
+
+def pooling(size: int, to: int, device: torch.device) -> Tensor:
+    """(to, size) matrix in float64 that averages as adaptive_avg_pool does."""
+    i = torch.arange(size, device=device)
+    o = torch.arange(to, device=device).unsqueeze(1)
+    first, last = o * size // to, ((o + 1) * size + to - 1) // to
+    inside = (i >= first) & (i < last)
+    return inside.to(torch.float64) / (last - first)
+
+
 def map_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     """KL(teacher || student) of two attention maps, (N,), on the smaller of the two grids, both smoothed by EPS."""
     size = (min(student_map.shape[1], teacher_map.shape[1]), min(student_map.shape[2], teacher_map.shape[2]))
 
     def on_common_grid(a: Tensor) -> Tensor:
         if a.shape[1:] != size:
-            a = F.adaptive_avg_pool2d(a.unsqueeze(1), size).squeeze(1)
+            a = pool(a, size)
             a = a / a.sum((1, 2), keepdim=True)
         return (1 - EPS) * a + EPS / (size[0] * size[1])
 

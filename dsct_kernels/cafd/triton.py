@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
 from . import autograd
+from .reference import pooling
 
 __all__ = ["attention_map", "cafd", "why_not"]
 
@@ -170,15 +171,6 @@ def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: 
     return stats, out
 
 
-def _pooling(size: int, to: int, like: Tensor) -> Tensor:
-    """(to, size) matrix that averages as adaptive_avg_pool does."""
-    i = torch.arange(size, device=like.device)
-    o = torch.arange(to, device=like.device).unsqueeze(1)
-    first, last = o * size // to, ((o + 1) * size + to - 1) // to
-    inside = (i >= first) & (i < last)
-    return inside.to(torch.float64) / (last - first)
-
-
 def forward(
     student: Tensor,  # (N, C, H, W)
     teacher: Tensor,  # (N, C', H', W')
@@ -209,7 +201,7 @@ def forward(
         if not same:  # the maps are tiny: pooled in float64 by matrix products, both ways in a fixed order
             size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])]
             positions = row_s = row_t = size[0] * size[1]
-            down = [[_pooling(x, to, student) for x, to in zip(m.shape[1:], size)] for m in maps]
+            down = [[pooling(x, to, student.device) for x, to in zip(m.shape[1:], size)] for m in maps]
             pooled = [rows @ m.double() @ columns.T for m, (rows, columns) in zip(maps, down)]
             sums = [m.sum((1, 2), keepdim=True) for m in pooled]
             map_s, map_t = ((m / total).to(loss.dtype).contiguous() for m, total in zip(pooled, sums))

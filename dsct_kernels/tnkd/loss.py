@@ -1,11 +1,11 @@
 """TNKD, target / non-target knowledge distillation of logits, per pixel: the public function and its module."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends, checks
 from . import native, reference, triton
+from .upsample import upsample
 
 
 def tnkd_loss(
@@ -119,15 +119,6 @@ def logit_loss(
         reduce,
         with_ce,
     )
-
-
-def upsample(logits: Tensor, size: list[int]) -> Tensor:
-    """Logits at the output resolution, in float32 or better where that takes interpolation."""
-    if list(logits.shape[2:]) == size:
-        return logits
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = logits.clamp(min=torch.finfo(logits.dtype).min)  # a class at -inf stays absent: 0 * -inf would be NaN
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 class TNKDLoss(nn.Module):
