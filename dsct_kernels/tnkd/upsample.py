@@ -1,4 +1,4 @@
-"""Bilinear upsampling of logits to the labels' resolution, with a gradient that adds in a fixed order on every device."""
+"""Bilinear upsampling of logits to the resolution of the labels; its gradient adds in a fixed order on every device."""
 
 from typing import Any
 
