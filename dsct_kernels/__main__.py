@@ -55,8 +55,8 @@ def main() -> None:
             if refusal is not None:
                 print(f"  {loss:5} {'auto':10} raises: {refusal}")
     print(
-        "\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels, or where "
-        "a size, as of the batch, changes between 1, a multiple of 16 and any other: at most "
+        "\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels, or image "
+        "size (another batch compiles nothing where H x W is a multiple of 64): at most "
         f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd; "
         "later calls and processes find them in its cache"
     )

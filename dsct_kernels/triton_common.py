@@ -81,11 +81,14 @@ def fast(result: torch.Tensor) -> bool:
     return result.dtype == torch.float32 and not interpreted()
 
 
-def fold(shape: Sequence[int], strides: Sequence[Sequence[int]], rank: int) -> tuple[list[int], list[list[int]]] | None:
-    """The same index space in as few dimensions as all these strides allow, padded in front to `rank`.
+def fold(
+    shape: Sequence[int], strides: Sequence[Sequence[int]], rank: int
+) -> tuple[list[int], list[list[int]], int] | None:
+    """The same index space in as few dimensions as all these strides allow, padded in front to `rank`; how few.
 
     Dimensions come out in the order of the first tensor's strides, longest first, so that the last is the one to give
-    to the lanes. None where more than `rank` dimensions remain.
+    to the lanes. None where more than `rank` dimensions remain. A batch of one stays a dimension where a larger batch
+    would: their launches are to be of one kind.
     """
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])
     sizes: list[int] = []
@@ -101,8 +104,13 @@ def fold(shape: Sequence[int], strides: Sequence[Sequence[int]], rank: int) -> t
                 out.append(s[d])
     if len(sizes) > rank:
         return None
+    both = list(zip(folded, strides, strict=True))
+    if shape[0] == 1 and 0 < len(sizes) < rank and any(s[0] != out[0] * sizes[0] for out, s in both):
+        sizes.insert(0, 1)
+        for out, s in both:
+            out.insert(0, s[0])
     pad = rank - len(sizes)
-    return [1] * pad + sizes, [[0] * pad + out for out in folded]
+    return [1] * pad + sizes, [[0] * pad + out for out in folded], max(1, len(sizes))
 
 
 def product(sizes: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, with no GPU, and reads what the machine code does.
 
-A launch is taken down as it would be made (`recorded`), turned into the signature that Triton's launcher would compile
-it for, and compiled for an architecture; `report` reads registers, spills, shared memory and the width of every global
+A launch is taken down as it would be made (`recorded`) and compiled, for an architecture, with the signature that
+Triton's launcher gives it; `report` reads registers, spills, shared memory and the width of every global
 access from the cubin.
 """
 
@@ -14,20 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource, compile, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from dsct_kernels.triton_common import FP_FUSION
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-NAMES = {
-    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
-    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
 
 
 @dataclass
@@ -57,28 +52,22 @@ def recorded(*modules: Any) -> Iterator[list[Launch]]:
             module.launch = launch
 
 
+def specialised(launch: Launch) -> dict[str, tuple[str, Any]]:
+    """What Triton's launcher compiles for: of each parameter the type, and its value if constexpr, "D" if 16 | it."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    parameters, of_each, _ = bind(*launch.args, **launch.constants, num_warps=launch.warps)
+    return dict(zip(parameters, of_each, strict=True))
+
+
 def source(launch: Launch) -> ASTSource:
-    """The specialisation that Triton's launcher makes of these arguments: 1 and None are constants, 16 | n is noted."""
-    kernel = launch.kernel
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    values = [*launch.args, *(launch.constants[p.name] for p in kernel.params[len(launch.args) :])]
-    for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + NAMES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif parameter.annotation_type:
-            signature[parameter.name] = parameter.annotation_type
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+    """The kernel with all that a launch fixes at compile time."""
+    found = specialised(launch)
+    types = {name: type_ for name, (type_, _) in found.items()}
+    constants = {(i,): value for i, (type_, value) in enumerate(found.values()) if type_ == "constexpr"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, (type_, value) in enumerate(found.values())
+                  if type_ != "constexpr" and value and "D" in value}  # fmt: skip
+    return ASTSource(launch.kernel, types, constants, attributes)
 
 
 @dataclass

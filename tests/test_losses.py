@@ -74,14 +74,15 @@ def test_layouts_give_the_same_numbers(device, backend, student_layout, teacher_
     check_cafd(s, t, backend)
 
 
-@pytest.mark.parametrize("classes", [3, 6, 150])
+@pytest.mark.parametrize("classes,temperature", [(3, 1.0), (6, 1.0), (6, 3.0), (6, 0.7), (150, 1.0)])
 @pytest.mark.parametrize("away", [-40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0])
-def test_target_term_of_any_size_keeps_its_digits(device, backend, classes, away):
+def test_target_term_of_any_size_keeps_its_digits(device, backend, classes, temperature, away):
     """The target's logit moved up or down at every pixel: where all are sure TCKD is tiny, and no error of a fixed size
     is allowed."""
+    away *= temperature
     student, noise, target = problem(device, (1, classes, 8, 8), scale=1.0)
     student.scatter_add_(1, target.unsqueeze(1), torch.full_like(student[:, :1], away))
-    networks, keywords = (student, student + noise), {"beta": 0.0, "temperature": 1.0}
+    networks, keywords = (student, student + noise), {"beta": 0.0, "temperature": temperature}
     got, own = (tnkd(*networks, target, name, **keywords) for name in (backend, "reference"))
     truth = tnkd(*(x.double() for x in networks), target, "reference", **keywords)
     for what, *values in zip(("loss", "gradient"), got, own, truth):

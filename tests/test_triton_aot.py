@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from dsct_kernels import triton_common
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.tnkd import triton as tnkd
-from tests.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report
+from tests.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report, specialised
 
 pytestmark = pytest.mark.skipif(not (BIN / "nvdisasm").exists(), reason="this Triton brings no NVIDIA tools")
 TNKD_CASES = [
@@ -154,6 +154,32 @@ def test_cafd(chip, dtype, layout):
             assert result.loads[16] >= vectors(launch, tile, dtype.itemsize) == result.stores[16]
     names = {launch.kernel.__name__ for launch in launches}
     assert len(launches) == len(names) == (5 if layout == "contiguous" else 8)
+
+
+@compiled
+@pytest.mark.parametrize("layout,width", [("contiguous", 64), ("channels_last", 64), ("contiguous", 63)])
+@pytest.mark.parametrize("with_ce", [False, True])
+def test_another_batch_size_compiles_nothing(layout, width, with_ce):
+    """Batches of 1, of a multiple of 16, of an odd number: Triton would make a kernel of its own for each of them."""
+
+    def variants(samples: int) -> set[tuple[object, ...]]:
+        logits = laid_out((samples, 6, 47 if width % 2 else 48, width), torch.float32, layout)
+        features = laid_out((samples, 24, 24, width // 2), torch.float32, layout)
+        labels = torch.empty(samples, *logits.shape[2:], dtype=torch.int64)
+        weight = torch.empty(6) if with_ce else None
+        with recorded(tnkd, cafd) as launches:
+            tnkd.forward(logits, logits, labels, weight, 1.0, 1.0, 2.0, 2.0, 255, 1, with_ce, True)
+            _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, True)
+            cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+            tnkd.scale_in_place(logits, torch.ones(()))
+        return {(x.kernel.__name__, x.warps, *specialised(x).items()) for x in launches}
+
+    once = variants(4)
+    for samples in (1, 2, 3, 15, 16, 17, 32, 200):
+        assert variants(samples) == once, [
+            (a[0], [(p, q) for p, q in zip(a[1:], b[1:], strict=True) if p != q])
+            for a, b in zip(sorted(variants(samples), key=str), sorted(once, key=str), strict=True)
+        ]
 
 
 @compiled

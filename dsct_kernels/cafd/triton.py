@@ -22,6 +22,7 @@ __all__ = ["attention_map", "cafd", "why_not"]
 
 MOST_COMPILED = 8  # kernels of one variant, forward and backward
 LONGEST_ROW = 16384  # positions that one program holds in registers in the one-launch backward
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: more splits gain nothing
 
 # ---------------------------------------------------------------------------------------------- launch choices
@@ -143,6 +144,7 @@ def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: 
     """stats of each network (A is its first part) and, if `maps`, the maps by themselves: three launches for both."""
     from . import triton_kernels as kernels
 
+    scale = LOG2_E / spatial_t
     s, t = networks[0], networks[-1]
     both = len(networks) == 2
     partial = [x.features.new_empty([x.samples, x.splits, 3, x.channels], dtype=x.dtype) for x in networks]
@@ -151,21 +153,21 @@ def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: 
     launch(
         kernels.row_stats_kernel, sum(x.stats_programs for x in networks), max(x.config.stats.warps for x in networks),
         s.features, t.features if both else None, partial[0], partial[-1] if both else None, s.stats_programs,
-        spatial_t,
+        scale,
         s.channels, s.positions, s.width, *s.strides, s.splits, s.span,
         t.channels, t.positions, t.width, *t.strides, t.splits, t.span,
         **s.constants(s.config.stats, "S"), **t.constants(t.config.stats, "T"), BOTH=both)  # fmt: skip
     launch(
         kernels.channel_weights_kernel, sum(x.samples for x in networks), 4,
         partial[0], partial[-1] if both else None, stats[0], stats[-1] if both else None, s.samples, channel_t,
-        spatial_t,
+        scale,
         s.row, s.channels, s.positions, s.splits, t.row, t.channels, t.positions, t.splits,
         BLOCK_S=max(16, next_power_of_2(s.channels)), ACC_S=s.acc(), BLOCK_T=max(16, next_power_of_2(t.channels)),
         ACC_T=t.acc(), BOTH=both)  # fmt: skip
     launch(
         kernels.maps_kernel, sum(x.maps_programs for x in networks), max(x.config.maps.warps for x in networks),
         s.features, t.features if both else None, stats[0], stats[-1] if both else None, out[0],
-        out[-1] if both else None, s.maps_programs, spatial_t,
+        out[-1] if both else None, s.maps_programs, scale,
         s.row, s.channels, s.positions, s.width, *s.strides, t.row, t.channels, t.positions, t.width, *t.strides,
         **s.constants(s.config.maps, "S"), **t.constants(t.config.maps, "T"), BOTH=both)  # fmt: skip
     return stats, out
@@ -244,6 +246,7 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
         return grad
     x, g = _Network(features, config), _Network(grad, config)
     grad_map = grad_map.contiguous()
+    scale = LOG2_E / spatial_temperature
     with on_device(features):
         if x.adjacent and g.adjacent and x.positions <= LONGEST_ROW:
             block = max(16, next_power_of_2(x.positions))
@@ -251,7 +254,8 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
             launch(
                 kernels.row_backward_kernel, x.samples * groups, max(1, min(16, block // 1024)),
                 features, grad_map, stats, grad, x.row, x.channels, x.positions, *x.strides[:2], *g.strides[:2], groups,
-                channel_temperature, spatial_temperature, ROWS=x.config.rows, BLOCK=block, ACC=x.acc())  # fmt: skip
+                channel_temperature, spatial_temperature, scale, ROWS=x.config.rows, BLOCK=block,
+                ACC=x.acc())  # fmt: skip
             return grad
         partial = stats.new_empty([x.samples, x.splits, x.channels])
         factors = stats.new_empty([x.samples, 2, x.channels])
@@ -265,7 +269,7 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
         launch(
             kernels.rho_kernel, x.stats_programs, tile.warps,
             features, grad_map, stats, partial, x.row, x.channels, x.positions, x.width, *x.strides, x.splits, x.span,
-            spatial_temperature, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll, FLAT=x.flat,
+            scale, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll, FLAT=x.flat,
             ACC=acc)  # fmt: skip
         launch(
             kernels.channel_gradient_kernel, x.samples, 4,
@@ -276,7 +280,7 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
         launch(
             kernels.write_kernel, x.samples * -(-x.channels // tile.channels) * blocks, tile.warps,
             features, grad_map, stats, factors, grad, x.row, x.channels, x.positions, x.width, *x.strides, *g.strides,
-            blocks, spatial_temperature, CHANNELS=tile.channels, POSITIONS=tile.positions, FLAT=x.flat,
+            blocks, spatial_temperature, scale, CHANNELS=tile.channels, POSITIONS=tile.positions, FLAT=x.flat,
             GRAD_FLAT=g.flat, ACC=acc)  # fmt: skip
     return grad
 

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-6)
-LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -35,10 +34,11 @@ def _offsets(p, width, s_h, s_w, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _row_stats(features, partial, program, channels, positions, width, s_n, s_c, s_h, s_w, splits, span, scale,
+def _row_stats(features, partial, program, channels, positions, width, s_n, s_c, s_h, s_w, splits, span, scale_,
                CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr,
                ACC: tl.constexpr):  # fmt: skip
     """partial[n, split] = m, z, sum |F| of every channel over the positions of that split."""
+    scale = tl.full([], scale_, ACC)
     split = program % splits
     channel_blocks = tl.cdiv(channels, CHANNELS)
     block = program // splits % channel_blocks
@@ -75,9 +75,10 @@ def _row_stats(features, partial, program, channels, positions, width, s_n, s_c,
     tl.store(out + 2 * channels, tl.sum(g, 1), mask=c < channels)
 
 
-@triton.jit
+# What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["programs_s", "splits_s", "splits_t"])
 def row_stats_kernel(
-    student, teacher, partial_s, partial_t, programs_s, tau_: tl.float64,
+    student, teacher, partial_s, partial_t, programs_s, scale_: tl.float64,
     channels_s, positions_s, width_s, s_n, s_c, s_h, s_w, splits_s, span_s,
     channels_t, positions_t, width_t, t_n, t_c, t_h, t_w, splits_t, span_t,
     CHANNELS_S: tl.constexpr, POSITIONS_S: tl.constexpr, UNROLL_S: tl.constexpr, FLAT_S: tl.constexpr,
@@ -91,22 +92,21 @@ def row_stats_kernel(
     if BOTH:
         if program >= programs_s:
             _row_stats(teacher, partial_t, program - programs_s, channels_t, positions_t, width_t, t_n, t_c, t_h, t_w,
-                       splits_t, span_t, tl.full([], LOG2_E, ACC_T) / tl.full([], tau_, ACC_T), CHANNELS_T,
-                       POSITIONS_T, UNROLL_T, FLAT_T, ACC_T)  # fmt: skip
+                       splits_t, span_t, scale_, CHANNELS_T, POSITIONS_T, UNROLL_T, FLAT_T, ACC_T)  # fmt: skip
         else:
             _row_stats(student, partial_s, program, channels_s, positions_s, width_s, s_n, s_c, s_h, s_w, splits_s,
-                       span_s, tl.full([], LOG2_E, ACC_S) / tl.full([], tau_, ACC_S), CHANNELS_S, POSITIONS_S, UNROLL_S,
-                       FLAT_S, ACC_S)  # fmt: skip
+                       span_s, scale_, CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S, ACC_S)  # fmt: skip
     else:
         _row_stats(student, partial_s, program, channels_s, positions_s, width_s, s_n, s_c, s_h, s_w, splits_s, span_s,
-                   tl.full([], LOG2_E, ACC_S) / tl.full([], tau_, ACC_S), CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S,
-                   ACC_S)  # fmt: skip
+                   scale_, CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S, ACC_S)  # fmt: skip
 
 
 @triton.jit
-def _channel_weights(partial, stats, n, row, channels, positions, splits, channel_t, scale, BLOCK: tl.constexpr,
+def _channel_weights(partial, stats, n, row, channels, positions, splits, channel_t_, scale_, BLOCK: tl.constexpr,
                      ACC: tl.constexpr):  # fmt: skip
     """The splits of one sample put together in order; r and w; into the sample's row of stats."""
+    channel_t = tl.full([], channel_t_, ACC)
+    scale = tl.full([], scale_, ACC)
     c = tl.arange(0, BLOCK)
     there = c < channels
     m = tl.full([BLOCK], float("-inf"), ACC)
@@ -139,9 +139,9 @@ def _channel_weights(partial, stats, n, row, channels, positions, splits, channe
     tl.store(out + 4 * channels + last, numbers, mask=2 * positions + 4 * channels + last < row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "splits_s", "splits_t"])
 def channel_weights_kernel(
-    partial_s, partial_t, stats_s, stats_t, samples, channel_t_: tl.float64, tau_: tl.float64,
+    partial_s, partial_t, stats_s, stats_t, samples, channel_t_: tl.float64, scale_: tl.float64,
     row_s, channels_s, positions_s, splits_s, row_t, channels_t, positions_t, splits_t,
     BLOCK_S: tl.constexpr, ACC_S: tl.constexpr, BLOCK_T: tl.constexpr, ACC_T: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
@@ -150,23 +150,21 @@ def channel_weights_kernel(
     if BOTH:
         if program >= samples:
             _channel_weights(partial_t, stats_t, program - samples, row_t, channels_t, positions_t, splits_t,
-                             tl.full([], channel_t_, ACC_T), tl.full([], LOG2_E, ACC_T) / tl.full([], tau_, ACC_T),
-                             BLOCK_T, ACC_T)  # fmt: skip
+                             channel_t_, scale_, BLOCK_T, ACC_T)  # fmt: skip
         else:
             _channel_weights(partial_s, stats_s, program, row_s, channels_s, positions_s, splits_s,
-                             tl.full([], channel_t_, ACC_S), tl.full([], LOG2_E, ACC_S) / tl.full([], tau_, ACC_S),
-                             BLOCK_S, ACC_S)  # fmt: skip
+                             channel_t_, scale_, BLOCK_S, ACC_S)  # fmt: skip
     else:
         _channel_weights(partial_s, stats_s, program, row_s, channels_s, positions_s, splits_s,
-                         tl.full([], channel_t_, ACC_S), tl.full([], LOG2_E, ACC_S) / tl.full([], tau_, ACC_S), BLOCK_S,
-                         ACC_S)  # fmt: skip
+                         channel_t_, scale_, BLOCK_S, ACC_S)  # fmt: skip
 
 
 @triton.jit
-def _maps(features, stats, map_out, program, row, channels, positions, width, s_n, s_c, s_h, s_w, scale,
+def _maps(features, stats, map_out, program, row, channels, positions, width, s_n, s_c, s_h, s_w, scale_,
           CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr, FLAT: tl.constexpr,
           ACC: tl.constexpr):  # fmt: skip
     """A and B at a block of positions, over all the channels: the second read of the features."""
+    scale = tl.full([], scale_, ACC)
     blocks = tl.cdiv(positions, POSITIONS)
     n = (program // blocks).to(tl.int64)
     p = program % blocks * POSITIONS + tl.arange(0, POSITIONS)
@@ -199,9 +197,9 @@ def _maps(features, stats, map_out, program, row, channels, positions, width, s_
         tl.store(map_out + n * positions + p, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs_s"])
 def maps_kernel(
-    student, teacher, stats_s, stats_t, map_s, map_t, programs_s, tau_: tl.float64,
+    student, teacher, stats_s, stats_t, map_s, map_t, programs_s, scale_: tl.float64,
     row_s, channels_s, positions_s, width_s, s_n, s_c, s_h, s_w,
     row_t, channels_t, positions_t, width_t, t_n, t_c, t_h, t_w,
     CHANNELS_S: tl.constexpr, POSITIONS_S: tl.constexpr, UNROLL_S: tl.constexpr, FLAT_S: tl.constexpr,
@@ -214,16 +212,13 @@ def maps_kernel(
     if BOTH:
         if program >= programs_s:
             _maps(teacher, stats_t, map_t, program - programs_s, row_t, channels_t, positions_t, width_t, t_n, t_c,
-                  t_h, t_w, tl.full([], LOG2_E, ACC_T) / tl.full([], tau_, ACC_T), CHANNELS_T, POSITIONS_T, UNROLL_T,
-                  FLAT_T, ACC_T)  # fmt: skip
+                  t_h, t_w, scale_, CHANNELS_T, POSITIONS_T, UNROLL_T, FLAT_T, ACC_T)  # fmt: skip
         else:
             _maps(student, stats_s, map_s, program, row_s, channels_s, positions_s, width_s, s_n, s_c, s_h, s_w,
-                  tl.full([], LOG2_E, ACC_S) / tl.full([], tau_, ACC_S), CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S,
-                  ACC_S)  # fmt: skip
+                  scale_, CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S, ACC_S)  # fmt: skip
     else:
         _maps(student, stats_s, map_s, program, row_s, channels_s, positions_s, width_s, s_n, s_c, s_h, s_w,
-              tl.full([], LOG2_E, ACC_S) / tl.full([], tau_, ACC_S), CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S,
-              ACC_S)  # fmt: skip
+              scale_, CHANNELS_S, POSITIONS_S, UNROLL_S, FLAT_S, ACC_S)  # fmt: skip
 
 
 @triton.jit
@@ -268,14 +263,14 @@ def kl_kernel(map_s, map_t, loss, grad_map, row_s, row_t, positions, factor_: tl
 
 @triton.jit
 def row_backward_kernel(features, grad_map, stats, grad, row, channels, positions, s_n, s_c, g_n, g_c, groups,
-                        channel_t_: tl.float64, tau_: tl.float64, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                        ACC: tl.constexpr):  # fmt: skip
+                        channel_t_: tl.float64, tau_: tl.float64, scale_: tl.float64, ROWS: tl.constexpr,
+                        BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """The gradient of ROWS channels whose positions are adjacent: one read of the features, one write."""
     program = tl.program_id(0)
     n = (program // groups).to(tl.int64)
     tau = tl.full([], tau_, ACC)
     channel_t = tl.full([], channel_t_, ACC)
-    scale = tl.full([], LOG2_E, ACC) / tau
+    scale = tl.full([], scale_, ACC)
     p = tl.arange(0, BLOCK)
     inside = p < positions
     d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0).to(ACC)
@@ -320,9 +315,9 @@ def center_kernel(grad_map, stats, centered, row, positions, BLOCK: tl.constexpr
         tl.store(centered + n * positions + p, d - mean, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def rho_kernel(features, grad_map, stats, partial, row, channels, positions, width, s_n, s_c, s_h, s_w, splits, span,
-               tau_: tl.float64, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr,
+               scale_: tl.float64, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr,
                FLAT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """partial[n, split, c] = sum over the split's positions of P_ci D_i, for any layout."""
     program = tl.program_id(0)
@@ -330,7 +325,7 @@ def rho_kernel(features, grad_map, stats, partial, row, channels, positions, wid
     channel_blocks = tl.cdiv(channels, CHANNELS)
     c = program // splits % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
     n = (program // splits // channel_blocks).to(tl.int64)
-    scale = tl.full([], LOG2_E, ACC) / tl.full([], tau_, ACC)
+    scale = tl.full([], scale_, ACC)
     numbers = stats + n * row + 2 * positions
     known = c < channels
     m = tl.load(numbers + c, mask=known, other=0.0)
@@ -352,7 +347,7 @@ def rho_kernel(features, grad_map, stats, partial, row, channels, positions, wid
     tl.store(partial + (n * splits + split) * channels + c, total, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def channel_gradient_kernel(partial, stats, factors, row, channels, positions, splits, channel_t_: tl.float64,
                             BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """factors[n] = rho_c (C) | dloss/dg_c / HW (C). One program a sample."""
@@ -375,8 +370,9 @@ def channel_gradient_kernel(partial, stats, factors, row, channels, positions, s
 
 @triton.jit
 def write_kernel(features, grad_map, stats, factors, grad, row, channels, positions, width, s_n, s_c, s_h, s_w,
-                 g_n, g_c, g_h, g_w, position_blocks, tau_: tl.float64, CHANNELS: tl.constexpr,
-                 POSITIONS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                 g_n, g_c, g_h, g_w, position_blocks, tau_: tl.float64, scale_: tl.float64,
+                 CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr,
+                 ACC: tl.constexpr):  # fmt: skip
     """The gradient of a tile from the numbers of its channels, for any layout: the last read, and the write."""
     program = tl.program_id(0)
     channel_blocks = tl.cdiv(channels, CHANNELS)
@@ -397,7 +393,7 @@ def write_kernel(features, grad_map, stats, factors, grad, row, channels, positi
     rho = tl.load(factors + n * 2 * channels + c, mask=known, other=0.0)
     by_g = tl.load(factors + (n * 2 + 1) * channels + c, mask=known, other=0.0)
     d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0).to(ACC)
-    e = tl.exp2((x - m[:, None]) * (tl.full([], LOG2_E, ACC) / tau))
+    e = tl.exp2((x - m[:, None]) * tl.full([], scale_, ACC))
     sign = tl.where(x > 0, by_g[:, None], tl.where(x < 0, -by_g[:, None], 0.0))
     g = e * (w * over_z / tau)[:, None] * (d[None, :] - rho[:, None]) + sign
     tl.store(grad + n * g_n + c_wide * g_c + _offsets(p, width, g_h, g_w, GRAD_FLAT)[None, :],

@@ -25,6 +25,7 @@ MOST_COMPILED = 4  # kernels of one variant, forward and backward
 NONE, MEAN, SUM = 0, 1, 2
 COUNT_PROGRAMS = 256  # upper bound, and the length of the vector in which every program adds the counts up
 COUNT_BLOCK = 4096
+FINISH_BLOCK = 4096  # partial sums added at a time, of any number: one kernel for every batch
 PIXEL_RANK = 4  # pixel dimensions that may stay after folding: three for the program, one for the lanes
 
 
@@ -150,7 +151,7 @@ def forward(
             ce_weight, tckd_weight, nckd_weight, temperature, ignore_index, reduction, with_ce, needs_grad, config
         )  # fmt: skip
         return loss, parts, grad.copy_(copied), grad_scale
-    sizes, (s, t, y, g, m) = folded
+    sizes, (s, t, y, g, m), rank = folded
 
     if config is None:
         itemsize = min(student.element_size(), teacher.element_size())
@@ -195,18 +196,18 @@ def forward(
             student, teacher, target, weight, largest_weight, counts, weights, grad if needs_grad else None,
             loss if reduction == NONE else None, partial, num_classes, num_pixels, num_counts, programs,
             sizes[1], sizes[2], sizes[3], blocks, student.stride(1), *s, teacher.stride(1), *t,
-            grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, tckd_weight, nckd_weight, ce_weight, ignore,
+            grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, 1.0 / temperature, tckd_weight, nckd_weight,
+            ce_weight, ignore,
             NUM_CLASSES=num_classes if config.resident else 0,
             CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
-            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident,
+            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, RANK=rank,
             WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
             NEEDS_GRAD=needs_grad, FAST=fast(loss), 
             NEAR=loss.dtype == student.dtype == torch.float32, **flags)  # fmt: skip
-        block = min(4096, max(16, next_power_of_2(programs)))
         launch(
-            kernels.finish_kernel, 1, 8 if block > 512 else 1,
+            kernels.finish_kernel, 1, 8,
             partial, largest_weight, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels,
-            temperature, tckd_weight, nckd_weight, ce_weight, BLOCK=block, **flags)  # fmt: skip
+            temperature, tckd_weight, nckd_weight, ce_weight, BLOCK=FINISH_BLOCK, **flags)  # fmt: skip
     return loss, parts, grad, grad_scale
 
 
@@ -218,7 +219,7 @@ def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore
     folded = fold(target.shape, [list(target.stride())], PIXEL_RANK)
     if folded is None:
         return _count(target.contiguous(), class_weight, num_classes, ignore, has_ignore, like)
-    sizes, (strides,) = folded
+    sizes, (strides,), rank = folded
     block = min(COUNT_BLOCK, max(16, next_power_of_2(sizes[-1])))
     blocks = -(-sizes[-1] // block)
     total = blocks * product(sizes[:-1])
@@ -228,7 +229,7 @@ def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore
     launch(
         kernels.count_kernel, programs, 4,
         target, class_weight, counts, weights, sizes[1], sizes[2], sizes[3], blocks, total, num_classes, *strides,
-        ignore, HAS_IGNORE=has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block,
+        ignore, HAS_IGNORE=has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block, RANK=rank,
         ACC=kernels.tl.float64 if like.dtype == torch.float64 else kernels.tl.float32)  # fmt: skip
     return counts, weights
 

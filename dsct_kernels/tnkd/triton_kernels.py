@@ -157,19 +157,40 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
 
 
 @triton.jit
+def _place(program, blocks, size_1, size_2, RANK: tl.constexpr):
+    """Where in the RANK folded dimensions (three of a program's, one in blocks) a program is, by 32-bit divisions."""
+    if RANK == 1:
+        i_2 = program * 0
+        block = program
+    else:
+        i_2 = program // blocks
+        block = program % blocks
+    i_1 = program * 0
+    i_0 = program * 0
+    if RANK > 2:
+        i_1 = i_2 // size_2
+        i_2 = i_2 % size_2
+        if RANK > 3:
+            i_0 = i_1 // size_1
+            i_1 = i_1 % size_1
+    return i_0.to(tl.int64), i_1.to(tl.int64), i_2.to(tl.int64), block.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["size_1", "size_2", "blocks", "total_blocks", "ignore"])
 def count_kernel(target, class_weight, counts, weights, size_1, size_2, inner, blocks, total_blocks, num_classes,
                   stride_0, stride_1, stride_2, stride_p, ignore,
-                  HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+                  HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
                   ACC: tl.constexpr):  # fmt: skip
     """counts[program] = its valid labels, weights[program] = their class weights added up."""
     count = tl.zeros([BLOCK], tl.int64)
     weight = tl.zeros([BLOCK], ACC)
     for block in range(tl.program_id(0), total_blocks, tl.num_programs(0)):
-        row = (block // blocks).to(tl.int64)
-        at = row % size_2 * stride_2 + row // size_2 % size_1 * stride_1 + row // size_2 // size_1 * stride_0
-        p = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
-        inside = p < inner
-        label = tl.load(target + at + p.to(tl.int64) * stride_p, mask=inside, other=0).to(tl.int64)
+        i_0, i_1, i_2, start = _place(block, blocks, size_1, size_2, RANK)
+        start *= BLOCK
+        at = i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2
+        p = tl.arange(0, BLOCK)
+        inside = p < inner - start
+        label = tl.load(target + at + start * stride_p + p.to(tl.int64) * stride_p, mask=inside, other=0).to(tl.int64)
         valid = inside
         if HAS_IGNORE:
             valid = inside & (label != ignore)
@@ -254,15 +275,17 @@ def _labels(target, class_weight, at, inside, num_classes, ignore, HAS_TARGET: t
     return tl.where(known, label, -1).to(tl.int32), valid, known, weight
 
 
-@triton.jit
+# What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["num_pixels", "num_counts", "num_programs", "size_1", "size_2", "blocks", "ignore"])
 def tnkd_kernel(
     student, teacher, target, class_weight, largest_weight, counts, weights, grad, loss_map, partial,
     num_classes, num_pixels, num_counts, num_programs, size_1, size_2, inner, blocks,
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
     y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
-    tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64, ce_weight_: tl.float64, ignore,
+    tau_: tl.float64, over_tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
+    ce_weight_: tl.float64, ignore,
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
-    UNROLL: tl.constexpr, RESIDENT: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr,
+    UNROLL: tl.constexpr, RESIDENT: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr,
     HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr,
     NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr, COUNTS: tl.constexpr,
     FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
@@ -273,28 +296,26 @@ def tnkd_kernel(
     nothing moves between threads but the sums over classes.
     """
     tau = tl.full([], tau_, ACC)
-    over_tau = 1.0 / tau
+    over_tau = tl.full([], over_tau_, ACC)  # from the host, rounded once: a GPU's short division is off by two units
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
     to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(d / tau) = exp2(d * to_2 / tau)
-    to_2_tau = to_2 / tau
+    to_2_tau = tl.full([], over_tau_ * 1.4426950408889634, ACC)
 
     # ---- which pixels: a row (three folded dimensions) and a block of its inner dimension
     program = tl.program_id(0)
-    row = (program // blocks).to(tl.int64)
-    i_2 = row % size_2
-    i_1 = row // size_2 % size_1
-    i_0 = row // size_2 // size_1
+    i_0, i_1, i_2, start_p = _place(program, blocks, size_1, size_2, RANK)
+    start_p *= PIXELS
     k = tl.arange(0, CLASSES)[:, None]
-    p32 = ((program % blocks) * PIXELS + tl.arange(0, PIXELS))[None, :]
+    p32 = tl.arange(0, PIXELS)[None, :]  # of this tile: a folded dimension may have more than 2^31
     inside = (k >= 0) & (p32 >= 0)
     if not WHOLE:
-        inside = inside & (p32 < inner)
+        inside = inside & (p32 < inner - start_p)
     p = p32.to(tl.int64)
     k_wide = k.to(tl.int64)
-    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2) + (k_wide * s_k + p * s_p)
-    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2) + (k_wide * t_k + p * t_p)
-    y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + (k_wide * 0 + p * y_p)
+    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2 + start_p * s_p) + (k_wide * s_k + p * s_p)
+    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p * t_p)
+    y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + start_p * y_p + (k_wide * 0 + p * y_p)
     s_step = tl.full([], CLASSES, tl.int64) * s_k
     t_step = tl.full([], CLASSES, tl.int64) * t_k
     low = float("-inf")
@@ -446,7 +467,7 @@ def tnkd_kernel(
 
     g_at = s_at
     if NEEDS_GRAD:
-        g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2) + (k_wide * g_k + p * g_p)
+        g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2 + start_p * g_p) + (k_wide * g_k + p * g_p)
     g_step = tl.full([], CLASSES, tl.int64) * g_k
     out = student.dtype.element_ty
     if RESIDENT:
@@ -515,13 +536,13 @@ def tnkd_kernel(
         value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
         if WITH_CE:
             value += _weighted(tl.full([], ce_weight_, ACC), ce)
-        l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2) + (k_wide * 0 + p * l_p)
+        l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2 + start_p * l_p) + (k_wide * 0 + p * l_p)
         tl.store(l_at, value, mask=inside & (k == 0))
     tl.store(partial + num_programs + program, tl.sum(tl.where(k == 0, tckd, 0.0)))
     tl.store(partial + 2 * num_programs + program, tl.sum(tl.where(k == 0, nckd, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs", "num_counts", "num_pixels"])
 def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_scale, num_programs, num_counts,
                    num_pixels, tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
                    ce_weight_: tl.float64, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,

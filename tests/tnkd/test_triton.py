@@ -6,6 +6,7 @@ for each operation of a program. What all backends share is tested in tests/test
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -237,14 +238,20 @@ def test_fold():
     assert triton_common.fold([2, 5, 20], [nchw, nchw, labels], 4) == (
         [1, 1, 2, 100],
         [[0, 0, 600, 1], [0, 0, 600, 1], [0, 0, 100, 1]],
+        2,
     )
-    assert triton_common.fold([2, 5, 20], [nhwc, labels], 4) == ([1, 1, 1, 200], [[0, 0, 0, 6], [0, 0, 0, 1]])
+    assert triton_common.fold([2, 5, 20], [nhwc, labels], 4) == ([1, 1, 1, 200], [[0, 0, 0, 6], [0, 0, 0, 1]], 1)
     assert triton_common.fold([2, 5, 20], [labels, [100, 1, 5]], 4) == (
         [1, 2, 5, 20],
         [[0, 100, 20, 1], [0, 100, 1, 5]],
+        3,
     )
-    assert triton_common.fold([2, 3], [[1, 2]], 4) == ([1, 1, 1, 6], [[0, 0, 0, 1]])
-    assert triton_common.fold([1, 1], [[7, 7]], 4) == ([1, 1, 1, 1], [[0, 0, 0, 0]])
+    assert triton_common.fold([2, 3], [[1, 2]], 4) == ([1, 1, 1, 6], [[0, 0, 0, 1]], 1)
+    assert triton_common.fold([1, 1], [[7, 7]], 4) == ([1, 1, 1, 1], [[0, 0, 0, 0]], 1)
+    # a batch of one: as a larger one would be
+    assert triton_common.fold([1, 5, 20], [nchw, labels], 4) == ([1, 1, 1, 100], [[0, 0, 600, 1], [0, 0, 100, 1]], 2)
+    assert triton_common.fold([1, 5, 20], [nhwc, labels], 4) == ([1, 1, 1, 100], [[0, 0, 0, 6], [0, 0, 0, 1]], 1)
+    assert triton_common.fold([1, 5, 20], [[0, 50, 1]], 2) == ([5, 20], [[50, 1]], 2)
     assert triton_common.fold([2, 2, 2], [[32, 8, 2]], 2) is None
 
 
@@ -377,3 +384,45 @@ def test_more_than_2_to_the_31_elements(shape):
     part = (student[last], teacher[last], target[-1:, -3:])
     small = triton.forward(*part, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
     torch.testing.assert_close(grad[last], small[2])
+
+
+@pytest.mark.skipif(not triton_common.interpreted(), reason="replaces what the interpreter does")
+def test_the_last_of_more_than_2_to_the_31_pixels(device, monkeypatch):
+    """Pixels that fold into one dimension: only the last programs are run, and only their memory is touched."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    pixels = 2**31 + 100
+    logits = torch.empty((1, 2, pixels), dtype=torch.float16)  # of pages that are handed out when they are written
+    target = torch.empty((1, pixels), dtype=torch.uint8)
+    torch.manual_seed(0)
+    logits[..., -300:], target[..., -300:] = torch.randn(1, 2, 300), torch.randint(0, 2, (1, 300))
+    launches = []
+    monkeypatch.setattr(triton, "launch", lambda *args, **constants: launches.append((args, constants)))
+    triton.forward(logits, logits, target, None, 1.0, 1.0, 2.0, 2.0, 255, 1, True, False)
+    (count, count_constants), (walk, constants), _ = launches
+
+    last = -1
+
+    def program_id(self, axis):
+        return interpreter.TensorHandle(np.array([last], dtype=np.int32), tl.int32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program_id)
+    last, partial = walk[1] - 1, walk[3 + 9]
+    triton_common.launch(walk[0], 1, *walk[2:], **constants)
+    tile = pixels - last * constants["PIXELS"]
+    exact = reference.tnkd(logits[..., -tile:].double(), logits[..., -tile:].double(), target[..., -tile:], None, 1.0,
+                           1.0, 2.0, 2.0, 255, 2, True)[1]  # fmt: skip
+    assert partial[0, last] == pytest.approx(exact[0].item(), rel=1e-6)
+
+    counts, blocks, total = count[3 + 2], count[3 + 7], count[3 + 8]
+    assert total > 2**19 and blocks == total
+    count = [*count]
+    last, count[3 + 8] = total - 1, total  # a grid that starts with the last block, and ends there
+    counts.zero_()
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_num_programs", program_id)
+    block = count_constants["BLOCK"]
+    out = torch.zeros(total, dtype=torch.int64)
+    count[3 + 2] = out
+    triton_common.launch(count[0], 1, *count[2:], **count_constants)
+    assert out[-1] == pixels - last * block
