@@ -157,15 +157,15 @@ def test_cafd(chip, dtype, layout):
 
 
 @compiled
-@pytest.mark.parametrize("layout,width", [("contiguous", 64), ("channels_last", 64), ("contiguous", 63)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("with_ce", [False, True])
-def test_another_batch_size_compiles_nothing(layout, width, with_ce):
+def test_another_batch_size_compiles_nothing(layout, with_ce):
     """Batches of 1, of a multiple of 16, of an odd number: Triton would make a kernel of its own for each of them."""
 
     def variants(samples: int) -> set[tuple[object, ...]]:
-        logits = laid_out((samples, 6, 47 if width % 2 else 48, width), torch.float32, layout)
-        features = laid_out((samples, 24, 24, width // 2), torch.float32, layout)
-        labels = torch.empty(samples, *logits.shape[2:], dtype=torch.int64)
+        logits = laid_out((samples, 6, 48, 64), torch.float32, layout)
+        features = laid_out((samples, 24, 24, 32), torch.float32, layout)
+        labels = torch.empty(samples, 48, 64, dtype=torch.int64)
         weight = torch.empty(6) if with_ce else None
         with recorded(tnkd, cafd) as launches:
             tnkd.forward(logits, logits, labels, weight, 1.0, 1.0, 2.0, 2.0, 255, 1, with_ce, True)
