@@ -201,28 +201,49 @@ def markdown(result: Result) -> str:
     """The README's table, forward+backward: figures in a README are generated, never typed."""
     rows = make_rows(result, [FORWARD_BACKWARD])
     machine = result["machine"]
-    header = [
-        "loss", "shape", "layout", "dtype", "eager ms", "mask-trick ms", "compile ms", "ours ms",
-        "x eager", "x compile", "x floor", "memory",
-    ]  # fmt: skip
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * 4 + ["---:"] * 8) + " |"]
+    on_gpu = machine["device"] != "cpu"
+    baselines = [f"{name} ms" for name in (EAGER, MASK_TRICK, COMPILE)]
+    ours = ["backend", "ms", "host ms"] if on_gpu else ["ours ms"]
+    shares = ["GB/s", "of copy"] if on_gpu else ["x floor"]
+    left = ["loss", "shape", "layout", "dtype"]
+    right = [*baselines, *ours, "x eager", "x compile", *shares, "memory"]
+    lines = [_line([*left, *right]), _line(["---"] * len(left) + ["---:"] * len(right))]
     for row in rows:
-        x_floor = "in cache" if row.in_cache and row.ours else number(row.x_floor())
-        cells = [row.loss, row.shape.replace("x", " x ").replace("+", " + "), row.layout, row.dtype]
-        cells += [number(row.ms(name)) for name in (EAGER, MASK_TRICK, COMPILE)]
-        cells += [number(row.ours), number(row.speedup(EAGER)), number(row.speedup(COMPILE)), x_floor]
-        cells.append(number(row.memory()))
-        lines.append("| " + " | ".join(cells) + " |")
+        case = [row.loss, row.shape.replace("x", " x ").replace("+", " + "), row.layout, row.dtype]
+        case += [number(row.ms(name)) for name in (EAGER, MASK_TRICK, COMPILE)]
+        for name in _backends(row) if on_gpu else [row.ours_name]:
+            x_floor = row.x_floor(name)
+            cells = [number(row.ms(name))]
+            if on_gpu:
+                cells = [name or "-", *cells, number(row.by_name.get(name or "", {}).get("host_ms"))]
+            cells += [number(row.speedup(EAGER, name)), number(row.speedup(COMPILE, name))]
+            if on_gpu:
+                cells += [number(row.gb_s(name)), f"{1 / x_floor:.0%}" if x_floor else "-"]
+            else:
+                cells.append("in cache" if row.in_cache and row.ours else number(x_floor))
+            lines.append(_line([*case, *cells, number(row.memory(name))]))
     copies = sorted(m["copy_gb_s"] for m in result["measurements"])
-    where = f"{machine['name']}, {machine['threads']} threads" if machine["device"] == "cpu" else machine["name"]
+    where = machine["name"] if on_gpu else f"{machine['name']}, {machine['threads']} threads"
     backends = sorted({row.ours_name for row in rows if row.ours_name})
     note = (
-        f"{where}, torch {machine['torch']}, {machine['date'][:10]}; ours: {', '.join(backends) or 'none'}; "
-        f"median of interleaved repeats; copy bandwidth {copies[0]:.0f} to {copies[-1]:.0f} GB/s in the same run; "
-        "x floor: times the time in which the bytes that must move could be copied; "
-        "memory: peak extra, in student tensors."
+        f"{where}, torch {machine['torch']}, {machine['date'][:10]}; "
+        + ("" if on_gpu else f"ours: {', '.join(backends) or 'none'}; ")
+        + f"median of interleaved repeats; copy bandwidth {copies[0]:.0f} to {copies[-1]:.0f} GB/s in the same run; "
+        + ("GB/s: of the bytes that must move; host ms: what a call takes the host; " if on_gpu else "")
+        + ("" if on_gpu else "x floor: times the time in which the bytes that must move could be copied; ")
+        + "memory: peak extra, in student tensors."
     )
     return "\n".join([*lines, "", note]) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _backends(row: Row) -> list[str | None]:
+    """The backends that were timed, the one that "auto" picks first."""
+    timed = [name for name, m in row.by_name.items() if m["kind"] == "backend" and "ms" in m]
+    return sorted(timed, key=lambda name: name != row.ours_name) or [None]
 
 
 def draw_charts(result: Result, path: pathlib.Path) -> list[pathlib.Path]:

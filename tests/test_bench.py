@@ -202,6 +202,19 @@ def test_markdown_has_the_figures():
     assert cells == ["100", "-", "30.0", "2.00", "50.0", "15.0", "2.00", "1.00"]
 
 
+def test_markdown_of_a_gpu_has_a_line_for_each_backend_with_bandwidth_and_host_time():
+    of = case(shape="16x19x512x512")
+    times = {"eager": 100.0, "compile": 30.0, "triton": 4.0, "native": 2.0}
+    entries = [measured(of, name, ms, of.student_bytes, "cuda", of.floor_bytes / 1e6) for name, ms in times.items()]
+    entries[-1]["host_ms"] = 0.05
+    header, _, native, triton, *_ = report.markdown(result(entries, "cuda")).splitlines()
+    rows = [dict(zip(*([c.strip() for c in line.split("|")] for line in (header, row)))) for row in (native, triton)]
+    assert [row["backend"] for row in rows] == ["native", "triton"], "what auto picks comes first"
+    assert [row["ms"] for row in rows] == ["2.00", "4.00"] and [row["host ms"] for row in rows] == ["0.0500", "-"]
+    assert [row["of copy"] for row in rows] == ["50%", "25%"] and [row["x eager"] for row in rows] == ["50.0", "25.0"]
+    assert rows[0]["GB/s"] == report.number(of.floor_bytes / 2.0 / 1e6)
+
+
 def test_chart_is_drawn_for_each_loss(tmp_path):
     pytest.importorskip("matplotlib")
     paths = report.draw_charts(full_result(2.0), tmp_path / "chart.png")
@@ -327,3 +340,28 @@ def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
         bench_losses.main(["--read", str(path), "--layout", "channels_last"])
     assert bench_losses.main(["--read", str(path), "--check"]) == 1  # no required shape was run: not a pass
     assert "0 of 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["tnkd", "cafd"])
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_tuning_runs_what_the_table_chose_and_others(loss, layout, monkeypatch, capsys):
+    """Under the interpreter, untimed: of many candidates the first two."""
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    from benchmarks import tune_triton
+    from dsct_kernels.triton_common import interpreted
+
+    if not interpreted():
+        pytest.skip("runs Triton's kernels on the CPU")
+    launched = []
+
+    def once(run, sets):
+        assert sets >= 2
+        if len(launched) < 2:
+            launched.append(run(1))
+        return float(len(launched))
+
+    monkeypatch.setattr(tune_triton, "milliseconds", once)
+    monkeypatch.setattr(tune_triton, "cache_bytes", lambda device: 1)
+    tune_triton.tune(loss, (2, 4, 4, 8), torch.float32, layout, 1000.0, 3, True, "cpu")
+    out = capsys.readouterr().out
+    assert "1000.0 us" in out and out.count("<- table") == 1 and len(launched) == 2

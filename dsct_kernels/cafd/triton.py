@@ -8,7 +8,7 @@ Variants: one of each kernel for a combination of dtypes, layouts and power-of-t
 process uses: a training run uses one per stage at most.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,19 +74,20 @@ def choose(channels: int, positions: int, itemsize: int, positions_adjacent: boo
 
 
 def candidates(channels: int, positions: int, itemsize: int, positions_adjacent: bool) -> list[Config]:
-    """Every launch that tuning may try."""
+    """What tuning tries: the table's choice, and from there one kernel's launch changed at a time."""
     base = choose(channels, positions, itemsize, positions_adjacent)
-    found = [base]
+    found = [base, *(replace(base, rows=rows) for rows in (1, 2, 4, 8))]
     for warps in (4, 8):
         for size in (512, 1024, 2048, 4096):
-            for unroll in (1, 2, 4):
-                for lanes in (32, 64, 128, 256, 512, 1024):
-                    tile = Tile(size // lanes, lanes, warps, unroll)
-                    if not positions_adjacent:
-                        tile = Tile(lanes, size // lanes, warps, unroll)
-                    tile = _fit(tile, channels, positions, positions_adjacent)
-                    for rows in (1, 2, 4, 8):
-                        found.append(Config(tile, tile, Tile(tile.channels, tile.positions, warps), rows))
+            for lanes in (32, 64, 128, 256, 512, 1024):
+                if lanes > size:
+                    continue
+                shape = (size // lanes, lanes) if positions_adjacent else (lanes, size // lanes)
+                tile = _fit(Tile(*shape, warps), channels, positions, positions_adjacent)
+                found.append(replace(base, write=tile))
+                for unroll in (1, 2, 4):
+                    found.append(replace(base, stats=replace(tile, unroll=unroll)))
+                    found.append(replace(base, maps=replace(tile, unroll=unroll)))
     return list(dict.fromkeys(found))
 
 
