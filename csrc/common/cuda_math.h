@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <cmath>
 #include <type_traits>
 
@@ -195,6 +196,38 @@ DSCT_DEVICE float exp2_fast(float x) {
 #endif
 }
 DSCT_DEVICE double exp2_fast(double x) { return ::exp2(x); }
+
+// 1 / x within one unit in the last place, for x of no more than 2^126: one instruction, where a division has six.
+// Powers of two are exact. The host errs as the hardware may, so that tests there hold for it.
+DSCT_DEVICE float reciprocal_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = 1 / x;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return bits << 9 == 0 ? y : std::nextafter(y, bits % 3 == 0 ? 0.0f : 2 * y);
+#endif
+}
+DSCT_DEVICE double reciprocal_fast(double x) { return 1 / x; }
+
+// log(x) for x positive and normal, or NaN, which stays NaN: a polynomial, without the zeros, infinities and subnormal
+// numbers that log() looks for.
+DSCT_DEVICE float log_normal(float x) {
+  const int bits = std::bit_cast<int>(x);
+  const int exponent = (bits - 0x3F3504F3) & ~0x7FFFFF;  // of the power of two that leaves [0.707, 1.414)
+  const float f = std::bit_cast<float>(bits - exponent) - 1;
+  constexpr float kCoefficients[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                     -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                     2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  float p = kCoefficients[0];
+#pragma unroll
+  for (int i = 1; i < 9; ++i) p = fmaf(p, f, kCoefficients[i]);
+  const float log_mantissa = fmaf(f * f, fmaf(f, p, -0.5f), f);
+  return fmaf(static_cast<float>(exponent), 8.262958405176314e-8f, log_mantissa) + (x - x);  // ln2 / 2^23; NaN - NaN
+}
+DSCT_DEVICE double log_normal(double x) { return ::log(x); }
 
 // The larger of two, where NaN loses: one instruction. Sums of exponentials show a NaN instead.
 DSCT_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }

@@ -133,13 +133,11 @@ struct OneNumber {
   static DSCT_DEVICE bool lt(A x, A y) { return x < y; }
   static DSCT_DEVICE bool eq(A x, A y) { return x == y; }
   static DSCT_DEVICE A select(bool m, A x, A y) { return m ? x : y; }
-  static DSCT_DEVICE A reciprocal(A x) { return A(1) / x; }
-  // Rounded as IEEE says, whatever --prec-div: equal numbers have the ratio 1, and its log is 0.
+  static DSCT_DEVICE A reciprocal(A x) { return reciprocal_fast(x); }
+  // With what the first product rounds away: equal numbers have the ratio 1, and its log is 0.
   static DSCT_DEVICE A ratio(A x, A y) {
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof(A) == 4) return __fdiv_rn(x, y);
-#endif
-    return x / y;
+    const A over = reciprocal_fast(y), quotient = x * over;
+    return std::fma(std::fma(-quotient, y, x), over, quotient);
   }
   // With what x log2(e) rounds away: at x = -40 that is 2e-6 of the result.
   static DSCT_DEVICE A exp_nonpositive(A x) {
@@ -148,44 +146,39 @@ struct OneNumber {
     const A lost = ::fabs(x) < infinity<A>() ? std::fma(x, kLog2E, -t) + x * kRest : A(0);
     return std::fma(e * lost, A(0.69314718055994530942), e);
   }
-  static DSCT_DEVICE A log_normal(A x) { return std::log(x); }
+  static DSCT_DEVICE A log_normal(A x) { return cuda::log_normal(x); }
 };
 
-// Loss and gradient factors of a pixel whatever its label turned out to be. ce_scale: log2(e) where cross-entropy has
-// exponentials of its own, log2(e) / temperature where it uses the student's.
+// Loss and gradient factors of a pixel whatever its label turned out to be. Without a branch, so that the pixels of a
+// thread are worked on side by side: what is not to count is dropped by selection at the end, NaN or not.
 template <typename A>
 DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms, const A* class_weight, A kd_norm,
                              A ce_norm, PixelLoss<A>& loss, PixelGrad<A>& grad) {
   using Math = OneNumber<A>;
   constexpr A kLn2 = A(0.69314718055994530942), kLog2E = A(1.4426950408889634074);
-  loss = {0, 0, 0};
-  grad = {0, 0, 0, 0};
-  if (y >= 0) {
-    const A factor = terms.temperature * kd_norm;
-    const A target_s = std::fma(z.student_target, terms.log2_scale, -z.student_base) * kLn2;
-    const A target_t = std::fma(z.teacher_target, terms.log2_scale, -z.teacher_base) * kLn2;
-    const TnkdPixel<Math> kd =
-        tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
-                         terms.two_classes ? A(0) : factor * terms.nckd_weight);
-    loss.tckd = kd.tckd, loss.nckd = kd.nckd;
-    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf
-    // stay.
-    if (terms.two_classes && ::fabs(z.cross) < infinity<A>()) loss.nckd = 0;
-    grad = {kd.coef_s, kd.coef_t, 0, kd.grad_target};
-    if (terms.with_ce) {
-      const A class_factor = class_weight == nullptr ? A(1) : class_weight[y];
-      if (class_factor != 0) {
-        const CePixel<Math> ce = ce_pixel<Math>(std::fma(z.student_target, kLog2E, -z.ce_base) * kLn2, z.ce_sum);
-        const A weight = terms.ce_weight * class_factor * ce_norm;
-        loss.ce = class_factor * ce.ce;
-        grad.target -= weight * ce.miss;
-        grad.ce = weight * ce.coef;
-      }
+  const bool counts = y >= 0;
+  const A otherwise = y == kBad ? std::numeric_limits<A>::quiet_NaN() : A(0);
+  const A factor = terms.temperature * kd_norm;
+  const A target_s = std::fma(z.student_target, terms.log2_scale, -z.student_base) * kLn2;
+  const A target_t = std::fma(z.teacher_target, terms.log2_scale, -z.teacher_base) * kLn2;
+  const TnkdPixel<Math> kd =
+      tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
+                       terms.two_classes ? A(0) : factor * terms.nckd_weight);
+  // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf stay.
+  const A nckd = terms.two_classes && ::fabs(z.cross) < infinity<A>() ? A(0) : kd.nckd;
+  loss = {otherwise, counts ? kd.tckd : otherwise, counts ? nckd : otherwise};
+  grad = {counts ? kd.coef_s : otherwise, counts ? kd.coef_t : otherwise, otherwise,
+          counts ? kd.grad_target : otherwise};
+  if (terms.with_ce) {
+    const A class_factor = class_weight == nullptr || !counts ? A(1) : class_weight[y];
+    const CePixel<Math> ce = ce_pixel<Math>(std::fma(z.student_target, kLog2E, -z.ce_base) * kLn2, z.ce_sum);
+    const A weight = terms.ce_weight * class_factor * ce_norm;
+    if (counts) {
+      const bool used = class_factor != 0;
+      loss.ce = used ? class_factor * ce.ce : A(0);
+      grad.target -= used ? weight * ce.miss : A(0);
+      grad.ce = used ? weight * ce.coef : A(0);
     }
-  } else if (y == kBad) {
-    const A nan = std::numeric_limits<A>::quiet_NaN();
-    loss = {nan, nan, nan};
-    grad = {nan, nan, nan, nan};
   }
 }
 
