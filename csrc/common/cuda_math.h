@@ -92,6 +92,20 @@ DSCT_DEVICE float number(const Pack<T>& pack, int index) {
   return static_cast<float>(pack.lane[index]);
 }
 
+// Zero, NaN or not, in the lanes that are not kept: by masks, two lanes at a time where they have 16 bits.
+template <typename T, int kCount>
+DSCT_DEVICE void keep_lanes(Pack<T> (&packs)[kCount], const bool (&keep)[Pack<T>::kSize]) {
+  constexpr int kLanes = Pack<T>::kSize / 4;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const unsigned mask = kLanes == 1
+                              ? (keep[w] ? ~0u : 0u)
+                              : (keep[kLanes * w] ? 0xffffu : 0u) | (keep[kLanes * w + kLanes - 1] ? ~0xffffu : 0u);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) reinterpret_cast<unsigned*>(&packs[i])[w] &= mask;
+  }
+}
+
 // kCount numbers side by side, 16 bytes at a time where they come in such runs (which then start on 16 bytes).
 template <int kCount, typename A>
 DSCT_DEVICE void load_run(const A* from, A (&to)[kCount]) {

@@ -149,36 +149,40 @@ struct OneNumber {
   static DSCT_DEVICE A log_normal(A x) { return cuda::log_normal(x); }
 };
 
-// Loss and gradient factors of a pixel whatever its label turned out to be. Without a branch, so that the pixels of a
-// thread are worked on side by side: what is not to count is dropped by selection at the end, NaN or not.
+// Loss and gradient factors of a pixel whatever its label turned out to be. The branch keeps the pixels of a thread
+// apart: where selections did its work, the compiler wove eight pixels into one another, in twice the registers.
 template <typename A>
 DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms, const A* class_weight, A kd_norm,
                              A ce_norm, PixelLoss<A>& loss, PixelGrad<A>& grad) {
   using Math = OneNumber<A>;
   constexpr A kLn2 = A(0.69314718055994530942), kLog2E = A(1.4426950408889634074);
-  const bool counts = y >= 0;
-  const A otherwise = y == kBad ? std::numeric_limits<A>::quiet_NaN() : A(0);
-  const A factor = terms.temperature * kd_norm;
-  const A target_s = std::fma(z.student_target, terms.log2_scale, -z.student_base) * kLn2;
-  const A target_t = std::fma(z.teacher_target, terms.log2_scale, -z.teacher_base) * kLn2;
-  const TnkdPixel<Math> kd =
-      tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
-                       terms.two_classes ? A(0) : factor * terms.nckd_weight);
-  // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf stay.
-  const A nckd = terms.two_classes && ::fabs(z.cross) < infinity<A>() ? A(0) : kd.nckd;
-  loss = {otherwise, counts ? kd.tckd : otherwise, counts ? nckd : otherwise};
-  grad = {counts ? kd.coef_s : otherwise, counts ? kd.coef_t : otherwise, otherwise,
-          counts ? kd.grad_target : otherwise};
-  if (terms.with_ce) {
-    const A class_factor = class_weight == nullptr || !counts ? A(1) : class_weight[y];
-    const CePixel<Math> ce = ce_pixel<Math>(std::fma(z.student_target, kLog2E, -z.ce_base) * kLn2, z.ce_sum);
-    const A weight = terms.ce_weight * class_factor * ce_norm;
-    if (counts) {
+  loss = {0, 0, 0};
+  grad = {0, 0, 0, 0};
+  if (y >= 0) {
+    const A factor = terms.temperature * kd_norm;
+    const A target_s = std::fma(z.student_target, terms.log2_scale, -z.student_base) * kLn2;
+    const A target_t = std::fma(z.teacher_target, terms.log2_scale, -z.teacher_base) * kLn2;
+    const TnkdPixel<Math> kd =
+        tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
+                         terms.two_classes ? A(0) : factor * terms.nckd_weight);
+    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf
+    // stay.
+    const bool nothing = terms.two_classes & (::fabs(z.cross) < infinity<A>());
+    loss = {0, kd.tckd, nothing ? A(0) : kd.nckd};
+    grad = {kd.coef_s, kd.coef_t, 0, kd.grad_target};
+    if (terms.with_ce) {
+      const A class_factor = class_weight == nullptr ? A(1) : class_weight[y];
+      const CePixel<Math> ce = ce_pixel<Math>(std::fma(z.student_target, kLog2E, -z.ce_base) * kLn2, z.ce_sum);
+      const A weight = terms.ce_weight * class_factor * ce_norm;
       const bool used = class_factor != 0;
       loss.ce = used ? class_factor * ce.ce : A(0);
       grad.target -= used ? weight * ce.miss : A(0);
       grad.ce = used ? weight * ce.coef : A(0);
     }
+  } else if (y == kBad) {
+    const A nan = std::numeric_limits<A>::quiet_NaN();
+    loss = {nan, nan, nan};
+    grad = {nan, nan, nan, nan};
   }
 }
 
@@ -456,12 +460,15 @@ DSCT_DEVICE void load_classes(const Planes& in, unsigned image, int64_t pixel, b
   }
 }
 
+// Cross-entropy: none (known when the kernel is compiled: every instruction counts), none or one whose exponentials are
+// powers of the student's (temperature 1 or 2), or one with its own.
+enum class CE { kNone, kPowers, kOwn };
+
 // The sums of one pixel. es and et hold this thread's logits, -inf for the target and for what is absent, and leave as
 // exponentials, which the gradient needs again. `join(value, combine)` joins the threads that share a pixel.
-// kFreeCE: cross-entropy with a temperature other than 1 or 2, whose exponentials are no powers of the others.
-template <bool kFreeCE, int kClasses, typename Join>
+template <CE kCE, int kClasses, typename Join>
 DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)[kClasses],
-                                              float (&ec)[kFreeCE ? kClasses : 1], const Terms<float>& terms,
+                                              float (&ec)[kCE == CE::kOwn ? kClasses : 1], const Terms<float>& terms,
                                               const Join& join) {
   constexpr float kLog2E = 1.4426950408889634f;
   auto larger_of = [](float a, float b) { return larger(a, b); };
@@ -479,13 +486,13 @@ DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)
   if (max_t == -infinity<float>()) max_t = 0;
   z.student_base = max_s * terms.log2_scale, z.teacher_base = max_t * terms.log2_scale;
   // An exact power of 2 times the student's where its exponentials serve.
-  z.ce_base = kFreeCE ? max_s * kLog2E : z.student_base * terms.temperature;
+  z.ce_base = kCE == CE::kOwn ? max_s * kLog2E : z.student_base * terms.temperature;
   z.student_sum = z.teacher_sum = z.cross = z.ce_sum = z.student_target = z.teacher_target = 0;
 #pragma unroll
   for (int i = 0; i < kClasses; ++i) {
     const float ds = fmaf(es[i], terms.log2_scale, -z.student_base);
     const float dt = fmaf(et[i], terms.log2_scale, -z.teacher_base);
-    if constexpr (kFreeCE) {
+    if constexpr (kCE == CE::kOwn) {
       ec[i] = exp2_fast(fmaf(es[i], kLog2E, -z.ce_base));
       z.ce_sum += ec[i];
     }
@@ -495,7 +502,7 @@ DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)
     z.teacher_sum += et[i];
     if (et[i] != 0) z.cross = fmaf(et[i], dt - ds, z.cross);  // 0 * log 0 = 0
   }
-  if (!kFreeCE && terms.with_ce) {
+  if (kCE == CE::kPowers && terms.with_ce) {
     if (terms.temperature == 2) {  // exp(d) = exp(d / 2)^2
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) z.ce_sum = fmaf(es[i], es[i], z.ce_sum);
@@ -506,23 +513,24 @@ DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)
   z.student_sum = join(z.student_sum, sum_of);
   z.teacher_sum = join(z.teacher_sum, sum_of);
   z.cross = join(z.cross, sum_of);
-  if (terms.with_ce) z.ce_sum = join(z.ce_sum, sum_of);
+  if (kCE != CE::kNone && terms.with_ce) z.ce_sum = join(z.ce_sum, sum_of);
   return z;
 }
 
 // The gradient from the exponentials of a class other than the target.
-template <bool kFreeCE>
+template <CE kCE>
 struct GradientOf {
   PixelGrad<float> factors;
   float once, twice;  // of the student's exponential and of its square
   DSCT_DEVICE GradientOf(const Terms<float>& terms, const PixelGrad<float>& grad) : factors(grad) {
     // At temperature 1 cross-entropy's exponentials are the student's, at 2 their squares.
     const bool squares = terms.temperature == 2;
-    once = squares || kFreeCE ? grad.student : grad.student + grad.ce;
+    once = squares || kCE != CE::kPowers ? grad.student : grad.student + grad.ce;
     twice = squares ? grad.ce : 0.0f;
   }
   DSCT_DEVICE float operator()(float exp_s, float exp_t, float exp_ce) const {
-    if constexpr (kFreeCE) return fmaf(factors.ce, exp_ce, fmaf(once, exp_s, factors.teacher * exp_t));
+    if constexpr (kCE == CE::kNone) return fmaf(once, exp_s, factors.teacher * exp_t);
+    if constexpr (kCE == CE::kOwn) return fmaf(factors.ce, exp_ce, fmaf(once, exp_s, factors.teacher * exp_t));
     return fmaf(fmaf(twice, exp_s, once), exp_s, factors.teacher * exp_t);
   }
 };
@@ -547,12 +555,13 @@ DSCT_DEVICE void repeat(const Body& body) {
 }
 
 // Few classes: one thread holds all of them for its pixels.
-template <typename T, int kClasses, bool kFreeCE>
+template <typename T, int kClasses, CE kCE>
 __global__ void __launch_bounds__(128, 1)
     planes_whole(Planes in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   constexpr int kPixels = Pack<T>::kSize;
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
+  terms.with_ce = kCE != CE::kNone;
   Factors<float> factors;
   PixelLoss<float> total = {0, 0, 0};
   for (unsigned work_tile = blockIdx.x; work_tile < in.tiles; work_tile += gridDim.x) {
@@ -585,7 +594,7 @@ __global__ void __launch_bounds__(128, 1)
     }
     repeat<kPixels>([&](auto index) {
       constexpr int v = decltype(index)::value;
-      float es[kClasses], et[kClasses], ec[kFreeCE ? kClasses : 1], student_target = 0, teacher_target = 0;
+      float es[kClasses], et[kClasses], ec[kCE == CE::kOwn ? kClasses : 1], student_target = 0, teacher_target = 0;
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const bool is_target = i == y[v];
@@ -595,7 +604,7 @@ __global__ void __launch_bounds__(128, 1)
         es[i] = is_target ? -infinity<float>() : zs;
         et[i] = is_target ? -infinity<float>() : zt;
       }
-      PixelSums<float> z = sum_exponentials<kFreeCE>(es, et, ec, terms, [](float value, auto) { return value; });
+      PixelSums<float> z = sum_exponentials<kCE>(es, et, ec, terms, [](float value, auto) { return value; });
       z.student_target = student_target, z.teacher_target = teacher_target;
       PixelLoss<float> loss;
       PixelGrad<float> grad;
@@ -605,18 +614,20 @@ __global__ void __launch_bounds__(128, 1)
         in.loss_map[image * in.pixels_per_image + pixel + v] = pixel_loss(loss, terms);
       }
       // The student's packs are not needed any more: the gradient takes their place.
-      const GradientOf<kFreeCE> gradient(terms, grad);
+      const GradientOf<kCE> gradient(terms, grad);
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
-        const float g = gradient(es[i], et[i], ec[kFreeCE ? i : 0]);
+        const float g = gradient(es[i], et[i], ec[kCE == CE::kOwn ? i : 0]);
         s[i].lane[v] = static_cast<T>(i == y[v] ? grad.target : g);
       }
-      if (y[v] == kIgnored) {  // whatever stands in the logits
-#pragma unroll
-        for (int i = 0; i < kClasses; ++i) s[i].lane[v] = static_cast<T>(0.0f);
-      }
     });
-    if (in.grad != nullptr && inside) store_classes(in, image, pixel, s);
+    if (in.grad != nullptr && inside) {
+      bool keep[kPixels];
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) keep[v] = y[v] != kIgnored;
+      keep_lanes(s, keep);
+      store_classes(in, image, pixel, s);
+    }
   }
   finish_block(total, terms, work, result, scratch);
 }
@@ -644,7 +655,7 @@ struct Tiles {
 
 constexpr int staged_threads(int classes) { return classes > 16 ? 256 : 512; }
 // Blocks that a multiprocessor should hold at once: registers are given out accordingly.
-constexpr int staged_blocks(int classes, bool free_ce) { return classes > 10 || free_ce ? 1 : 2; }
+constexpr int staged_blocks(int classes, CE ce) { return classes > 10 || ce == CE::kOwn ? 1 : 2; }
 
 // Between two classes of a tile in planes: 16 bytes more than its pixels, so that classes fall into different banks.
 template <typename T>
@@ -714,8 +725,8 @@ constexpr size_t tile_shared_bytes(int pixels, int tile_bytes) {
 // More classes than one thread holds, either memory layout, any alignment. Tiles of pixels pass through shared memory,
 // where the next one arrives while this one is worked on; the gradient takes the student's place there and leaves in
 // 16-byte stores.
-template <typename T, int kClasses, bool kFreeCE>
-__global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClasses, kFreeCE))
+template <typename T, int kClasses, CE kCE>
+__global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClasses, kCE))
     staged(Tiles in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
@@ -764,7 +775,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     __syncthreads();
     if (work_tile + gridDim.x < in.tiles) fetch(work_tile + gridDim.x, which ^ 1);
 
-    float es[kClasses], et[kClasses], ec[kFreeCE ? kClasses : 1];
+    float es[kClasses], et[kClasses], ec[kCE == CE::kOwn ? kClasses : 1];
     const int p = threadIdx.x >> in.groups_log2;
     const bool inside = p < pixels;
 #pragma unroll
@@ -804,7 +815,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       }
       return value;
     };
-    const PixelSums<float> z = sum_exponentials<kFreeCE>(es, et, ec, terms, join);
+    const PixelSums<float> z = sum_exponentials<kCE>(es, et, ec, terms, join);
     if (group == 0 && inside) {
       const float mine[kSums] = {z.student_base, z.teacher_base, z.ce_base, z.student_sum,
                                  z.teacher_sum,  z.cross,        z.ce_sum};
@@ -843,12 +854,11 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     if (in.grad.data != nullptr) {
       if (inside) {
         auto answer = [&](int i) { return sums[(i << in.pixels_log2) + p]; };
-        const GradientOf<kFreeCE> gradient(terms,
-                                           {answer(kGradS), answer(kGradT), answer(kGradCE), answer(kGradTarget)});
+        const GradientOf<kCE> gradient(terms, {answer(kGradS), answer(kGradT), answer(kGradCE), answer(kGradTarget)});
 #pragma unroll
         for (int i = 0; i < kClasses; ++i) {
           const int j = group + (i << in.groups_log2);
-          float g = gradient(es[i], et[i], ec[kFreeCE ? i : 0]);
+          float g = gradient(es[i], et[i], ec[kCE == CE::kOwn ? i : 0]);
           if (i == slot) g = gradient.factors.target;
           if (slot == kIgnored) g = 0;  // whatever stands in the logits
           if (j < in.classes) student[p * pixel_s + j * class_s] = static_cast<T>(g);
@@ -1140,6 +1150,11 @@ inline int64_t image_stride(const TnkdArgs& args, const Strides& strides) {
   return args.dims == 1 ? 0 : strides.pixel[0];
 }
 
+inline CE cross_entropy(const TnkdArgs& args) {
+  if (!args.with_ce) return CE::kNone;
+  return args.temperature == 1 || args.temperature == 2 ? CE::kPowers : CE::kOwn;
+}
+
 template <typename T>
 void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
                   const Device& device, cudaStream_t stream) {
@@ -1153,12 +1168,14 @@ void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labe
   in.pixels_per_image = args.size[args.dims - 1];
   in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
   in.classes = static_cast<int>(args.classes);
-  const bool free_ce = args.with_ce && args.temperature != 1 && args.temperature != 2;
+  const CE ce = cross_entropy(args);
   one_of(WholeClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    launch_early("tnkd", device, free_ce ? planes_whole<T, kClasses, true> : planes_whole<T, kClasses, false>,
-                 plan.blocks, plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work,
-                 result_of<float>(args));
+    const auto kernel = ce == CE::kNone     ? planes_whole<T, kClasses, CE::kNone>
+                        : ce == CE::kPowers ? planes_whole<T, kClasses, CE::kPowers>
+                                            : planes_whole<T, kClasses, CE::kOwn>;
+    launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
+                 terms_of<float>(args), work, result_of<float>(args));
   });
 }
 
@@ -1178,11 +1195,12 @@ void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& lab
   in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
   in.classes = static_cast<int>(args.classes);
   in.groups_log2 = plan.groups_log2, in.pixels_log2 = plan.pixels_log2, in.tile_bytes = plan.tile_bytes;
-  const bool free_ce = args.with_ce && args.temperature != 1 && args.temperature != 2;
   one_of(StagedClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    launch_early("tnkd", device, free_ce ? staged<T, kClasses, true> : staged<T, kClasses, false>, plan.blocks,
-                 plan.threads, plan.shared, stream, in, labels, terms_of<float>(args), work, result_of<float>(args));
+    const auto kernel =
+        cross_entropy(args) == CE::kOwn ? staged<T, kClasses, CE::kOwn> : staged<T, kClasses, CE::kPowers>;
+    launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
+                 terms_of<float>(args), work, result_of<float>(args));
   });
 }
 
