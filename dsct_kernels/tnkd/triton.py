@@ -3,14 +3,14 @@
 Three launches: count the valid pixels from the labels alone (only where an average needs it), the pass over the logits,
 and one program that adds the partial sums in a fixed order. Nothing is atomic and nothing comes back to the host.
 
-With `resident`, always so up to 768 classes, a program holds all the classes of its pixels in registers, as a tuple of
+With `resident`, always so up to 1024 classes, a program holds all the classes of its pixels in registers, as a tuple of
 tiles, and reads each logit once. Otherwise it walks the classes twice, and the second read comes from L1 or L2.
 
 Variants: one kernel is compiled for each K (resident) and combination of dtypes, layout and flags that a process uses:
 a training run uses one or two.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Config:
     warps: int
     resident: bool  # all the classes in registers; else two walks over them
     unroll: int = 1  # tiles loaded together in a walk
+    keep_ce: bool = True  # cross-entropy's exponentials stay in registers; else they are taken twice
 
 
 def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, with_ce: bool = False) -> Config:
@@ -57,7 +58,10 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
                 config = Config(pixels=32 * warps * vector // classes, classes=classes, warps=warps, resident=True)
                 break
         else:
-            config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
+            if vector == 8 and num_classes <= 1024:  # with cross-entropy
+                config = Config(pixels=vector, classes=256, warps=8, resident=True, keep_ce=False)
+            else:
+                config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
     elif num_classes <= 8:
         config = Config(pixels=64, classes=2, warps=4, resident=True)
     elif num_classes <= 32:
@@ -70,7 +74,7 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
         config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
     least = min(16, config.pixels) if pixels_adjacent else 1
     pixels = max(least, min(config.pixels, next_power_of_2(inner)))
-    return Config(pixels, config.classes, config.warps, config.resident, config.unroll)
+    return replace(config, pixels=pixels)
 
 
 def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> int:
@@ -100,6 +104,8 @@ def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[C
                     continue
                 if held <= 96 and (pixels_adjacent or warps <= 4):
                     found.append(Config(pixels, classes, warps, True))
+                    if pixels_adjacent and held > 48:
+                        found.append(Config(pixels, classes, warps, True, keep_ce=False))
                 if held > 48 and classes >= 4 and warps <= 4:
                     found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (2, 4))
     return found
@@ -200,7 +206,7 @@ def forward(
             ce_weight, ignore,
             NUM_CLASSES=num_classes if config.resident else 0,
             CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
-            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, RANK=rank,
+            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, RANK=rank, KEEP_CE=config.keep_ce,
             WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
             NEEDS_GRAD=needs_grad, FAST=fast(loss), 
             NEAR=loss.dtype == student.dtype == torch.float32, **flags)  # fmt: skip

@@ -285,10 +285,10 @@ def tnkd_kernel(
     tau_: tl.float64, over_tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
     ce_weight_: tl.float64, ignore,
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
-    UNROLL: tl.constexpr, RESIDENT: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr,
-    HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr,
-    NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr, COUNTS: tl.constexpr,
-    FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
+    UNROLL: tl.constexpr, RESIDENT: tl.constexpr, KEEP_CE: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WITH_CE: tl.constexpr, NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
+    COUNTS: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of PIXELS pixels. WHOLE: every pixel of every tile exists, and no access needs a mask for it.
 
@@ -391,8 +391,10 @@ def tnkd_kernel(
             sum_t += e_t[c]
             cross += tl.where(e_t[c] == 0, 0.0, e_t[c] * (d_t - d_s))
             if WITH_CE:
-                e_1 += (tl.exp2(d_s * to_2),)
-                sum_1 += e_1[c]
+                e = tl.exp2(d_s * to_2)
+                sum_1 += e
+                if KEEP_CE:
+                    e_1 += (e,)
         sum_s = tl.sum(sum_s, 0, keep_dims=True)
         sum_t = tl.sum(sum_t, 0, keep_dims=True)
         if WITH_CE:
@@ -482,7 +484,10 @@ def tnkd_kernel(
             for c in tl.static_range(CHUNKS):
                 g = by_s * e_s[c] + by_t * e_t[c]
                 if WITH_CE:
-                    g += by_1 * e_1[c]
+                    if KEEP_CE:
+                        g += by_1 * e_1[c]
+                    else:  # once more, from the logits as they came, which take half the registers
+                        g += by_1 * tl.exp2((s_tiles[c].to(ACC) - m_s) * to_2)
                 g = tl.where(c * CLASSES + k == y_late, at_y, g)
                 g = tl.where(valid_late, g, 0.0).to(out)
                 if (c + 1) * CLASSES <= NUM_CLASSES:
