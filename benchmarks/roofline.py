@@ -1,10 +1,12 @@
 """ESTIMATES, with no GPU, what one could at best do for each of the benchmark's GPU cases. No kernel is run or timed.
 
 Floor time is bytes / bandwidth: once for the bytes that must move, once for those a backend's kernels ask for, as if no
-cache served a second read. Occupancy is worked out from what ahead-of-time compilation (Triton's, and nvcc where there
-is one) says of registers and shared memory. Launches, arithmetic and latency are left out, and so are the small
-kernels' bytes (statistics, partial sums). Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing
-measured is how long Triton's compiler takes here, without its cache: a first call on a GPU waits as long.
+cache served a second read. Issue time is what the instructions of Triton's TNKD take (code without a loop, so that they
+can be counted) where each of a multiprocessor's four schedulers issues one in every cycle. Occupancy is worked out from
+what ahead-of-time compilation (Triton's, and nvcc where there is one) says of registers and shared memory. Launches and
+latency are left out, and so are the small kernels (statistics, partial sums). Inputs that already lie in L2 can beat
+the floor (docs/gpu.md). The one thing measured is how long Triton's compiler takes here, without its cache: a first
+call on a GPU waits as long.
 
 Examples:
     python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
@@ -43,12 +45,13 @@ from tests.cuda_host import harness
 
 NOTE = "ESTIMATE, not a measurement: nothing was run on a GPU"
 BACKENDS = ("native", "triton")
-GPUS = {  # data sheet: GB/s, compute capability, multiprocessors
-    "a100": ("A100 80GB SXM", 2039, 80, 108),
-    "rtx4090": ("RTX 4090", 1008, 89, 128),
-    "h100": ("H100 SXM", 3350, 90, 132),
-    "h200": ("H200", 4800, 90, 132),
+GPUS = {  # data sheet: GB/s, compute capability, multiprocessors, highest clock in GHz
+    "a100": ("A100 80GB SXM", 2039, 80, 108, 1.41),
+    "rtx4090": ("RTX 4090", 1008, 89, 128, 2.52),
+    "h100": ("H100 SXM", 3350, 90, 132, 1.98),
+    "h200": ("H200", 4800, 90, 132, 1.98),
 }
+SCHEDULERS = 4  # of a multiprocessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Kernel:
     shared: int
     bytes: int  # of logits, features, labels and gradients that it asks for; 0 for the kernels that touch none
     compile_s: float | None = None
+    instructions: int | None = None  # of a warp, where the code has no loop
 
 
 def empty(shape: tuple[int, ...], case: Case) -> Tensor:
@@ -170,7 +174,9 @@ class Triton:
                     self.seen[key] = report(name, launch, self.arch), time.perf_counter() - start
             r, seconds = self.seen[key]
             asked = bytes_of(case, launch)
-            found.append(Kernel(name, launch.programs, launch.warps, r.registers, r.spills, r.shared, asked, seconds))
+            straight = r.instructions if launch.constants.get("RESIDENT") else None
+            sizes = launch.programs, launch.warps, r.registers, r.spills, r.shared
+            found.append(Kernel(name, *sizes, asked, seconds, straight))
         return found
 
 
@@ -250,8 +256,16 @@ class Native:
 # ----------------------------------------------------------------------------------------------------------- estimates
 
 
-def estimate(case: Case, backend: str, kernels: Sequence[Kernel], bandwidth: float, arch: int) -> dict[str, Any]:
-    """Bytes, floor times and kernels of a case."""
+def issue_us(kernels: Sequence[Kernel], per_us: float) -> float | None:
+    """Microseconds to issue the instructions of the kernels that are known, at so many a microsecond."""
+    known = [k.instructions * k.warps * k.programs for k in kernels if k.instructions is not None]
+    return sum(known) / per_us if known else None
+
+
+def estimate(
+    case: Case, backend: str, kernels: Sequence[Kernel], bandwidth: float, arch: int, per_us: float
+) -> dict[str, Any]:
+    """Bytes, floor times and kernels of a case; per_us: instructions that the GPU issues in a microsecond."""
     rows = []
     for kernel in kernels:
         blocks, share, limit = occupancy(kernel.registers, kernel.shared, kernel.warps, arch)
@@ -264,6 +278,7 @@ def estimate(case: Case, backend: str, kernels: Sequence[Kernel], bandwidth: flo
         "floor_us": case.floor_bytes / bandwidth / 1e3,
         "asked_bytes": asked,
         "asked_us": asked / bandwidth / 1e3,
+        "issue_us": issue_us(kernels, per_us),
         "kernels": rows,
     }
 
@@ -279,17 +294,19 @@ def print_estimates(result: dict[str, Any]) -> None:
     """Floor times of every case, then every kernel they launch, each once."""
     print(f"{NOTE}. {result['gpu']}, {result['bandwidth_gb_s']:g} GB/s, sm_{result['arch']}.")
     print("floor: bytes that must move; asked: bytes that the kernels ask for, some of which a cache will serve")
+    print("issue: the instructions of Triton's tnkd_kernel, none waiting for another")
     rows: list[list[str]] = []
     kernels: dict[tuple[str, ...], str] = {}
     for case in result["estimates"]:
         name = [case["loss"], case["shape"], case["layout"], case["dtype"], case["phase"]]
         amounts = [case["floor_bytes"] / 1e6, case["floor_us"], case["asked_bytes"] / 1e6, case["asked_us"]]
-        rows.append([*name, case["backend"], *(f"{amount:.1f}" for amount in amounts)])
+        issue = "-" if case["issue_us"] is None else f"{case['issue_us']:.1f}"
+        rows.append([*name, case["backend"], *(f"{amount:.1f}" for amount in amounts), issue])
         for k in case["kernels"]:
             row = [k["name"], *(str(k[key]) for key in ("warps", "registers", "spills", "shared", "blocks"))]
             seconds = "-" if k["compile_s"] is None else f"{k['compile_s']:.1f}"
             kernels.setdefault((case["backend"], *row, f"{k['occupancy']:.0%}", k["limit"], seconds), " ".join(name))
-    print_table("loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us", rows)
+    print_table("loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us|issue us", rows)
     print(f"\n{NOTE}. Occupancy of every kernel above, of sm_{result['arch']}'s threads.")
     head = "backend|kernel|warps|registers|spilt B|shared B|blocks an SM|occupancy|limited by|compile s|for instance"
     print_table(head, sorted([*row, where] for row, where in kernels.items()))
@@ -319,7 +336,8 @@ def main() -> None:
             parser.error(f"--backend native: {reason}")
         print(f"the native kernels are left out: {reason}", file=sys.stderr)
         backends = ("triton",)
-    name, bandwidth, arch, multiprocessors = GPUS[args.gpu]
+    name, bandwidth, arch, multiprocessors, clock = GPUS[args.gpu]
+    per_us = multiprocessors * SCHEDULERS * clock * 1e3
     if args.bandwidth is not None or args.arch is not None:
         name = "a GPU as given"
     bandwidth, arch = args.bandwidth or bandwidth, args.arch or arch
@@ -330,7 +348,7 @@ def main() -> None:
             for backend in backends
         ]
         estimates = [
-            estimate(case, backend, kernels.kernels(case), bandwidth, arch)
+            estimate(case, backend, kernels.kernels(case), bandwidth, arch, per_us)
             for case in cases
             for backend, kernels in sources
         ]

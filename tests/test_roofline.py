@@ -58,6 +58,13 @@ def test_bytes_are_the_tensors(layout):
     assert sum(asked(forward).values()) == 4 * features.nbytes
 
 
+def test_issue_time_counts_every_warp_of_what_is_known():
+    known = roofline.Kernel("tnkd_kernel", 1000, 2, 128, 0, 0, 0, None, 500)
+    small = roofline.Kernel("finish_kernel", 1, 8, 32, 0, 0, 0)
+    assert roofline.issue_us([known, small], 1e5) == 10  # 500 x 2 x 1000
+    assert roofline.issue_us([small], 1e5) is None
+
+
 @pytest.mark.parametrize("classes,times", [(150, 3), (1024, 3), (3000, 5)])
 def test_logits_are_read_twice_only_where_registers_do_not_hold_them(classes, times):
     case = cases.Case("tnkd", f"1x{classes}x32x32", "contiguous", "fp32", cases.FORWARD_BACKWARD)

@@ -42,6 +42,13 @@ class Config:
     keep_ce: bool = True  # cross-entropy's exponentials stay in registers; else they are taken twice
 
 
+# (most classes, pixels, classes of a tile, warps): several pixels a lane where registers allow, so that what a program
+# does once counts less; lanes next to each other for runs of up to 128 bytes, no more, as each of them repeats what is
+# done once a pixel.
+CHANNELS_LAST = ((8, 128, 2, 1), (32, 32, 4, 1), (64, 16, 16, 1), (160, 8, 32, 1), (256, 16, 32, 4), (1024, 4, 128, 4))
+CHANNELS_LAST_FLOAT64 = ((8, 64, 2, 4), (32, 32, 4, 4), (256, 16, 32, 4), (1024, 4, 128, 4))
+
+
 def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, with_ce: bool = False) -> Config:
     """The launch for K classes whose widest vector load holds 16 / itemsize values.
 
@@ -62,16 +69,13 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
                 config = Config(pixels=vector, classes=256, warps=8, resident=True, keep_ce=False)
             else:
                 config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
-    elif num_classes <= 8:
-        config = Config(pixels=64, classes=2, warps=4, resident=True)
-    elif num_classes <= 32:
-        config = Config(pixels=32, classes=4, warps=4, resident=True)
-    elif num_classes <= 256:
-        config = Config(pixels=16, classes=32, warps=4, resident=True)
-    elif num_classes <= 1024:
-        config = Config(pixels=4, classes=128, warps=4, resident=True)
     else:
-        config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
+        for most, pixels, classes, warps in CHANNELS_LAST_FLOAT64 if itemsize == 8 else CHANNELS_LAST:
+            if num_classes <= most:
+                config = Config(pixels, classes, warps, resident=True)
+                break
+        else:
+            config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
     least = min(16, config.pixels) if pixels_adjacent else 1
     pixels = max(least, min(config.pixels, next_power_of_2(inner)))
     return replace(config, pixels=pixels)
@@ -93,7 +97,7 @@ def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> in
 def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
     """The launches that tuning tries for K classes: lanes and warps split over pixels and classes."""
     widest = max(1, 16 // itemsize)
-    vectors = (widest,) if pixels_adjacent else (1, 4)
+    vectors = (widest,) if pixels_adjacent else (1, 4, 8)
     found = []
     for vector in vectors:  # values of a tile that a lane holds
         for warps in (1, 2, 4, 8):
@@ -160,7 +164,7 @@ def forward(
     sizes, (s, t, y, g, m), rank = folded
 
     if config is None:
-        itemsize = min(student.element_size(), teacher.element_size())
+        itemsize = 8 if loss.dtype == torch.float64 else min(student.element_size(), teacher.element_size())
         config = choose(num_classes, itemsize, s[-1] == 1, sizes[-1], with_ce)
     blocks = -(-sizes[-1] // config.pixels)
     programs = blocks * product(sizes[:-1])
