@@ -61,14 +61,13 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
         # pixels, in runs of 64 bytes a class, of 32 or 16 for the most classes: each logit is still read once.
         vector = max(1, 16 // itemsize)
         for classes, warps in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)):
-            if -(-num_classes // classes) <= _most_held(num_classes, classes, vector, with_ce):
-                config = Config(pixels=32 * warps * vector // classes, classes=classes, warps=warps, resident=True)
+            held = -(-num_classes // classes)
+            if held <= _most_held(classes, vector, with_ce):
+                keep_ce = not (with_ce and vector == 8 and (classes == 2 or (classes == 256 and held > 3)))
+                config = Config(32 * warps * vector // classes, classes, warps, resident=True, keep_ce=keep_ce)
                 break
         else:
-            if vector == 8 and num_classes <= 1024:  # with cross-entropy
-                config = Config(pixels=vector, classes=256, warps=8, resident=True, keep_ce=False)
-            else:
-                config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
+            config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
     else:
         for most, pixels, classes, warps in CHANNELS_LAST_FLOAT64 if itemsize == 8 else CHANNELS_LAST:
             if num_classes <= most:
@@ -81,16 +80,16 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
     return replace(config, pixels=pixels)
 
 
-def _most_held(num_classes: int, classes: int, vector: int, with_ce: bool) -> int:
+def _most_held(classes: int, vector: int, with_ce: bool) -> int:
     """Classes that a lane can hold of `vector` pixels each (tests/test_triton_aot.py prints the registers)."""
     if vector <= 4:
         return 8
     if classes == 1:
         return 4 if with_ce else 6
-    if classes == 2 and with_ce:
-        return 2  # three spill under Triton 3.8
-    if classes > 8:
+    if 8 < classes < 256:
         return 3 if with_ce else 4
+    if classes == 256:
+        return 4
     return 4 if with_ce else 5
 
 
@@ -108,7 +107,7 @@ def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[C
                     continue
                 if held <= 96 and (pixels_adjacent or warps <= 4):
                     found.append(Config(pixels, classes, warps, True))
-                    if pixels_adjacent and held > 48:
+                    if pixels_adjacent and held >= 48:
                         found.append(Config(pixels, classes, warps, True, keep_ce=False))
                 if held > 48 and classes >= 4 and warps <= 4:
                     found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (2, 4))
