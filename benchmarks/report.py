@@ -225,13 +225,15 @@ def markdown(result: Result) -> str:
     copies = sorted(m["copy_gb_s"] for m in result["measurements"])
     where = machine["name"] if on_gpu else f"{machine['name']}, {machine['threads']} threads"
     backends = sorted({row.ours_name for row in rows if row.ours_name})
+    if on_gpu:
+        ours_are, explained = "", "GB/s: of the bytes that must move; host ms: what a call takes the host"
+    else:
+        ours_are = f"ours: {', '.join(backends) or 'none'}; "
+        explained = "x floor: times the time in which the bytes that must move could be copied"
     note = (
-        f"{where}, torch {machine['torch']}, {machine['date'][:10]}; "
-        + ("" if on_gpu else f"ours: {', '.join(backends) or 'none'}; ")
-        + f"median of interleaved repeats; copy bandwidth {copies[0]:.0f} to {copies[-1]:.0f} GB/s in the same run; "
-        + ("GB/s: of the bytes that must move; host ms: what a call takes the host; " if on_gpu else "")
-        + ("" if on_gpu else "x floor: times the time in which the bytes that must move could be copied; ")
-        + "memory: peak extra, in student tensors."
+        f"{where}, torch {machine['torch']}, {machine['date'][:10]}; {ours_are}"
+        f"median of interleaved repeats; copy bandwidth {copies[0]:.0f} to {copies[-1]:.0f} GB/s in the same run; "
+        f"{explained}; memory: peak extra, in student tensors."
     )
     return "\n".join([*lines, "", note]) + "\n"
 

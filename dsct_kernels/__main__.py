@@ -56,7 +56,7 @@ def main() -> None:
                 print(f"  {loss:5} {'auto':10} raises: {refusal}")
     print(
         "\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels, or image "
-        "size (another batch compiles nothing where H x W is a multiple of 64): at most "
+        "size (another batch compiles nothing where H x W is a multiple of 128): at most "
         f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd; "
         "later calls and processes find them in its cache"
     )

@@ -80,6 +80,7 @@ class Report:
     loads: dict[int, int] = field(default_factory=dict)  # bytes -> instructions
     stores: dict[int, int] = field(default_factory=dict)
     instructions: int = 0
+    loops: int = 0  # branches back
     sass: str = field(default="", repr=False)
 
     def row(self) -> str:
@@ -109,7 +110,12 @@ def report(name: str, launch: Launch, arch: int) -> Report:
     text = usage.stdout + usage.stderr
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     result = Report(name, arch, found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared, sass=sass)
+    labels: list[str] = []
     for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels.append(label[1])
+        if branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line):
+            result.loops += branch[1] in labels and "@" in line  # without a condition: the trap behind a kernel's end
         match = re.search(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
         if not match or "." in line.strip()[:1]:
             continue

@@ -101,6 +101,7 @@ def test_tnkd(chip, classes, dtype, layout, with_ce):
     sizes = launch.constants
     result = report(f"tnkd {classes} {str(dtype)[6:]} {layout}{' ce' if with_ce else ''}", launch, chip)
     check(result)
+    assert bool(result.loops) != sizes["RESIDENT"], "benchmarks/roofline.py counts the instructions of what has no loop"
     if layout != "contiguous":
         return
     tile = sizes["CLASSES"] * sizes["PIXELS"]
@@ -160,12 +161,15 @@ def test_cafd(chip, dtype, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("with_ce", [False, True])
 def test_another_batch_size_compiles_nothing(layout, with_ce):
-    """Batches of 1, of a multiple of 16, of an odd number: Triton would make a kernel of its own for each of them."""
+    """Batches of 1, of a multiple of 16, of an odd number: Triton would make a kernel of its own for each of them.
+
+    H x W = 3 x 128: whole tiles at every batch, and no more than that.
+    """
 
     def variants(samples: int) -> set[tuple[object, ...]]:
-        logits = laid_out((samples, 6, 48, 64), torch.float32, layout)
+        logits = laid_out((samples, 6, 8, 48), torch.float32, layout)
         features = laid_out((samples, 24, 24, 32), torch.float32, layout)
-        labels = torch.empty(samples, 48, 64, dtype=torch.int64)
+        labels = torch.empty(samples, 8, 48, dtype=torch.int64)
         weight = torch.empty(6) if with_ce else None
         with recorded(tnkd, cafd) as launches:
             tnkd.forward(logits, logits, labels, weight, 1.0, 1.0, 2.0, 2.0, 255, 1, with_ce, True)

@@ -95,12 +95,13 @@ DSCT_DEVICE float number(const Pack<T>& pack, int index) {
 // Zero, NaN or not, in the lanes that are not kept: by masks, two lanes at a time where they have 16 bits.
 template <typename T, int kCount>
 DSCT_DEVICE void keep_lanes(Pack<T> (&packs)[kCount], const bool (&keep)[Pack<T>::kSize]) {
-  constexpr int kLanes = Pack<T>::kSize / 4;
+  constexpr int kLanes = Pack<T>::kSize / 4;  // of a 32-bit word
+  constexpr unsigned kLane = kLanes == 1 ? ~0u : 0xffffu;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    const unsigned mask = kLanes == 1
-                              ? (keep[w] ? ~0u : 0u)
-                              : (keep[kLanes * w] ? 0xffffu : 0u) | (keep[kLanes * w + kLanes - 1] ? ~0xffffu : 0u);
+    unsigned mask = 0;
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) mask |= keep[w * kLanes + l] ? kLane << (16 * l) : 0u;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) reinterpret_cast<unsigned*>(&packs[i])[w] &= mask;
   }
@@ -211,8 +212,8 @@ DSCT_DEVICE float exp2_fast(float x) {
 }
 DSCT_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 
-// 1 / x within one unit in the last place, for x of no more than 2^126: one instruction, where a division has six.
-// Powers of two are exact. The host errs as the hardware may, so that tests there hold for it.
+// 1 / x within one unit in the last place, for x > 0 of no more than 2^126: one instruction. The host errs by as much
+// as the hardware may, so that tests there hold for it.
 DSCT_DEVICE float reciprocal_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -220,8 +221,8 @@ DSCT_DEVICE float reciprocal_fast(float x) {
   return y;
 #else
   const float y = 1 / x;
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return bits << 9 == 0 ? y : std::nextafter(y, bits % 3 == 0 ? 0.0f : 2 * y);
+  if (!(y > 0 && y < infinity<float>())) return y;
+  return std::nextafter(y, std::bit_cast<uint32_t>(x) % 3 == 0 ? 0.0f : 2 * y);
 #endif
 }
 DSCT_DEVICE double reciprocal_fast(double x) { return 1 / x; }

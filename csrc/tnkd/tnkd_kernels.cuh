@@ -513,7 +513,7 @@ DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)
   z.student_sum = join(z.student_sum, sum_of);
   z.teacher_sum = join(z.teacher_sum, sum_of);
   z.cross = join(z.cross, sum_of);
-  if (kCE != CE::kNone && terms.with_ce) z.ce_sum = join(z.ce_sum, sum_of);
+  if (terms.with_ce) z.ce_sum = join(z.ce_sum, sum_of);
   return z;
 }
 

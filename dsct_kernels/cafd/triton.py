@@ -154,15 +154,13 @@ def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: 
     launch(
         kernels.row_stats_kernel, sum(x.stats_programs for x in networks), max(x.config.stats.warps for x in networks),
         s.features, t.features if both else None, partial[0], partial[-1] if both else None, s.stats_programs,
-        scale,
-        s.channels, s.positions, s.width, *s.strides, s.splits, s.span,
+        scale, s.channels, s.positions, s.width, *s.strides, s.splits, s.span,
         t.channels, t.positions, t.width, *t.strides, t.splits, t.span,
         **s.constants(s.config.stats, "S"), **t.constants(t.config.stats, "T"), BOTH=both)  # fmt: skip
     launch(
         kernels.channel_weights_kernel, sum(x.samples for x in networks), 4,
         partial[0], partial[-1] if both else None, stats[0], stats[-1] if both else None, s.samples, channel_t,
-        scale,
-        s.row, s.channels, s.positions, s.splits, t.row, t.channels, t.positions, t.splits,
+        scale, s.row, s.channels, s.positions, s.splits, t.row, t.channels, t.positions, t.splits,
         BLOCK_S=max(16, next_power_of_2(s.channels)), ACC_S=s.acc(), BLOCK_T=max(16, next_power_of_2(t.channels)),
         ACC_T=t.acc(), BOTH=both)  # fmt: skip
     launch(

@@ -7,7 +7,8 @@ adjacent in memory. What the forward pass leaves for the backward pass, `stats`,
 
 with m_c the maximum of channel c, z_c = sum_i exp((F_ci - m_c) / tau), B_i = sum_c w_c r_c P_ci. With D = dloss/dA,
 sum_k w_k rho_k = sum_i A_i D_i and sum_k w_k r_k rho_k = sum_i B_i D_i, so the gradient of a channel needs only its own
-row besides.
+row besides. `scale` is log2(e) / tau, so that exp(x / tau) = exp2(x * scale); the host divides, as a GPU's short
+division may be two units off.
 """
 
 # mypy: ignore-errors

@@ -25,6 +25,7 @@ MOST_COMPILED = 4  # kernels of one variant, forward and backward
 NONE, MEAN, SUM = 0, 1, 2
 COUNT_PROGRAMS = 256  # upper bound, and the length of the vector in which every program adds the counts up
 COUNT_BLOCK = 4096
+SCALE_BLOCK = 2048
 FINISH_BLOCK = 4096  # partial sums added at a time, of any number: one kernel for every batch
 PIXEL_RANK = 4  # pixel dimensions that may stay after folding: three for the program, one for the lanes
 
@@ -63,6 +64,7 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
         for classes, warps in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)):
             held = -(-num_classes // classes)
             if held <= _most_held(classes, vector, with_ce):
+                # what fits only without cross-entropy's exponentials
                 keep_ce = not (with_ce and vector == 8 and (classes == 2 or (classes == 256 and held > 3)))
                 config = Config(32 * warps * vector // classes, classes, warps, resident=True, keep_ce=keep_ce)
                 break
@@ -229,7 +231,8 @@ def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore
     if folded is None:
         return _count(target.contiguous(), class_weight, num_classes, ignore, has_ignore, like)
     sizes, (strides,), rank = folded
-    block = min(COUNT_BLOCK, max(16, next_power_of_2(sizes[-1])))
+    # where labels lie in one piece its length goes with the batch, and is not to choose the kernel
+    block = COUNT_BLOCK if rank == 1 else min(COUNT_BLOCK, max(16, next_power_of_2(sizes[-1])))
     blocks = -(-sizes[-1] // block)
     total = blocks * product(sizes[:-1])
     programs = min(total, COUNT_PROGRAMS)
@@ -253,9 +256,8 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
     total = grad.numel()
     if total == 0:
         return
-    block = min(2048, max(16, next_power_of_2(total)))
     with on_device(grad):
-        launch(kernels.scale_kernel, -(-total // block), 4, grad, factor, total, BLOCK=block)
+        launch(kernels.scale_kernel, -(-total // SCALE_BLOCK), 4, grad, factor, total, BLOCK=SCALE_BLOCK)
 
 
 LIBRARY.define(

@@ -392,8 +392,10 @@ def test_the_last_of_more_than_2_to_the_31_pixels(device, monkeypatch):
     from triton.runtime import interpreter
 
     pixels = 2**31 + 100
-    logits = torch.empty((1, 2, pixels), dtype=torch.float16)  # of pages that are handed out when they are written
-    target = torch.empty((1, pixels), dtype=torch.uint8)
+    try:  # pages are handed out when they are written
+        logits, target = torch.empty((1, 2, pixels), dtype=torch.float16), torch.empty((1, pixels), dtype=torch.uint8)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for 11 GB: {error}")
     torch.manual_seed(0)
     logits[..., -300:], target[..., -300:] = torch.randn(1, 2, 300), torch.randint(0, 2, (1, 300))
     launches = []
@@ -414,14 +416,9 @@ def test_the_last_of_more_than_2_to_the_31_pixels(device, monkeypatch):
                            1.0, 2.0, 2.0, 255, 2, True)[1]  # fmt: skip
     assert partial[0, last] == pytest.approx(exact[0].item(), rel=1e-6)
 
-    counts, blocks, total = count[3 + 2], count[3 + 7], count[3 + 8]
+    kernel, _, warps, labels, class_weight, _, *rest = count
+    blocks, total = rest[4:6]
     assert total > 2**19 and blocks == total
-    count = [*count]
-    last, count[3 + 8] = total - 1, total  # a grid that starts with the last block, and ends there
-    counts.zero_()
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_num_programs", program_id)
-    block = count_constants["BLOCK"]
-    out = torch.zeros(total, dtype=torch.int64)
-    count[3 + 2] = out
-    triton_common.launch(count[0], 1, *count[2:], **count_constants)
-    assert out[-1] == pixels - last * block
+    last, counts = total - 1, torch.zeros(total, dtype=torch.int64)  # a program's walk that starts with the last block
+    triton_common.launch(kernel, 1, warps, labels, class_weight, counts, *rest, **count_constants)
+    assert counts[-1] == pixels - last * count_constants["BLOCK"]
