@@ -7,11 +7,15 @@ A loss folder holds one module per backend, `reference`, `native` and `triton`, 
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -27,6 +31,15 @@ except ImportError as error:
     )
     # Here and not only in setup.py, whose output pip hides: nobody should time the reference for the kernels.
     warnings.warn(f"dsct_kernels: {NATIVE_MISSING}", stacklevel=2)
+
+
+def constant_when_compiled(function: F) -> F:
+    """torch.compiler.assume_constant_result without what it imports: all of torch._dynamo, as long again as torch.
+
+    The mark is all that it leaves on the function (tests/test_import.py compares the two).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def build_info() -> dict[str, object]:
@@ -51,7 +64,7 @@ def why_not_native(*tensors: Tensor) -> str | None:
 _cuda_answers: dict[int, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _why_not_native_cuda(index: int) -> str | None:
     if index not in _cuda_answers:
         archs = str(build_info()["cuda_archs"])
