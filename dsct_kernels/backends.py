@@ -8,6 +8,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -19,16 +20,30 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
+# With build isolation, pip's default, torch is not there and nothing can be built.
+INSTALL = 'pip install torch pybind11 ninja "setuptools>=77" && pip install --no-build-isolation .'
+
+
+def _left_out() -> str | None:
+    """What setup.py left out of this installation and why, or None: written down, since pip hides what is printed."""
+    note = Path(__file__).with_name("_left_out.txt")
+    return note.read_text().strip() if note.exists() else None
+
+
+def _why_missing(error: ImportError) -> str:
+    if error.name == "dsct_kernels._C" and isinstance(error, ModuleNotFoundError):
+        why = f"the native kernels are not built into this installation ({_left_out() or error})"
+    else:
+        why = f"the native kernels cannot be loaded ({error})"
+    return f"{why}; reinstall with: {INSTALL}"
+
+
 try:
     _C: ModuleType | None = importlib.import_module("dsct_kernels._C")
-
     NATIVE_MISSING: str | None = None
 except ImportError as error:
     _C = None
-    NATIVE_MISSING = (
-        f"the native kernels are not built into this installation ({error}); "
-        "reinstall with a C++ compiler on the PATH: pip install --no-build-isolation ."
-    )
+    NATIVE_MISSING = _why_missing(error)
     # Here and not only in setup.py, whose output pip hides: nobody should time the reference for the kernels.
     warnings.warn(f"dsct_kernels: {NATIVE_MISSING}", stacklevel=2)
 
@@ -75,7 +90,8 @@ def _why_not_native_cuda(index: int) -> str | None:
 
 def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
     if not archs:
-        return "the native kernels were built without CUDA; reinstall where torch has CUDA and an nvcc is found"
+        why = _left_out() or "reinstall where torch has CUDA and an nvcc is found"
+        return f"the native kernels were built without CUDA: {why}"
     for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
         ptx = arch.endswith("+PTX")
         try:
