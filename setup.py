@@ -55,8 +55,8 @@ def require_compiler() -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise CannotBuild(
-                f"{error}: no {module} in the environment of the build, which pip isolates from what is installed "
-                "unless it is told not to"
+                f"no {module} in the environment of the build, which pip isolates from what is installed unless it is "
+                f"told not to: {error}"
             ) from error
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:

@@ -278,7 +278,7 @@ def test_a_cpu_build_that_fails_installs_pure_python_and_nothing_of_an_earlier_b
     ids=["isolated", "no compiler", "asked for"],
 )
 def test_a_pure_python_install_says_why_when_it_is_built_and_whenever_it_is_imported(project, environment, cause):
-    shutil.copytree(ROOT / "dsct_kernels", project.folder / "dsct_kernels", dirs_exist_ok=True,
+    shutil.copytree(Path(backends.__file__).parent, project.folder / "dsct_kernels", dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.so", "__pycache__", setup_py.NOTE))  # fmt: skip
     done = project.build("build", "--build-base", "base", "--build-lib", "lib", cuda="", **environment)
     assert done.returncode == 0, done.stderr
