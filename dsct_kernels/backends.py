@@ -24,7 +24,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 INSTALL = 'pip install torch pybind11 ninja "setuptools>=77" && pip install --no-build-isolation .'
 
 
-def _left_out() -> str | None:
+def left_out() -> str | None:
     """What setup.py left out of this installation and why, or None: written down, since pip hides what is printed."""
     note = Path(__file__).with_name("_left_out.txt")
     return note.read_text().strip() if note.exists() else None
@@ -32,7 +32,7 @@ def _left_out() -> str | None:
 
 def _why_missing(error: ImportError) -> str:
     if error.name == "dsct_kernels._C" and isinstance(error, ModuleNotFoundError):
-        why = f"the native kernels are not built into this installation ({_left_out() or error})"
+        why = f"the native kernels are not built into this installation ({left_out() or error})"
     else:
         why = f"the native kernels cannot be loaded ({error})"
     return f"{why}; reinstall with: {INSTALL}"
@@ -90,7 +90,7 @@ def _why_not_native_cuda(index: int) -> str | None:
 
 def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
     if not archs:
-        why = _left_out() or "reinstall where torch has CUDA and an nvcc is found"
+        why = left_out() or "reinstall where torch has CUDA and an nvcc is found"
         return f"the native kernels were built without CUDA: {why}"
     for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
         ptx = arch.endswith("+PTX")

@@ -1,6 +1,7 @@
 """setup.py: what it builds, what it leaves out, and what it says, with nvccs that are stand-ins.
 
-The builds are real, of the repository's setup.py and module (build_info), in a folder whose kernels are empty files.
+The builds are real, by the setup.py of the repository, in a folder whose kernels are empty files; where a failure is
+what the test is about, the module is one that compiles in a second instead of csrc/module.cpp.
 """
 
 import importlib.machinery
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsct_kernels import __main__ as report
 from dsct_kernels import backends
-from tests.nvcc import NVCC
+from tests.nvcc import FLAGS, NVCC
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_12_4 = "sm_50 sm_52 sm_53 sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_90a"
@@ -141,6 +143,18 @@ print(json.dumps(module.build_info()))
 """
 
 
+SHORT_MODULE = """
+#include <Python.h>
+static PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{ssssss}", "cuda_archs", DSCT_CUDA_ARCHS, "cuda", DSCT_CUDA_VERSION, "torch",
+                       DSCT_TORCH_VERSION);
+}
+static PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+"""
+
+
 class Project:
     """The repository's setup.py and module.cpp with next to no kernels, in a folder of its own."""
 
@@ -153,6 +167,9 @@ class Project:
         for name in ("ops.cpp", "ops_cuda.cpp", "none/none_cpu.cpp", "none/none_cuda.cu"):
             self.write(f"csrc/{name}")
         self.package = self.folder / "lib" / "dsct_kernels"
+
+    def shorten(self) -> None:
+        self.write("csrc/module.cpp", SHORT_MODULE)
 
     def write(self, name: str, text: str = "") -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +239,7 @@ def test_a_cuda_build_that_fails_leaves_the_cpu_kernels_in_place_and_says_why(pr
     ids=["another CUDA", "cannot list", "cannot link"],
 )
 def test_whatever_fails_about_cuda_the_cpu_kernels_are_installed(project, nvcc, said):
+    project.shorten()
     stand_in(project.home, **nvcc)
     done = project.build()
     assert done.returncode == 0, done.stderr
@@ -233,6 +251,7 @@ def test_whatever_fails_about_cuda_the_cpu_kernels_are_installed(project, nvcc, 
 
 @pytest.mark.parametrize("nvcc", [{}, {"lists": None}, {"lists": "sm_75"}], ids=["compile", "list", "too old"])
 def test_a_native_build_fails_rather_than_leave_the_cuda_kernels_out(project, nvcc):
+    project.shorten()
     stand_in(project.home, **nvcc)
     done = project.build(DSCT_KERNELS_BUILD="native")
     assert done.returncode != 0 and not project.built() and project.note() is None
@@ -255,6 +274,7 @@ def test_an_nvcc_that_works_is_asked_for_what_it_knows_and_the_build_says_so(pro
 
 
 def test_a_cpu_build_that_fails_installs_pure_python_and_nothing_of_an_earlier_build(project):
+    project.shorten()
     stand_in(project.home)
     project.write("csrc/none/none_cpu.cpp", '#error "no such luck"\n')
     project.write("lib/dsct_kernels/_C" + importlib.machinery.EXTENSION_SUFFIXES[0], "the kernels of last week")
@@ -299,6 +319,25 @@ def test_a_pure_python_install_says_why_when_it_is_built_and_whenever_it_is_impo
         assert refused.returncode != 0
         for told in ("cannot build the native kernels: ", cause, command):
             assert told in refused.stderr
+
+
+def test_what_the_build_left_out_is_said_wherever_the_backends_are_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(backends, "left_out", lambda: "the build with CUDA failed: nvcc fatal")
+    assert str(backends._why_not_arch("", (9, 0))).endswith(
+        "built without CUDA: the build with CUDA failed: nvcc fatal"
+    )
+    monkeypatch.setattr(backends, "NATIVE_MISSING", None)
+    monkeypatch.setattr(backends, "build_info", lambda: {
+        "compiler": "gcc", "torch": "2.13.0", "cuda": "", "cuda_archs": "", "cpu_isas": ("",), "cpu_isa": ""
+    })  # fmt: skip
+    report.main()
+    assert "no CUDA (the build with CUDA failed: nvcc fatal)" in capsys.readouterr().out
+    monkeypatch.setattr(backends, "left_out", lambda: None)
+    assert "reinstall where torch has CUDA" in str(backends._why_not_arch("", (9, 0)))
+
+
+def test_the_tests_compile_the_cuda_sources_with_the_flags_of_the_build():
+    assert FLAGS == setup_py.NVCC_FLAGS
 
 
 def test_the_command_that_is_named_is_one_and_the_same_everywhere():
