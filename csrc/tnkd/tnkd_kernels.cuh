@@ -165,10 +165,8 @@ DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms
     const TnkdPixel<Math> kd =
         tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
                          terms.two_classes ? A(0) : factor * terms.nckd_weight);
-    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf
-    // stay.
-    const bool nothing = terms.two_classes & (::fabs(z.cross) < infinity<A>());
-    loss = {0, kd.tckd, nothing ? A(0) : kd.nckd};
+    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1.
+    loss = {0, kd.tckd, terms.two_classes ? A(0) : kd.nckd};
     grad = {kd.coef_s, kd.coef_t, 0, kd.grad_target};
     if (terms.with_ce) {
       const A class_factor = class_weight == nullptr ? A(1) : class_weight[y];
@@ -398,7 +396,8 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
     double loss = 0;
     for (int i = 0; i < 3; ++i) {
       result.parts[i] = static_cast<A>(part[i]);
-      if (weight[i] != 0) loss += weight[i] * part[i];  // weight 0 takes no part: 0 * inf would be NaN
+      // Weight 0 takes no part, 0 * inf would be NaN; but a NaN is never hidden.
+      if (weight[i] != 0 || part[i] != part[i]) loss += weight[i] * part[i];
     }
     if (result.loss != nullptr) *result.loss = static_cast<A>(loss);
     *result.grad_scale = static_cast<A>(scalbn(1.0, norms.outside));
@@ -410,7 +409,7 @@ DSCT_DEVICE A pixel_loss(const PixelLoss<A>& part, const Terms<A>& terms) {
   const A squared = terms.temperature * terms.temperature;
   A loss = 0;
   if (terms.ce_weight != 0) loss += terms.ce_weight * part.ce;
-  if (terms.tckd_weight != 0) loss += terms.tckd_weight * squared * part.tckd;
+  if (terms.tckd_weight != 0 || part.tckd != part.tckd) loss += terms.tckd_weight * squared * part.tckd;
   if (terms.nckd_weight != 0) loss += terms.nckd_weight * squared * part.nckd;
   return loss;
 }

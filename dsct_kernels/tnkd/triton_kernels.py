@@ -88,13 +88,14 @@ def _finite_max(m):
 
 @triton.jit
 def _weighted(weight, part):
-    """A part with weight 0 takes no part: 0 * inf would be NaN."""
-    return tl.where(weight == 0, 0.0, weight * part)
+    """A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN is never hidden."""
+    return tl.where(weight == 0, tl.where(part == part, 0.0, part), weight * part)
 
 
 @triton.jit
 def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
-           mean_factor, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+           mean_factor, TWO_CLASSES: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr,
+           ACC: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
     top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
@@ -112,9 +113,17 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     log_ratio = _log(ratio, ACC)
     u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - (log_t + log_ratio))
     u_t = tl.where(none_t, float("inf"), (y_t - top_t) * over_tau - log_t)
-    nckd = cross * over_t * over_tau + log_ratio
-    nckd = tl.where(none_s, float("inf"), nckd)
-    nckd = tl.where(none_t, 0.0, nckd)
+    # +inf is no number to learn from, and would pass for an absence of others, which in turn would hide a NaN
+    u_s = tl.where(y_s < float("inf"), u_s, float("nan"))
+    u_t = tl.where(y_t < float("inf"), u_t, float("nan"))
+    if TWO_CLASSES:  # one beside the target: nothing to compare, not even where the student has it at -inf
+        nckd = log_ratio * 0.0
+        nckd_weight = nckd_weight * 0.0
+    else:
+        nckd = cross * over_t * over_tau + log_ratio
+        nckd = tl.where(none_s, float("inf"), nckd)
+        nckd = tl.where(none_t, 0.0, nckd)
+        nckd_weight = tl.where(none_t, 0.0, nckd_weight)  # a teacher without other classes: nothing to learn from it
     # Both seen from the teacher's less likely side (v_t <= 0). With p = sigmoid(v_t) and delta = v_s - v_t,
     # TCKD = softplus(v_s) - softplus(v_t) - p delta = log(1 + p (exp(delta) - 1)) - p delta:
     # the second form near the teacher, where the first would cancel, the first away from it, where nothing overflows.
@@ -475,7 +484,7 @@ def tnkd_kernel(
     if RESIDENT:
         ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         if NEEDS_GRAD:
             # 0, but the compiler cannot know: else it keeps a predicate for each logit since the first comparison,
             # packed into registers, which took a third of all instructions
@@ -501,7 +510,7 @@ def tnkd_kernel(
         # ---- second walk: the same tiles, from cache
         _, _, _, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, y_s * 0.0, tau, over_tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         for start in range(0, num_classes, span):
             s_new = ()
             t_new = ()
@@ -529,7 +538,7 @@ def tnkd_kernel(
             g_at += UNROLL * g_step
         ce, tckd, nckd, _, _, _, _ = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
 
     # ---- sums of this block, each pixel once; an ignored pixel's NaN is dropped by selection, never by multiplication
     tckd = tl.where(valid, tckd, 0.0) * (tau * tau)

@@ -158,6 +158,30 @@ def one_class_left(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     student[:, 1:] = teacher[:, 1:] = -float("inf")
 
 
+def certain_teacher(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    """Its other classes are all absent, at most pixels, for which NCKD has nothing to say."""
+    k = student.shape[1]
+    label = (teacher.argmax(1) if target is None else target.long().clamp(max=k - 1)).unsqueeze(1)
+    certain = torch.ones_like(teacher, dtype=torch.bool).scatter_(1, label, False)
+    certain.flatten(2)[..., ::3] = False
+    teacher.masked_fill_(certain, -float("inf"))
+
+
+def certain_teacher_lacks_the_target(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    certain_teacher(student, teacher, target)
+    teacher.flatten(2)[:, :, 1::6] = -float("inf")
+    student.flatten(2)[:, 0, 4::6] = -float("inf")
+
+
+def infinite_target(network: int) -> Any:
+    def edit(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+        certain_teacher(student, teacher, target)
+        target.view(-1)[3] = 1
+        (student, teacher)[network].flatten(2)[0, 1, 3] = float("inf")
+
+    return edit
+
+
 def all_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     target.fill_(255)
 
@@ -218,6 +242,20 @@ TNKD = [
       for kernel, shape, layout in ((WHOLE, (1, 6, 8, 8), "contiguous"), (STAGED, (1, 150, 8, 8), "contiguous"),
                                     (ANY, (1, 19, 8, 8), "sliced"))
       for away in (-40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0)),
+    *(TnkdCase(kernel, (2, k, 4, 8), dtype, layout=layout, label=label, logits=certain_teacher, temperature=t,
+               reduction=r, with_ce=t != 1.5, why="a certain teacher")
+      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "contiguous"),
+                                (STAGED, 150, "contiguous"), (STAGED, 6, "channels_last"), (ANY, 2, "sliced"),
+                                (ANY, 6, "sliced"))
+      for dtype in DTYPES for label, t, r in ((torch.uint8, 2.0, 1), (None, 1.5, 2), (torch.int64, 1.0, 0))),
+    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, logits=certain_teacher),
+    *(TnkdCase(kernel, (1, k, 4, 8), layout=layout, logits=edit, ignore_index=None, needs_grad=grad, with_ce=False,
+               weights=weights)
+      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"),
+                                (ANY, 6, "sliced"))
+      for edit, grad in ((certain_teacher_lacks_the_target, True), (infinite_target(0), False),
+                         (infinite_target(1), False))
+      for weights in ((0.0, 1.0, 2.0), (0.0, 0.0, 1.0))),
     *(TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)),
     *(TnkdCase(kernel, (1, k, 4, 16), torch.float16, layout=layout, reduction=r, temperature=t, weights=weights,
