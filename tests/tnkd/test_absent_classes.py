@@ -119,12 +119,13 @@ def check(
         what = f"{dtype} {layout} {reduction} tau={tau} alpha={alpha} beta={beta} ce={ce_weight} labels={labelled}"
         wanted = {"none": loss, "mean": loss.mean(), "sum": loss.sum()}[reduction]
         tight = 1e-12 if dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(got.detach().double().flatten().cpu(), wanted.flatten(), rtol=tight,
-                                   atol=tight * max(1, tau**2), msg=lambda m: f"loss {what}: {m}")  # fmt: skip
+        torch.testing.assert_close(
+            got.detach().double().flatten().cpu(), wanted.flatten(), rtol=tight, atol=tight * max(1, tau**2),
+            msg=lambda m, what=what: f"loss {what}: {m}")  # fmt: skip
         flat = g.double().movedim(1, -1).reshape(pixels, -1).cpu()
         rounding = ROUNDING[dtype]
         torch.testing.assert_close(flat, grad * scale, rtol=rounding, atol=4 * ROUNDING[torch.float32] * tau * scale,
-                                   msg=lambda m: f"gradient {what}: {m}")  # fmt: skip
+                                   msg=lambda m, what=what: f"gradient {what}: {m}")  # fmt: skip
 
 
 # 5: planes and rows of a few; 20: chunks; 56: a lane is a class in channels_last; 2: no other class to compare with.
