@@ -93,6 +93,31 @@ def _weighted(weight, part):
 
 
 @triton.jit
+def _numbers(values, tau, over_tau, tckd_weight, nckd_weight, ce_weight):
+    """Temperature, its reciprocal and the three weights, as they came or, where there are `values`, from device memory,
+    in float64, to be rounded once. Nobody has looked at those: what the host refuses makes every loss NaN."""
+    if values is not None:
+        ce_weight = tl.load(values)
+        tckd_weight = tl.load(values + 1)
+        nckd_weight = tl.load(values + 2)
+        tau = tl.load(values + 3)
+        least = tl.minimum(tl.minimum(ce_weight, tckd_weight), nckd_weight)  # drops a NaN, which the sum does not
+        tau = tl.where(tau > 0, tau, float("nan"))
+        tau = tl.where(least >= 0, tau, float("nan"))
+        tau = tl.where(ce_weight + tckd_weight + nckd_weight + tau < float("inf"), tau, float("nan"))
+        over_tau = 1.0 / tau
+    return tau, over_tau, tckd_weight, nckd_weight, ce_weight
+
+
+@triton.jit
+def _ignored(ignore_at, ignore):
+    """ignore_index, as it came or from device memory."""
+    if ignore_at is not None:
+        ignore = tl.load(ignore_at)
+    return ignore
+
+
+@triton.jit
 def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
            mean_factor, TWO_CLASSES: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr,
            ACC: tl.constexpr):  # fmt: skip
@@ -187,10 +212,11 @@ def _place(program, blocks, size_1, size_2, RANK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size_1", "size_2", "blocks", "total_blocks", "ignore"])
 def count_kernel(target, class_weight, counts, weights, size_1, size_2, inner, blocks, total_blocks, num_classes,
-                  stride_0, stride_1, stride_2, stride_p, ignore,
+                  stride_0, stride_1, stride_2, stride_p, ignore, ignore_at,
                   HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
                   ACC: tl.constexpr):  # fmt: skip
     """counts[program] = its valid labels, weights[program] = their class weights added up."""
+    ignore = _ignored(ignore_at, ignore)
     count = tl.zeros([BLOCK], tl.int64)
     weight = tl.zeros([BLOCK], ACC)
     for block in range(tl.program_id(0), total_blocks, tl.num_programs(0)):
@@ -292,7 +318,7 @@ def tnkd_kernel(
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
     y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
     tau_: tl.float64, over_tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
-    ce_weight_: tl.float64, ignore,
+    ce_weight_: tl.float64, ignore, values, ignore_at,
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
     UNROLL: tl.constexpr, RESIDENT: tl.constexpr, KEEP_CE: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
     HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -304,8 +330,11 @@ def tnkd_kernel(
     All that is one number a pixel is kept CLASSES x PIXELS, the same in every row: in the layout of the logits, so that
     nothing moves between threads but the sums over classes.
     """
+    tau_, over_tau_, tckd_weight_, nckd_weight_, ce_weight_ = _numbers(values, tau_, over_tau_, tckd_weight_,
+                                                                       nckd_weight_, ce_weight_)  # fmt: skip
+    ignore = _ignored(ignore_at, ignore)
     tau = tl.full([], tau_, ACC)
-    over_tau = tl.full([], over_tau_, ACC)  # from the host, rounded once: a GPU's short division is off by two units
+    over_tau = tl.full([], over_tau_, ACC)  # from float64, rounded once: a GPU's short division is off by two units
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
     to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(d / tau) = exp2(d * to_2 / tau)
@@ -559,10 +588,12 @@ def tnkd_kernel(
 @triton.jit(do_not_specialize=["num_programs", "num_counts", "num_pixels"])
 def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_scale, num_programs, num_counts,
                    num_pixels, tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
-                   ce_weight_: tl.float64, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
+                   ce_weight_: tl.float64, values, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
                    HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
                    BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One program: the partial sums in a fixed order, the averages, the weighted loss."""
+    tau_, _, tckd_weight_, nckd_weight_, ce_weight_ = _numbers(values, tau_, tau_, tckd_weight_, nckd_weight_,
+                                                               ce_weight_)  # fmt: skip
     ce = tl.zeros([BLOCK], ACC)
     tckd = tl.zeros([BLOCK], ACC)
     nckd = tl.zeros([BLOCK], ACC)
