@@ -418,10 +418,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   store(parts, 2, nckd);
   store(grad_scale, 0, outside);
   if (reduction != kNone) {
-    // A part with weight 0 takes no part: 0 * inf would be NaN.
+    // A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN, which tckd always shows, is never hidden.
     double total = 0;
     if (args.ce_weight != 0) total += ce_weight * ce;
-    if (tckd_weight != 0) total += tckd_weight * tckd;
+    if (tckd_weight != 0 || std::isnan(tckd)) total += tckd_weight * tckd;
     if (nckd_weight != 0) total += nckd_weight * nckd;
     store(loss, 0, total);
   }
