@@ -21,15 +21,13 @@ using torch::stable::Tensor;
 //   1     mean_c g_c
 // On CPU, B is 0 when needs_grad is false.
 std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, const Tensor& teacher_features,
-                                            double channel_temperature, double spatial_temperature, int64_t reduction,
-                                            bool needs_grad);
+                                            const Tensor& temperatures, int64_t reduction, bool needs_grad);
 
 // Returns A, (N, H, W), and stats.
-std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double channel_temperature,
-                                             double spatial_temperature);
+std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, const Tensor& temperatures);
 
 // dloss/dF for any grad_map = dloss/dA: features' dtype, and strides as empty_like chooses them.
 Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
-                                  double channel_temperature, double spatial_temperature);
+                                  const Tensor& temperatures);
 
 }  // namespace dsct

@@ -358,11 +358,14 @@ _backward = torch.ops.dsct_kernels.attention_map_backward_triton.default
 autograd.register("dsct_kernels::cafd_triton", "dsct_kernels::attention_map_triton", _backward)
 
 
-def cafd(student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int) -> Tensor:
+def cafd(
+    student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
+) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
+    temperatures = autograd.packed(channel_temperature, spatial_temperature)
     return autograd.call(_cafd, _backward, student, teacher, temperatures, reduction)
 
 
-def attention_map(features: Tensor, temperatures: Tensor) -> Tensor:
+def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
     """A, (N, H, W), differentiable."""
-    return _map(features, temperatures)[0]
+    return _map(features, autograd.packed(channel_temperature, spatial_temperature))[0]

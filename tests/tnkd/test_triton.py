@@ -346,7 +346,7 @@ def test_class_weights_without_labels(device, reduction):
     with pytest.raises(ValueError, match="target: expected labels"):
         check(student, teacher, None, weight)
     numbers = (0.7, 1.0, 2.0, 1.5)
-    loss, _ = triton.tnkd(student, teacher, None, weight, values(*numbers), torch.tensor(255), 1, True)
+    loss, _ = triton.tnkd(student, teacher, None, weight, *numbers, 255, 1, True)
     exact, _, _ = truth(torch.float64, student, teacher, None, weight, numbers, 255, 1, True)
     torch.testing.assert_close(loss, exact.float())
 
