@@ -18,7 +18,8 @@ if NATIVE_MISSING is None:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def _stats(x: Tensor) -> Tensor:
-        # What backward needs: 4 numbers a channel, 2 a position, 1 a sample (csrc/cafd/cafd.h says which).
+        # What backward needs: 4 numbers a channel, 2 a position, 1 a sample. Which, and in an order of its own, say
+        # csrc/cafd/cafd.h for the CPU and Stats in csrc/cafd/cafd_kernels.cuh for CUDA.
         n, c, h, w = x.shape
         return x.new_empty([n, 4 * c + 2 * h * w + 1], dtype=_acc(x))
 
