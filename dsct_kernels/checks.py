@@ -45,7 +45,7 @@ def reduction(value: object) -> int:
 
 def ignore_index_is_no_class(value: object, classes: int, target: Tensor | None) -> None:
     """With more than 255 classes the default, 255, is one of them: nobody asked for it to be left out."""
-    if value is DEFAULT_IGNORE_INDEX and target is not None and classes > DEFAULT_IGNORE_INDEX:
+    if value is DEFAULT_IGNORE_INDEX and target is not None and classes > 255:
         raise ValueError(
             f"ignore_index: with {classes} classes the default, 255, is a class; expected it to be given: a label to "
             "ignore (255 is obeyed), or None to ignore nothing"

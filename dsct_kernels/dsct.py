@@ -57,6 +57,7 @@ def dsct_loss(
             beta and the temperatures may (see `tnkd_loss`). A cross-entropy or CAFD of weight 0 is not computed, and
             reported 0, where the number is known beforehand: not in a compiled graph, which serves every value.
         class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
+        align_corners: how logits smaller than the labels are upsampled, as in `F.interpolate`.
         reduction: "mean" or "sum", of every part; "none" is refused, since a map and a vector do not add up.
         alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the
             same valid pixels. No valid pixel: 0 (where `F.cross_entropy` gives NaN).

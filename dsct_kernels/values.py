@@ -5,10 +5,11 @@ lies on a GPU or because the call is being traced, stays a tensor: nothing waits
 constant of a compiled graph, and a bad one makes the loss NaN (on the CPU the op refuses it when it runs).
 """
 
+import enum
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,19 @@ from torch import Tensor, nn
 Number = float | Tensor
 
 
-class _Default(int):
-    """The default of ignore_index, told apart from a 255 that somebody asked for: with K > 255 it is a class."""
+class _Default(enum.Enum):
+    """The default of ignore_index, told apart from a 255 that somebody asked for: with K > 255 it is a class.
+
+    Not a subclass of int: torch.compile takes a constant for any other that is equal to it.
+    """
+
+    IGNORE_INDEX = 255
+
+    def __repr__(self) -> str:
+        return str(self.value)
 
 
-DEFAULT_IGNORE_INDEX = _Default(255)
+DEFAULT_IGNORE_INDEX = cast(int, _Default.IGNORE_INDEX)
 
 
 def plain() -> bool:
@@ -72,9 +81,11 @@ def weight(name: str, value: object) -> Number:
 
 
 def label_value(name: str, value: object) -> int | Tensor | None:
-    """`value` as an int (DEFAULT_IGNORE_INDEX as it is), or as a tensor where it cannot be read."""
-    if value is None or value is DEFAULT_IGNORE_INDEX:
-        return value
+    """`value` as an int, or as a tensor where it cannot be read."""
+    if value is None:
+        return None
+    if value is DEFAULT_IGNORE_INDEX:
+        return 255
     if isinstance(value, Tensor):
         _check_tensor(name, value, "an int, None")
         if value.dtype.is_floating_point:
@@ -169,16 +180,18 @@ class ValueModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         check = self.VALUES.get(name)
         if check is not None:
-            checked = check(name, value)
-            boxed = checked
-            if type(checked) in (int, float):
-                dtype = torch.int64 if isinstance(checked, int) else torch.float64
-                boxed = torch.tensor(checked, dtype=dtype, device="cpu")
+            boxed = value if value is DEFAULT_IGNORE_INDEX else check(name, value)
+            if isinstance(boxed, (int, float)):
+                dtype = torch.int64 if isinstance(boxed, int) else torch.float64
+                boxed = torch.tensor(boxed, dtype=dtype, device="cpu")
             self.__dict__.setdefault("_boxed", {})[name] = boxed
+            value = 255 if value is DEFAULT_IGNORE_INDEX else value
         super().__setattr__(name, value)
 
     def values(self) -> dict[str, Any]:
         """The keywords for the function: as they were set, or, for a compiled graph, as tensors."""
-        if torch.compiler.is_compiling():
-            return {name: self._boxed[name] for name in self.VALUES}
-        return {name: getattr(self, name) for name in self.VALUES}
+        compiled = torch.compiler.is_compiling()
+        return {
+            name: boxed if compiled or boxed is DEFAULT_IGNORE_INDEX else getattr(self, name)
+            for name, boxed in self._boxed.items()
+        }

@@ -60,8 +60,9 @@ def test_gradcheck_of_every_loss(device, backend, reduction):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_tnkd_shapes_and_dtypes(device, backend, shape, dtype):
     student, teacher, target = problem(device, shape, dtype)
-    target.view(-1)[::3] = 255
-    check_tnkd(student, teacher, target, backend)
+    ignored = 255 if shape[1] <= 255 else -1  # with more classes 255 is one of them, and has to be asked for
+    target.view(-1)[::3] = ignored
+    check_tnkd(student, teacher, target, backend, ignore_index=ignored)
 
 
 @pytest.mark.parametrize("student_layout", LAYOUTS)
@@ -609,7 +610,7 @@ def test_tnkd_errors_name_the_argument(arguments, keywords, error, match):
 @pytest.mark.parametrize(
     "arguments,keywords,error,match",
     [
-        (("x", S), {}, TypeError, "student_features: expected a Tensor or a list or tuple of Tensors, got str"),
+        (("x", S), {}, TypeError, "student_features: expected a Tensor, an iterable of Tensors or a mapping"),
         (([], []), {}, ValueError, "student_features: expected at least one stage, got an empty list"),
         (([S, S], [S]), {}, ValueError, "teacher_features: expected 2 stages as in student_features, got 1"),
         (([S, S[0]], [S, S]), {}, ValueError, r"student_features\[1\]: expected shape \(N, C, H, W\), got \(5, 3, 4\)"),
