@@ -168,9 +168,12 @@ def main(argv: list[str] | None = None) -> int:
             if not fold:
                 raise ValueError(f"--folds: too few groups of tiles for {FOLDS} folds, one would be empty")
             check.everything(replace(cfg, val_tiles=fold))
+    except (DataError, ValueError) as error:
+        return failed(error)
+    try:
         with only_writer(own.out):
             return ablate(own, cfg, folds, argv)
-    except (DataError, ValueError) as error:
+    except (DataError, OSError) as error:
         return failed(error)
 
 
@@ -180,7 +183,7 @@ def ablate(own: Any, cfg: Config, folds: list[tuple[str, ...]], argv: list[str] 
     command = ["python", "-m", "dsct_kernels.distill.ablate", *(argv if argv is not None else sys.argv[1:])]
     rows: list[dict[str, Any]] = []
     running: list[tuple[Job, Any]] = []
-    failed = 0
+    failures = 0
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(own.jobs) as pool:
         while (todo or running) and time.perf_counter() - started < 60 * own.minutes:
@@ -193,7 +196,7 @@ def ablate(own: Any, cfg: Config, folds: list[tuple[str, ...]], argv: list[str] 
                 try:
                     value = result.get()
                 except Exception as error:
-                    failed += 1
+                    failures += 1
                     print(f"{head} FAILED: {type(error).__name__}: {one_line(error)}", flush=True)
                     if job.arm == "teacher":
                         todo = [other for other in todo if other.teacher != job.teacher]
@@ -208,7 +211,7 @@ def ablate(own: Any, cfg: Config, folds: list[tuple[str, ...]], argv: list[str] 
     if todo or running:
         print(f"stopped after {own.minutes} minutes with {len(todo) + len(running)} runs to go")
     print((own.out / "ablation.md").read_text() if rows else "no run finished")
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

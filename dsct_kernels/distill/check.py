@@ -24,7 +24,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 1e30),
     "scale_jitter": (0, 4),
     "colour_jitter": (0, 4),
-    "scenes": (1, 2**20),
+    "scenes": (2, 2**20),  # one to train on, one to validate on
     "scene_size": (32, 2**16),
     "downscale": (1, 2**16),
     "window": (32, 2**16),
@@ -42,7 +42,7 @@ def everything(cfg: Config) -> None:
     settings(cfg)
     device = make_accelerator(cfg).device
     losses(cfg, device)
-    train, val = data.split(load_tiles(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    _, val = data.split(load_tiles(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
     networks(cfg, classes_of(cfg)[0], val)
 
 
@@ -132,25 +132,29 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
 
     On the meta device, where shapes are computed and numbers are not: no weight of a preset is made for this.
     """
-    strides = {s for arm in cfg.arms for s in _strides(arm_loss(arm, cfg.loss))}
+    strides = {s: arm for arm in cfg.arms for s in _strides(arm_loss(arm, cfg.loss))}
     windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
     for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
         trained = role == "student" or name in models.PRESETS
-        if name in models.PRESETS:
-            with torch.device("meta"):
-                model = models.build(name, classes)
-        else:
-            model = models.build(name, classes, whole=role == "teacher").to("meta")
+        try:
+            if name in models.PRESETS:
+                with torch.device("meta"):
+                    model = models.build(name, classes)
+            else:
+                model = models.build(name, classes, whole=role == "teacher").to("meta")
+        except data.DataError as error:
+            raise data.DataError(f"--{role}: {error}") from error
         batch = (cfg.batch, 3, cfg.crop, cfg.crop)
         shapes = _features(f"--crop {cfg.crop}, --batch {cfg.batch}: {role} {name}", model.train(trained), batch)
-        for height, width in (windows[0], windows[-1]):
+        for height, width in {windows[0], windows[-1]}:
             _features(f"--window {cfg.window}: {role} {name}", model.eval(), (1, 3, height, width))
         have = sorted({round(cfg.crop / width) for width in shapes})
-        for stride in sorted(strides):
+        for stride, arm in sorted(strides.items()):
             # The nearest map is taken, so "about" the stride will do; another octave is another map.
             if not any(2**-0.5 < have_one / stride < 2**0.5 for have_one in have):
                 there = ", ".join(map(str, have)) or "none"
-                raise ValueError(f"--strides: {role} {name} has no feature map at stride {stride}; it has: {there}")
+                where = "--strides" if stride in cfg.loss.strides else f"--arms {arm}"
+                raise ValueError(f"{where}: {role} {name} has no feature map at stride {stride}; it has: {there}")
 
 
 def _strides(loss: Loss) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""checkpoint.pt: everything that the next step of a phase depends on, as tensors and plain values that cannot run code."""
+"""checkpoint.pt: all that the next step of a phase depends on, as tensors and plain values: no code."""
 
 import io
 import random

@@ -36,8 +36,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--root", metavar="DIR", help="folder of the data set")
     p.add_argument("--val-tiles", type=commas, metavar="A,B", help="tiles to validate on (default: every third)")
     p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/DATE)")
-    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run; its settings hold, but "
-        + ", ".join(flag(name) for name in MAY_CHANGE if name != "pictures") + " and --no-pictures may be given anew")  # fmt: skip
+    anew = ", ".join(map(flag_of, MAY_CHANGE))
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help=f"go on with an interrupted run under its own settings, of which these may be given anew: {anew}",
+    )
     p.add_argument("--teacher", metavar="NAME|DIR", help="preset to train, or a model folder that is used as it is")
     p.add_argument("--student", metavar="NAME|DIR", help="preset, or a model folder to start from")
     p.add_argument(
@@ -55,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
             kind = type(f.default)
             p.add_argument(flag(f.name), type=kind, choices=CHOICES.get(f.name), help=help_default(f.name, f.default))
     return p
+
+
+def flag_of(name: str) -> str:
+    return "--no-pictures" if name == "pictures" else flag(name)
 
 
 def commas(text: str) -> tuple[str, ...]:
@@ -87,7 +96,7 @@ def corrected(cfg: Config, given: dict[str, Any]) -> Config:
     for name, value in given.items():
         before = getattr(cfg.loss if name in loss else cfg, name)
         if value != before and name not in MAY_CHANGE:
-            may = ", ".join("--no-pictures" if n == "pictures" else flag(n) for n in MAY_CHANGE)
+            may = ", ".join(map(flag_of, MAY_CHANGE))
             raise ValueError(f"{flag(name)} cannot change in a run under way, which has {before!r}; these can: {may}")
     return replace(cfg, **{name: value for name, value in given.items() if name in MAY_CHANGE})
 

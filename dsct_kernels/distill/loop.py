@@ -173,8 +173,8 @@ class Run:
         )
         if result["diverged"]:  # what its NaNs were taken for says nothing
             result.update(miou=None, iou=[None] * len(self.classes), accuracy=None)
-            self.warn(f"{phase} DIVERGED: its loss or weights are not finite, so it has no score; "
-                      f"try a lower {'--teacher-lr' if phase == 'teacher' else '--student-lr or other loss weights'}")  # fmt: skip
+            rate = "--teacher-lr" if phase == "teacher" else "--student-lr"
+            self.warn(f"{phase} DIVERGED: its loss or weights are not finite, so it has no score; try a lower {rate}")
         elif result["miou"] is None:
             self.warn(f"{phase} has NO SCORE: no validation pixel has a label; validate on other tiles (--val-tiles)")
         result["parameters"], result["gflops"] = models.parameters(model), models.gflops(model, self.cfg.crop)
@@ -333,12 +333,10 @@ class Run:
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
             sums = saved["sums"].to(self.device).reshape(len(PARTS) + 1)
-            self.open_logs(phase, saved["step"], saved["metrics_bytes"])
             checkpoint.set_rng_state(saved["rng"])
-        except DataError:
-            raise
         except Exception as error:  # of the many kinds that torch and numpy have for a value that does not fit
             raise DataError(f"{self.checkpoint}: does not fit this run ({error})") from error
+        self.open_logs(phase, saved["step"], saved["metrics_bytes"])
         return saved["step"], sums
 
     def should_stop(self) -> bool:
