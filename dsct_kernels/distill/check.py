@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -138,20 +139,28 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
         trained = role == "student" or name in models.PRESETS
         try:
             if name in models.PRESETS:
-                with torch.device("meta"):
-                    model = models.build(name, classes)
+                widths = partial(_widths_of_preset, name, classes)
             else:
-                model = models.build(name, classes, whole=role == "teacher").to("meta")
+                widths = partial(_widths, models.build(name, classes, whole=role == "teacher").to("meta"))
         except data.DataError as error:
             raise data.DataError(f"--{role}: {error}") from error
         batch = (cfg.batch, 3, cfg.crop, cfg.crop)
-        shapes = _features(f"--crop {cfg.crop}, --batch {cfg.batch}: {role} {name}", model.train(trained), batch)
-        for height, width in {windows[0], windows[-1]}:
-            _features(f"--window {cfg.window}: {role} {name}", model.eval(), (1, 3, height, width))
-        have = sorted({round(cfg.crop / width) for width in shapes})
+        asked: list[tuple[str, bool, tuple[int, ...]]] = [(f"--crop {cfg.crop}, --batch {cfg.batch}", trained, batch)]
+        asked += [(f"--window {cfg.window}", False, (1, 3, *size)) for size in {windows[0], windows[-1]}]
+        found = []
+        for option, training, shape in asked:
+            try:
+                found.append(widths(training, shape))
+            except (ValueError, RuntimeError) as error:
+                if shape[0] == 1 and "more than 1 value per channel" in str(error):
+                    why = "normalises over the batch, expected --batch 2 or more"
+                else:
+                    why = "cannot take such a batch"
+                raise ValueError(f"{option}: {role} {name} {why} ({error})") from error
+        have = sorted({round(cfg.crop / width) for width in found[0]})
         for stride, arm in sorted(strides.items()):
             # The nearest map is taken, so "about" the stride will do; another octave is another map.
-            if not any(2**-0.5 < have_one / stride < 2**0.5 for have_one in have):
+            if not any(2**-0.5 < one / stride < 2**0.5 for one in have):
                 there = ", ".join(map(str, have)) or "none"
                 where = "--strides" if stride in cfg.loss.strides else f"--arms {arm}"
                 raise ValueError(f"{where}: {role} {name} has no feature map at stride {stride}; it has: {there}")
@@ -161,19 +170,19 @@ def _strides(loss: Loss) -> tuple[int, ...]:
     return loss.strides if loss.cafd_weight > 0 else ()
 
 
-def _features(what: str, model: torch.nn.Module, shape: tuple[int, ...]) -> list[int]:
-    """Widths of the feature maps."""
+@cache  # an ablation asks once per fold
+def _widths_of_preset(name: str, classes: tuple[str, ...], training: bool, shape: tuple[int, ...]) -> list[int]:
+    with torch.device("meta"):
+        return _widths(models.build(name, classes), training, shape)
+
+
+def _widths(model: torch.nn.Module, training: bool, shape: tuple[int, ...]) -> list[int]:
+    """Widths of the feature maps of a batch of this shape, by a network on the meta device."""
     images = torch.empty(shape, device="meta")
     try:
         with torch.no_grad():
-            out: Any = model(pixel_values=images, output_hidden_states=True)
+            out: Any = model.train(training)(pixel_values=images, output_hidden_states=True)
     except NotImplementedError:  # an operation that the meta device does not know: nothing can be said beforehand
-        return [shape[-1] // 2**k for k in range(8)]
-    except (ValueError, RuntimeError) as error:
-        if shape[0] == 1 and "more than 1 value per channel" in str(error):
-            what, error = f"{what} normalises over the batch", ValueError("expected --batch 2 or more")
-        else:
-            what = f"{what} cannot take such a batch"
-        raise ValueError(f"{what} ({error})") from error
+        return [max(1, shape[-1] // 2**k) for k in range(8)]
     maps = [models._as_map(hidden, images.shape) for hidden in out.hidden_states]
     return [m.shape[-1] for m in maps if m is not None]
