@@ -157,7 +157,8 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
                 else:
                     why = "cannot take such a batch"
                 raise ValueError(f"{option}: {role} {name} {why} ({error})") from error
-        have = sorted({round(cfg.crop / width) for width in found[0]})
+        side = asked[-1][2][-1]  # a multiple of 32, so that widths tell strides exactly
+        have = sorted({round(side / width) for width in found[-1]})
         for stride, arm in sorted(strides.items()):
             # The nearest map is taken, so "about" the stride will do; another octave is another map.
             if not any(2**-0.5 < one / stride < 2**0.5 for one in have):

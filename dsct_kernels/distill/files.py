@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,17 @@ def write_json(path: Path, content: Any, indent: int = 2) -> None:
     replace_file(path, (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode())
 
 
+def parse(text: bytes) -> Any:
+    """NaN, which earlier versions wrote, and numbers beyond a float's range are None."""
+    return json.loads(text, parse_constant=lambda _: None, parse_float=lambda x: v if isfinite(v := float(x)) else None)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; the NaN that earlier versions wrote is None."""
+    """A JSON object."""
     try:
-        content = json.loads(path.read_bytes(), parse_constant=lambda _: None)
+        content = parse(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # torn, empty, not UTF-8, nested without end
         raise DataError(f"{path}: damaged, expected JSON ({error})") from error
     if not isinstance(content, dict):
@@ -46,9 +54,9 @@ def read_metrics(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     lines = path.read_bytes().splitlines(True)
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line, parse_constant=lambda _: None)
+            row = parse(line)
             whole = isinstance(row, dict) and isinstance(row.get("phase"), str) and type(row.get("step")) is int
-        except ValueError:
+        except (ValueError, RecursionError):
             whole = False
         if whole and line.endswith(b"\n"):
             rows.append((line, row))

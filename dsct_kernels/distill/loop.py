@@ -104,8 +104,8 @@ class Run:
         self.metrics = folder / "metrics.jsonl"
         # Everything is read before anything is written.
         self.saved = checkpoint.read(self.checkpoint)
-        if self.saved is not None and self.saved["phase"] not in self.phases():
-            raise DataError(f"{self.checkpoint}: it is of {self.saved['phase']!r}, but this run has {self.phases()}")
+        if self.saved is not None:
+            self.check_saved(self.saved)
         self.results = self.read_results()
         rows = read_metrics(self.metrics)
         if self.main:
@@ -113,12 +113,23 @@ class Run:
             self.cfg.save(folder / "config.json")
             if self.metrics.is_file():
                 replace_file(self.metrics, b"".join(line for line, _ in rows))
-        self.diverged = {row["phase"] for _, row in rows if "total" in row and row["total"] is None}
+        self.diverged = diverged(rows)
 
     # ------------------------------------------------------------------------------------------- the whole run
 
     def phases(self) -> list[str]:
         return ["teacher", *self.cfg.arms]
+
+    def check_saved(self, saved: dict[str, Any]) -> None:
+        if saved["phase"] not in self.phases():
+            raise DataError(
+                f"{self.checkpoint}: phase {saved['phase']!r} is not of this run: {', '.join(self.phases())}"
+            )
+        steps = self.cfg.teacher_steps if saved["phase"] == "teacher" else self.cfg.student_steps
+        if not 0 <= saved["step"] <= steps or saved["metrics_bytes"] < 0:
+            raise DataError(
+                f"{self.checkpoint}: step {saved['step']} of {steps}, {saved['metrics_bytes']} bytes logged"
+            )
 
     def read_results(self) -> dict[str, dict[str, Any]]:
         path = self.folder / "results.json"
@@ -133,6 +144,9 @@ class Run:
                     raise DataError(f"{path}: {phase}: {key} is missing")
                 if not isinstance(result[key], kinds) or isinstance(result[key], bool):
                     raise DataError(f"{path}: {phase}: {key}: got {result[key]!r}, expected {kinds[0].__name__}")
+            scores = [v for v in result["iou"] if v is not None]
+            if len(result["iou"]) != len(self.classes) or not all(type(v) in (int, float) for v in scores):
+                raise DataError(f"{path}: {phase}: iou: got {result['iou']!r}, expected a number or null per class")
         return results
 
     def all(self) -> dict[str, nn.Module]:
@@ -355,12 +369,13 @@ class Run:
         if not self.main:
             return
         if self.metrics.is_file():
-            rows, end, kept = read_metrics(self.metrics), 0, b""
-            for line, row in rows:
+            rows, end = [], 0
+            for line, row in read_metrics(self.metrics):
                 end += len(line)
                 if (row["phase"] != phase) if metrics_bytes is None else (end <= metrics_bytes):
-                    kept += line
-            replace_file(self.metrics, kept)
+                    rows.append((line, row))
+            replace_file(self.metrics, b"".join(line for line, _ in rows))
+            self.diverged = diverged(rows)
         from torch.utils.tensorboard import SummaryWriter
 
         self.close()
@@ -471,6 +486,11 @@ def seed_everything(seed: int) -> None:
     from accelerate.utils import set_seed
 
     set_seed(seed)
+
+
+def diverged(rows: list[tuple[bytes, dict[str, Any]]]) -> set[str]:
+    """Phases whose loss was not finite, by their log."""
+    return {row["phase"] for _, row in rows if "total" in row and row["total"] is None}
 
 
 def finite(value: float | None) -> float | None:

@@ -143,8 +143,9 @@ def test_a_damaged_checkpoint_is_named(capsys, folder, kept):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("phase", 3), ("phase", "nobody"), ("step", "2"), ("model", []), ("model", {}), ("optimizer", {}), ("sums", 0.5),
-     ("sums", torch.zeros(2)), ("rng", {}), ("metrics_bytes", None), ("scaler", 1), ("unknown", 1), ("step", None)],
+    [("phase", 3), ("phase", "nobody"), ("step", "2"), ("step", None), ("step", -1), ("step", 99), ("model", []),
+     ("model", {}), ("optimizer", {}), ("sums", 0.5), ("sums", torch.zeros(2)), ("rng", {}), ("metrics_bytes", None),
+     ("metrics_bytes", -1), ("scaler", 1), ("unknown", 1)],
 )  # fmt: skip
 def test_a_checkpoint_whose_content_does_not_fit_is_named(capsys, folder, key, value):
     path = folder / "checkpoint.pt"
@@ -177,7 +178,16 @@ def test_a_config_that_lacks_a_setting_is_named(capsys, folder):
 
 
 @pytest.mark.parametrize(
-    "change", [{"miou": "high"}, {"iou": 3}, {"parameters": None}, {"miou": None, "iou": None}, {"gflops": True}]
+    "change",
+    [
+        {"miou": "high"},
+        {"iou": 3},
+        {"parameters": None},
+        {"miou": None, "iou": None},
+        {"gflops": True},
+        {"iou": [0.5]},
+        {"iou": ["x"] * 5},
+    ],
 )
 def test_results_with_wrong_content_are_named(capsys, folder, change):
     path = folder / "results.json"
@@ -188,6 +198,26 @@ def test_results_with_wrong_content_are_named(capsys, folder, change):
     assert "'nobody'" in refused(capsys, folder)
     path.write_text(json.dumps({"teacher": {"miou": 0.5}}))
     assert "iou is missing" in refused(capsys, folder)
+
+
+def test_numbers_that_json_has_no_room_for_are_none_when_they_are_read(folder):
+    """NaN, as an earlier version wrote it, and what a float cannot hold: the run goes on, and writes JSON again."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    path.write_text(json.dumps(results).replace(f'"miou": {results["teacher"]["miou"]}', '"miou": NaN'))
+    assert "NaN" in path.read_text()
+    assert resume(folder) == 0
+    assert strictly(path.read_text())["teacher"]["miou"] is None
+    (folder / "x.json").write_text('{"a": 1e999, "b": -Infinity, "c": 1.5}')
+    assert files.read_json(folder / "x.json") == {"a": None, "b": None, "c": 1.5}
+
+
+def test_a_phase_that_starts_afresh_forgets_that_it_diverged(folder):
+    (folder / "checkpoint.pt").unlink()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"phase": "alone", "step": 3, "total": null, "lr": 0.1}\n')
+    assert resume(folder) == 0
+    assert strictly((folder / "results.json").read_text())["alone"]["diverged"] is False
 
 
 def test_a_finished_phase_without_its_model_is_named(capsys, folder):

@@ -130,6 +130,7 @@ def test_strides_must_be_there_in_both_networks():
     with pytest.raises(ValueError, match=r"--strides: student mobilenet-0.5 has no feature map at stride 16; it has: "):
         networks(student="mobilenet-0.5")
     networks(student="mobilenet-0.5", loss=replace(Loss(), strides=(8,)))
+    networks(crop=40)  # 40 / 32 is no whole number, and the stride is there all the same
     networks(student="mobilenet-0.5", arms=("alone", "tnkd"))  # no CAFD, no strides
 
 
