@@ -1,0 +1,148 @@
+"""Losses of our own that were tried against the published ones; `docs/results.md` says how each fared.
+
+All read logits at their own resolution (N, K, h, w). i runs over positions, c over classes; the teacher is a constant.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .rivals import IGNORE, at_labels, same_size
+
+
+def shares(target: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
+    """(N, K, h, w): how much of each cell the labels (N, H, W) give to each class; ignored pixels give to none."""
+    known = torch.where(target == IGNORE, classes, target).long()
+    one_hot = F.one_hot(known, classes + 1)[..., :classes].movedim(-1, 1).float()
+    return F.adaptive_avg_pool2d(one_hot, size)
+
+
+def channel_weights(maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """CAFD's w, (N, C): softmax_c of a channel's mean magnitude relative to the others'."""
+    g = maps.float().abs().flatten(2).mean(-1)
+    return (g / g.mean(1, keepdim=True).clamp(min=1e-30) / temperature).softmax(1)
+
+
+def matched(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    temperature: float = 4.0,
+    channel_temperature: float = 1.0,
+) -> torch.Tensor:
+    """CAFD channel by channel: tau^2 sum_c w^T_c KL(P^T_c || P^S_c)."""
+    s, t = same_size(student, teacher)
+    w = channel_weights(t, channel_temperature)
+    log_s, log_t = ((m.flatten(2) / temperature).log_softmax(-1) for m in (s, t))
+    return temperature**2 * (w * (log_t.exp() * (log_t - log_s)).sum(-1)).sum(1).mean()
+
+
+def over_positions(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    beta_in: float = 1.0,
+    beta_out: float = 1.0,
+    temperature: float = 4.0,
+    weights: str = "flat",
+    rows: str = "logits",
+) -> torch.Tensor:
+    """TNKD with positions in the part of classes: for class c its labelled positions are the target.
+
+    P_c = softmax over positions of a row; b_c its mass where the label is c; per class and sample
+    alpha KL(Bern(b^T) || Bern(b^S)) + beta_in KL(in^T || in^S) + beta_out KL(out^T || out^S), the mean over classes.
+    A cell that the labels split has that share of its mass on each side; ignored pixels have none.
+    rows: "logits", or "log_probabilities" (log_softmax over classes first).
+    weights: "flat", "cafd" (the teacher's channel weights), "present" (classes whose labels are in the sample).
+    """
+    s, t = same_size(student, teacher)
+    if rows == "log_probabilities":
+        s, t = s.log_softmax(1), t.log_softmax(1)
+    inside = shares(target, s.shape[1], (s.shape[-2], s.shape[-1]))
+    outside = inside.sum(1, keepdim=True) - inside
+    parts = []
+    for share in (inside, outside):
+        log_share = share.flatten(2).clamp(min=1e-12).log()
+        some = share.flatten(2) > 0
+        rows_s = (s.flatten(2) / temperature + log_share).masked_fill(~some, -1e30)
+        rows_t = (t.flatten(2) / temperature + log_share).masked_fill(~some, -1e30)
+        any_ = some.any(-1)
+        mass_s, mass_t = rows_s.logsumexp(-1), rows_t.logsumexp(-1)
+        log_s, log_t = rows_s - mass_s[..., None], rows_t - mass_t[..., None]
+        kl = (log_t.exp() * (log_t - log_s) * some).sum(-1) * any_
+        parts.append((kl, mass_s, mass_t, any_))
+    (kl_in, in_s, in_t, has_in), (kl_out, out_s, out_t, has_out) = parts
+    both = has_in & has_out
+    u_s, u_t = torch.where(both, in_s - out_s, 0), torch.where(both, in_t - out_t, 0)
+    tc = u_t.sigmoid() * (F.logsigmoid(u_t) - F.logsigmoid(u_s)) + (-u_t).sigmoid() * (
+        F.logsigmoid(-u_t) - F.logsigmoid(-u_s)
+    )
+    per_class = alpha * tc + beta_in * kl_in + beta_out * kl_out
+    if weights == "cafd":
+        w = channel_weights(t)
+    elif weights == "present":
+        w = has_in.float() / has_in.sum(1, keepdim=True).clamp(min=1)
+    else:
+        w = torch.full_like(per_class, 1 / per_class.shape[1])
+    return temperature**2 * (w * per_class).sum(1).mean()
+
+
+def rows_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    temperature: float = 4.0,
+    rows: str = "log_probabilities",
+    over: str = "sample",
+    weights: str = "flat",
+    power: float = 0.5,
+) -> torch.Tensor:
+    """CWD with other rows: log-probabilities instead of logits ("log_probabilities"), or rows standardised over positions
+    ("standard"); distributions over the whole batch's positions (over="batch"); classes weighted by the teacher's mean
+    probability to a power (weights="mass")."""
+    s, t = same_size(student, teacher)
+    p = t.softmax(1)
+    if rows == "log_probabilities":
+        s, t = s.log_softmax(1), t.log_softmax(1)
+    s, t = s.flatten(2), t.flatten(2)
+    if rows == "standard":
+        s, t = ((m - m.mean(-1, keepdim=True)) / m.std(-1, keepdim=True).clamp(min=1e-3) for m in (s, t))
+    mass = p.flatten(2).mean(-1)
+    if over == "batch":
+        s, t = (m.movedim(1, 0).flatten(1)[None] for m in (s, t))
+        mass = mass.mean(0, keepdim=True)
+    log_s, log_t = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    kl = (log_t.exp() * (log_t - log_s)).sum(-1)
+    w = torch.ones_like(kl) if weights == "flat" else mass**power
+    return temperature**2 * (w / w.sum(1, keepdim=True) * kl).sum(1).mean()
+
+
+def balanced_kd(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor,
+    frequency: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    power: float = 0.5,
+    confidence: float = 0.0,
+) -> torch.Tensor:
+    """TNKD per pixel at the labels' resolution, its mean weighted by the label's class, 1 / frequency^power, and by the
+    teacher's probability of the label to the power `confidence`."""
+    valid = target != IGNORE
+    y = torch.where(valid, target, 0).long()[:, None]
+    z_s, z_t = at_labels(student, target) / temperature, at_labels(teacher, target) / temperature
+    log_s, log_t = z_s.log_softmax(1), z_t.log_softmax(1)
+    hot = torch.zeros_like(z_s, dtype=torch.bool).scatter_(1, y, True)
+    (own_s, own_t) = (z.gather(1, y)[:, 0] for z in (log_s, log_t))
+    rest_s, rest_t = (z.masked_fill(hot, -1e30).logsumexp(1) for z in (log_s, log_t))
+    tc = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
+    q_s, q_t = log_s - rest_s[:, None], log_t - rest_t[:, None]
+    nc = (q_t.exp() * (q_t - q_s)).masked_fill(hot, 0).sum(1)
+    w = frequency.clamp(min=1e-6).pow(-power)[y[:, 0]] * valid
+    if confidence:
+        w = w * own_t.exp() ** confidence
+    return temperature**2 * (w * (alpha * tc + beta * nc)).sum() / w.sum().clamp(min=1e-6)
