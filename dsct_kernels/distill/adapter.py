@@ -17,12 +17,12 @@ class Adapter(nn.Module):
     """A network behind the one interface that the trainer reads, `models.forward`.
 
     model: takes images (N, 3, H, W) as its first argument. What it returns is looked at once per call: a tensor (timm,
-        segmentation_models_pytorch, plain modules), a dict with "out" (torchvision) or "logits", an object with `.logits`
-        (Hugging Face), or a tuple whose first entry is the logits (auxiliary heads).
-    taps: names of submodules, as in `named_modules`, whose outputs are the feature maps: (N, C, h, w), or tokens (N, L, C).
-        None takes what the network says itself: Hugging Face's hidden states, or the modules in timm's `feature_info`.
-    logits: the name of the submodule whose output the logits (N, K, h, w) are, for a network that resizes them before it
-        returns them; or a function from the network's output to them, for an output that is none of the above.
+        segmentation_models_pytorch, plain modules), a dict with "out" (torchvision) or "logits", an object with
+        `.logits` (Hugging Face), or a tuple whose first entry is the logits (auxiliary heads).
+    taps: names of submodules, as in `named_modules`, whose outputs are the feature maps: (N, C, h, w), or tokens
+        (N, L, C). None takes what the network says itself: Hugging Face's hidden states, or timm's `feature_info`.
+    logits: the name of the submodule whose output the logits (N, K, h, w) are, for a network that resizes them before
+        it returns them; or a function from the network's output to them, for an output that is none of the above.
     mean, std: of the input normalisation, three numbers each for images in 0..1; ImageNet's by default.
 
     Raises ValueError for a tap that is no submodule, TypeError for an output in which no logits are found.

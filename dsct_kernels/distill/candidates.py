@@ -98,9 +98,9 @@ def rows_kl(
     weights: str = "flat",
     power: float = 0.5,
 ) -> torch.Tensor:
-    """CWD with other rows: log-probabilities instead of logits ("log_probabilities"), or rows standardised over positions
-    ("standard"); distributions over the whole batch's positions (over="batch"); classes weighted by the teacher's mean
-    probability to a power (weights="mass")."""
+    """CWD with other rows: log-probabilities instead of logits ("log_probabilities"), or rows standardised over
+    positions ("standard"); distributions over the whole batch's positions (over="batch"); classes weighted by the
+    teacher's mean probability to a power (weights="mass")."""
     s, t = same_size(student, teacher)
     p = t.softmax(1)
     if rows == "log_probabilities":
@@ -146,3 +146,27 @@ def balanced_kd(
     if confidence:
         w = w * own_t.exp() ** confidence
     return temperature**2 * (w * (alpha * tc + beta * nc)).sum() / w.sum().clamp(min=1e-6)
+
+
+def affinity(
+    student: list[torch.Tensor], teacher: list[torch.Tensor], *, temperature: float = 0.2, attention: float = 0.0
+) -> torch.Tensor:
+    """Features whose channels do not correspond, compared by what resembles what: for each position i the distribution
+    softmax_j(cos(F_i, F_j) / tau) over positions, channels standardised first; KL(teacher || student), the mean over i
+    (attention=0) or weighted by the teacher's attention map (attention=1)."""
+    from dsct_kernels import channel_attention_map
+
+    total = torch.zeros((), device=student[0].device)
+    for pair in zip(student, teacher, strict=True):
+        rows = []
+        s, t = same_size(*pair)
+        for m in (s, t):
+            x = m.flatten(2)
+            x = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), keepdim=True).clamp(min=1e-3)
+            x = F.normalize(x, dim=1)
+            rows.append((x.transpose(1, 2) @ x / temperature).log_softmax(-1))
+        log_s, log_t = rows
+        kl = (log_t.exp() * (log_t - log_s)).sum(-1)
+        a = channel_attention_map(t).flatten(1) if attention else torch.full_like(kl, 1 / kl.shape[1])
+        total = total + (a * kl).sum(1).mean()
+    return total / len(student)

@@ -73,6 +73,11 @@ def config_from(given: dict[str, Any]) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
+    typed = sys.argv[1:] if argv is None else argv
+    if typed[:1] == ["compare"]:
+        from . import compare
+
+        return compare.main(typed[1:])
     p = parser()
     given = vars(p.parse_args(argv))
     resume, out = given.pop("resume", None), given.pop("out", None)

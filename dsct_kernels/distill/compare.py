@@ -7,6 +7,7 @@ it depends on: the same command again, or a larger one, does only what is missin
 """
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -16,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -81,7 +82,9 @@ TERMS: dict[str, Term] = {
     "cwd": Term(_logits(rivals.cwd), rivals.cwd, weight=3.0),
     "cwd_features": Term(lambda b, **s: b, rivals.cwd, features=True),  # owns a convolution: see Objective
     "at": Term(_features(rivals.at), rivals.at, weight=500.0, features=True),
-    "uniform": Term(lambda b, **s: rivals.uniform(b.student.features, **s), rivals.uniform, features=True, teacher=False),
+    "uniform": Term(
+        lambda b, **s: rivals.uniform(b.student.features, **s), rivals.uniform, features=True, teacher=False
+    ),
     "tnkd": Term(
         lambda b, **s: tnkd_loss(b.student.logits, b.teacher.logits, b.target, ignore_index=data.IGNORE, **s), tnkd_loss
     ),
@@ -90,6 +93,7 @@ TERMS: dict[str, Term] = {
     "matched": Term(_logits(candidates.matched), candidates.matched, weight=3.0),
     "over_positions": Term(_labelled(candidates.over_positions), candidates.over_positions, weight=3.0),
     "rows": Term(_logits(candidates.rows_kl), candidates.rows_kl, weight=3.0),
+    "affinity": Term(_features(candidates.affinity), candidates.affinity, features=True),
     "balanced_kd": Term(
         lambda b, **s: candidates.balanced_kd(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),
         candidates.balanced_kd,
@@ -122,27 +126,33 @@ class Method:
         return any(TERMS[part.term].teacher for part in self.parts)
 
 
+def method_settings(name: str) -> dict[str, Any]:
+    """What may be set in a method's part, with the defaults."""
+    if name == "alone":
+        return {}
+    if name == "balanced":
+        return {"power": 0.5}
+    keywords = inspect.signature(TERMS[name].reads).parameters.values()
+    known = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
+    known = {k: v for k, v in known.items() if k not in ("ignore_index", "backend", "reduction", "align_corners")}
+    return {"weight": TERMS[name].weight, "anneal": "no", **known}
+
+
 def method(text: str) -> Method:
     parts: list[Part] = []
     balance = 0.0
     for piece in text.split("+"):
         name, *changes = piece.split(":")
         pairs = dict(change.partition("=")[::2] for change in changes)
-        if name == "alone":
-            known: dict[str, Any] = {}
-        elif name == "balanced":
-            known = {"power": 0.5}
-        elif name in TERMS:
-            keywords = inspect.signature(TERMS[name].reads).parameters.values()
-            known = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
-            known = {k: v for k, v in known.items() if k not in ("ignore_index", "backend", "reduction", "align_corners")}
-            known |= {"weight": TERMS[name].weight, "anneal": "no"}
-        else:
+        if name not in ("alone", "balanced", *TERMS):
             names = ", ".join(("alone", "balanced", *TERMS))
             raise ValueError(f"method {text!r}: {name!r} is none of {names}")
+        known = method_settings(name)
         for key, value in pairs.items():
             if key not in known:
-                raise ValueError(f"method {text!r}: {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}")
+                raise ValueError(
+                    f"method {text!r}: {name} has no setting {key!r}; it has: {', '.join(known) or 'none'}"
+                )
             try:
                 known[key] = value if isinstance(known[key], str) else float(value)
             except ValueError as error:
@@ -173,6 +183,8 @@ class Objective(nn.Module):
     def __init__(self, method: Method, frequency: torch.Tensor, student: models.Output, teacher: models.Output | None):
         super().__init__()
         self.method = method
+        self.frequency: torch.Tensor
+        self.class_weight: torch.Tensor | None
         self.register_buffer("frequency", frequency)
         weight = frequency.clamp(min=1e-6).pow(-method.balance)
         self.register_buffer("class_weight", weight / weight.mean() if method.balance else None)
@@ -181,16 +193,17 @@ class Objective(nn.Module):
             pairs = zip(student.features, teacher.features, strict=True)
             self.project.extend(nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False) for s, t in pairs)
 
-    def forward(self, student: models.Output, teacher: models.Output | None, target: torch.Tensor, done: float) -> torch.Tensor:
+    def forward(
+        self, student: models.Output, teacher: models.Output | None, target: torch.Tensor, done: float
+    ) -> torch.Tensor:
         logits = rivals.at_labels(student.logits, target)
-        weight = self.class_weight
         labels = target.long()
-        if weight is None:
+        if self.class_weight is None:
             valid = (target != data.IGNORE).sum().clamp(min=1)
             total = F.cross_entropy(logits, labels, ignore_index=data.IGNORE, reduction="sum") / valid
         else:
-            total = F.cross_entropy(logits, labels, weight=weight, ignore_index=data.IGNORE)
-        batch = Batch(student, teacher or student, target, self.get_buffer("frequency"))
+            total = F.cross_entropy(logits, labels, weight=self.class_weight, ignore_index=data.IGNORE)
+        batch = Batch(student, teacher or student, target, self.frequency)
         for part in self.method.parts:
             settings = dict(part.settings)
             if part.term == "cwd_features":
@@ -232,8 +245,9 @@ class Job:
 
     @property
     def teacher_key(self) -> str:
-        kept = ("data", "val_tiles", "teacher", "teacher_seed", "crop", "batch", "teacher_steps", "teacher_lr", "downscale",
-                "weight_decay", "scale_jitter", "colour_jitter", "scenes", "scene_size", "precision")  # fmt: skip
+        kept = ("data", "val_tiles", "teacher", "teacher_seed", "crop", "batch", "teacher_steps", "teacher_lr",
+                "downscale", "weight_decay", "scale_jitter", "colour_jitter", "scenes", "scene_size",
+                "precision")  # fmt: skip
         return digest({k: v for k, v in asdict(self.cfg).items() if k in kept})
 
     @property
@@ -243,7 +257,8 @@ class Job:
     @property
     def answers_file(self) -> Path:
         """What the teacher says of every crop of this seed."""
-        return self.out / "answers" / f"{self.teacher_key}-{self.cfg.seed}-{self.cfg.student_steps}.pt"
+        kept = (self.teacher_key, self.cfg.seed, self.cfg.student_steps, *self.strides)
+        return self.out / "answers" / ("-".join(map(str, kept)) + ".pt")
 
 
 def digest(values: dict[str, Any]) -> str:
@@ -275,13 +290,17 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def build(name: str, classes: tuple[str, ...]) -> nn.Module:
+def build(name: str, classes: tuple[str, ...], device: torch.device) -> nn.Module:
+    """A network with fresh weights, or one from a folder, its logits as its head makes them; channels_last: faster."""
+    network: Any
     if name == "efficientnet-lite0":
-        return adapter.efficientnet_fpn(len(classes))
-    network = models.build(name, classes)
-    if type(network).__name__ == "UperNetForSemanticSegmentation":  # it upsamples its logits: take them as its head made them
-        mean, std = network.get_buffer("pixel_mean"), network.get_buffer("pixel_std")
-        return adapter.Adapter(network, logits="decode_head", mean=mean.flatten().tolist(), std=std.flatten().tolist())
+        network = adapter.efficientnet_fpn(len(classes))
+    else:
+        network = models.build(name, classes)
+        if type(network).__name__ == "UperNetForSemanticSegmentation":  # it upsamples what its head made
+            mean, std = (network.get_buffer(n).flatten().tolist() for n in ("pixel_mean", "pixel_std"))
+            network = adapter.Adapter(network, logits="decode_head", mean=mean, std=std)
+    network = network.to(device).to(memory_format=torch.channels_last)
     return network
 
 
@@ -300,8 +319,7 @@ def fit(
     cfg: Config,
     train: data.Pixels,
     student: nn.Module,
-    objective: Callable[..., torch.Tensor],
-    parameters: Iterable[nn.Parameter],
+    objective: Objective,
     steps: int,
     lr: float,
     seed: int,
@@ -312,7 +330,8 @@ def fit(
     from .loop import schedule, seed_everything
 
     seed_everything(seed)
-    everything = list(parameters)
+    everything = [*student.parameters(), *objective.parameters()]
+    lost = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(everything, lr=lr, weight_decay=cfg.weight_decay, foreach=True)
     student.train()
     for step, batch in enumerate(crops_of(cfg, train, seed).loader(0, steps)):
@@ -321,10 +340,13 @@ def fit(
             group["lr"] = lr * schedule(step, steps)
         out = models.forward(student, images, strides)
         loss = objective(out, answer(step) if answer else None, target, step / steps)
+        lost += ~loss.detach().isfinite()
         loss.backward()
         nn.utils.clip_grad_norm_(everything, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    if lost:
+        raise FloatingPointError(f"the loss was not finite in {int(lost)} of {steps} steps")
     student.eval()
 
 
@@ -335,9 +357,12 @@ def train_teacher(job: Job) -> dict[str, Any]:
     classes, _ = classes_of(cfg)
     train, val = pixels(cfg)
     seed_everything(cfg.teacher_seed)
-    network = build(cfg.teacher, classes).to(device, memory_format=torch.channels_last)
-    objective = Objective(method("alone"), frequency(train, len(classes)), models.Output(torch.empty(0), []), None).to(device)
-    fit(cfg, train, network, objective, network.parameters(), cfg.teacher_steps, cfg.teacher_lr, cfg.teacher_seed, (), None, device)
+    network = build(cfg.teacher, classes, device)
+    objective = Objective(method("alone"), frequency(train, len(classes)), models.Output(torch.empty(0), []), None).to(
+        device
+    )
+    if cfg.teacher in TEACHER_PRESETS:  # else it is a folder, and ready
+        fit(cfg, train, network, objective, cfg.teacher_steps, cfg.teacher_lr, cfg.teacher_seed, (), None, device)
     result = evaluate(cfg, network, val, len(classes), device)
     save_atomically(job.teacher_file, {"model": network.state_dict(), "result": result})
     return result
@@ -351,10 +376,11 @@ def ask_teacher(job: Job) -> None:
     cfg, device = job.cfg, device_of(job.cfg)
     classes, _ = classes_of(cfg)
     train, _ = pixels(cfg)
-    network = build(cfg.teacher, classes).to(device, memory_format=torch.channels_last)
+    network = build(cfg.teacher, classes, device)
     network.load_state_dict(torch.load(job.teacher_file, weights_only=True)["model"])
     network.eval()
-    logits, features = [], [[] for _ in job.strides]
+    logits: list[torch.Tensor] = []
+    features: list[list[torch.Tensor]] = [[] for _ in job.strides]
     for batch in crops_of(cfg, train, cfg.seed).loader(0, cfg.student_steps):
         images, _ = inputs(batch, device)
         out = models.forward(network, images, job.strides)
@@ -383,7 +409,7 @@ def run(job: Job) -> dict[str, Any]:
     classes, _ = classes_of(cfg)
     train, val = pixels(cfg)
     seed_everything(cfg.seed)
-    student = build(cfg.student, classes).to(device, memory_format=torch.channels_last)
+    student = build(cfg.student, classes, device)
     strides = job.strides if chosen.features else ()
     answers: Callable[[int], models.Output] | None = None
     if chosen.teacher:
@@ -396,11 +422,36 @@ def run(job: Job) -> dict[str, Any]:
     with torch.no_grad():
         probe = models.forward(student.eval(), torch.zeros(1, 3, cfg.crop, cfg.crop, device=device), strides)
     objective = Objective(chosen, frequency(train, len(classes)), probe, answers(0) if answers else None).to(device)
+    kept_mb = memory(cfg, train, student, objective, strides, answers, device)
     started = time.perf_counter()
-    everything = [*student.parameters(), *objective.parameters()]
-    fit(cfg, train, student, objective, everything, cfg.student_steps, cfg.student_lr, cfg.seed, strides, answers, device)
+    fit(cfg, train, student, objective, cfg.student_steps, cfg.student_lr, cfg.seed, strides, answers, device)
     seconds = time.perf_counter() - started
-    return {**evaluate(cfg, student, val, len(classes), device), "ms_per_step": round(1000 * seconds / cfg.student_steps, 1)}
+    result = evaluate(cfg, student, val, len(classes), device)
+    return {**result, "ms_per_step": round(1000 * seconds / cfg.student_steps, 1), "kept_mb": kept_mb}
+
+
+def memory(
+    cfg: Config,
+    train: data.Pixels,
+    student: nn.Module,
+    objective: Objective,
+    strides: tuple[int, ...],
+    answer: Callable[[int], models.Output] | None,
+    device: torch.device,
+) -> float:
+    """MiB that one step keeps for its backward pass, each storage counted once. Leaves the student as it was."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    crops, target = inputs(crops_of(cfg, train, cfg.seed)[0], device)
+    network = copy.deepcopy(student).train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(models.forward(network, crops, strides), answer(0) if answer else None, target, 0.0)
+    return round(sum(storages.values()) / 2**20, 1)
 
 
 @torch.no_grad()
@@ -431,4 +482,345 @@ def evaluate(cfg: Config, network: nn.Module, val: data.Pixels, classes: int, de
         "miou": round(float(iou.nanmean()), 5),
         "iou": [None if math.isnan(v) else round(v, 5) for v in iou.tolist()],
         "accuracy": round(float(hit.sum() / matrix.sum()), 5),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method against another on the same folds and seeds."""
+
+    pairs: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.pairs)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; NaN for a single pair."""
+        return statistics.stdev(self.pairs) / len(self.pairs) ** 0.5 if len(self.pairs) > 1 else math.nan
+
+    @property
+    def clear(self) -> bool:
+        """Larger than twice its standard error, of three pairs at least."""
+        return len(self.pairs) >= 3 and abs(self.mean) > 2 * self.error
+
+    def __str__(self) -> str:
+        if not self.pairs:
+            return "-"
+        error = f" ± {self.error:.4f}" if len(self.pairs) > 1 else ""
+        return f"{self.mean:+.4f}{error}" + (" **clear**" if self.clear else "")
+
+
+Rows = list[dict[str, Any]]
+
+
+def paired(rows: Rows, mine: str, other: str, value: Callable[[dict[str, Any]], float | None]) -> Difference:
+    found: dict[tuple[str, Any], float | None] = {
+        (r["method"], (r["student"], r["teacher"], r["fold"], r["seed"], r["steps"])): value(r) for r in rows
+    }
+    pairs = []
+    for (name, where), v in found.items():
+        base = found.get((other, where))
+        if name == mine and v is not None and base is not None:
+            pairs.append(v - base)
+    return Difference(tuple(pairs))
+
+
+def table(rows: Rows, names: list[str], against: list[str], classes: tuple[str, ...]) -> str:
+    """Markdown: each method's mean, spread and cost, and its paired differences."""
+    heads = ("cross-entropy and", "runs", "mean mIoU", "spread over seeds", *(f"against {a}" for a in against))
+    heads = (*heads, "better in", "ms / step", "MiB kept")
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for name in names:
+        mine = [r for r in rows if r["method"] == name]
+        if not mine:
+            continue
+        by_seed = [[r["miou"] for r in mine if r["seed"] == seed] for seed in sorted({r["seed"] for r in mine})]
+        whole = [statistics.fmean(v) for v in by_seed if len(v) == max(map(len, by_seed))]
+        spread = f"{statistics.stdev(whole):.4f}" if len(whole) > 1 else "-"
+        differences = [paired(rows, name, other, lambda r: r["miou"]) for other in against]
+        first = differences[0].pairs if differences else ()
+        better = f"{sum(d > 0 for d in first)} of {len(first)}" if first and name != against[0] else "-"
+        cells = ["-" if other == name else str(d) for other, d in zip(against, differences, strict=True)]
+        ms, mb = (statistics.median(r[key] for r in mine) for key in ("ms_per_step", "kept_mb"))
+        mean = statistics.fmean(r["miou"] for r in mine)
+        lines.append(
+            f"| {name} | {len(mine)} | {mean:.4f} | {spread} | {' | '.join(cells)} | {better} | {ms:.0f} | {mb:.0f} |"
+        )
+    lines += [
+        "",
+        "Against: the mean of the paired differences (same fold, same seed, same crops, same first weights) and its "
+        "standard error.",
+        "**clear**: three pairs or more and beyond twice the error; all else is within the spread.",
+        "",
+        f"IoU per class, against {against[0]}:",
+        "",
+        "| | " + " | ".join(classes) + " |",
+        "| --- |" + " ---: |" * len(classes),
+    ]
+    for name in names:
+        if name != against[0] and any(r["method"] == name for r in rows):
+            cells = [str(paired(rows, name, against[0], lambda r, k=k: r["iou"][k])) for k in range(len(classes))]  # type: ignore[misc]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def chart(path: Path, rows: Rows, names: list[str], against: str) -> None:
+    """Every paired difference as a point, its mean and twice its standard error as a bar."""
+    from .report import pyplot
+
+    plt = pyplot()
+    shown = [(n, d) for n in names if n != against and (d := paired(rows, n, against, lambda r: r["miou"])).pairs]
+    figure, axis = plt.subplots(figsize=(7.5, 0.9 + 0.34 * len(shown)), layout="constrained")
+    for y, (_, d) in enumerate(reversed(shown)):
+        axis.plot(d.pairs, [y] * len(d.pairs), "o", color="0.65", markersize=3)
+        error = 2 * d.error if len(d.pairs) > 1 else 0
+        axis.errorbar([d.mean], [y], xerr=[error], fmt="s", color="C0" if d.clear else "C1", markersize=5, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [n for n, _ in reversed(shown)], fontsize=8)
+    axis.set_xlabel(
+        f"mIoU against {against}: each pair, the mean and twice its standard error (blue: clear)", fontsize=8
+    )
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def read_rows(path: Path) -> Rows:
+    """Finished runs. A last line that a kill cut short is cut off the file, so that what follows starts a line."""
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        from .loop import replace_file
+
+        replace_file(path, whole)
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise data.DataError(f"{path}, line {number}: not a finished run ({error})") from error
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "ab") as file:
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def parser() -> argparse.ArgumentParser:
+    from .cli import commas, flag, help_default, strides
+    from .config import DEFAULTS
+
+    terms = "; ".join(
+        f"{name} ({', '.join(f'{k}={v}' for k, v in method_settings(name).items())})" for name in ("balanced", *TERMS)
+    )
+    p = argparse.ArgumentParser(
+        prog="dsct-distill compare",
+        description=__doc__,
+        epilog="methods: alone is cross-entropy; anything else joins it, with + between several and :KEY=VALUE for a "
+        f"setting. {terms}. anneal: {', '.join(ANNEAL)}.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the comparison; again: it goes on")
+    p.add_argument(
+        "--methods", type=commas, default=DEFAULT_METHODS, metavar="A,B", help=f"default {','.join(DEFAULT_METHODS)}"
+    )
+    p.add_argument(
+        "--against", type=commas, default=("alone",), metavar="A,B", help="methods the others are set against"
+    )
+    p.add_argument("--folds", type=numbers, default=(0, 1, 2), help="of 0,1,2: every third tile group is held out")
+    p.add_argument("--seeds", type=numbers, default=(0, 1, 2), metavar="A,B", help="default 0,1,2")
+    p.add_argument("--strides", type=strides, default=(16, 32), help="of the features that a method compares (16,32)")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time (1); each takes --threads threads")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads of a run (1)")
+    p.add_argument("--minutes", type=float, default=math.inf, help="start no run after that; the same command goes on")
+    p.add_argument("--data", choices=tuple(DEFAULTS), help="embedded synthetic scenes, or the Dubai aerial set")
+    p.add_argument("--root", metavar="DIR", help="folder of the data set")
+    p.add_argument("--teacher", metavar="NAME|DIR", help=f"{', '.join(TEACHER_PRESETS)}, or a model folder")
+    p.add_argument("--student", metavar="NAME|DIR", help="preset, or a model folder to start from")
+    for name in CONFIG_FLAGS:
+        default = getattr(Config(), name)
+        choices = ("auto", "cpu", "cuda") if name == "device" else None
+        p.add_argument(flag(name), type=type(default), choices=choices, help=help_default(name, default))
+    return p
+
+
+DEFAULT_METHODS = ("alone", "balanced", "kd", "dkd", "cwd", "at", "uniform", "tnkd", "cafd", "tnkd+cafd")
+CONFIG_FLAGS = (
+    "teacher_seed", "crop", "batch", "teacher_steps", "student_steps", "teacher_lr", "student_lr", "weight_decay",
+    "scale_jitter", "colour_jitter", "scenes", "scene_size", "downscale", "window", "cache_mb", "device",
+)  # fmt: skip
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def folds_of(cfg: Config) -> list[tuple[str, ...]]:
+    """Validation groups of each fold: every third group, starting at the first, second and third."""
+    from .loop import load_tiles
+
+    groups = sorted({tile.group for tile in load_tiles(cfg)})
+    return [tuple(groups[k::FOLDS]) for k in range(FOLDS)]
+
+
+def check(own: argparse.Namespace, cfg: Config) -> None:
+    """Everything that can be known before anything is trained: ValueError or DataError that names the setting."""
+    from .loop import classes_of
+
+    for name, values in (("--folds", own.folds), ("--seeds", own.seeds), ("--methods", own.methods)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name}: expected different values, got {','.join(map(str, values))}")
+    if not set(own.folds) <= set(range(FOLDS)):
+        raise ValueError(f"--folds: expected some of 0,1,2, got {','.join(map(str, own.folds))}")
+    for name, number in (("--jobs", own.jobs), ("--threads", own.threads), ("--crop", cfg.crop), ("--batch", cfg.batch),
+                         ("--teacher-steps", cfg.teacher_steps), ("--student-steps", cfg.student_steps),
+                         ("--window", cfg.window), *(("--strides", s) for s in own.strides)):  # fmt: skip
+        if number < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {number}")
+    if cfg.crop % 32:
+        raise ValueError(f"--crop: expected a multiple of 32, got {cfg.crop}")
+    chosen = {name: method(name) for name in own.methods}
+    missing = [name for name in own.against if name not in chosen]
+    if missing:
+        raise ValueError(f"--against: {missing[0]!r} is not one of --methods")
+    classes, _ = classes_of(cfg)
+    images = torch.zeros(2, 3, cfg.crop, cfg.crop)
+    target = torch.zeros(2, cfg.crop, cfg.crop, dtype=torch.uint8)
+    try:
+        student = build(cfg.student, classes, torch.device("cpu"))
+        with_teacher = any(m.teacher for m in chosen.values())
+        teacher = build(cfg.teacher, classes, torch.device("cpu")).eval() if with_teacher else None
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    with torch.no_grad():
+        said = models.forward(teacher, images, own.strides) if teacher is not None else None
+    for name, one in chosen.items():  # one step of everything, on nothing, so that no setting fails hours later
+        out = models.forward(student, images, own.strides if one.features else ())
+        try:
+            Objective(one, torch.full((len(classes),), 1 / len(classes)), out, said)(out, said, target, 0.0).backward()
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"method {name!r}: {error}") from error
+
+
+def work(stage: Callable[[Job], Any], job: Job, threads: int) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    return stage(job)
+
+
+def _ignore_ctrl_c() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+
+
+def main(argv: list[str] | None = None) -> int:
+    from .cli import INTERRUPTED, config_from
+    from .loop import classes_of, replace_file
+
+    typed = sys.argv[1:] if argv is None else argv
+    given = vars(parser().parse_args(typed))
+    own = argparse.Namespace(**{k: given.pop(k) for k in
+          ("out", "methods", "against", "folds", "seeds", "strides", "jobs", "threads", "minutes")})  # fmt: skip
+    try:
+        cfg = replace(
+            config_from({"teacher": "efficientnet-lite0", "student": "upernet-tiny", **given}), arms=(), pictures=False
+        )
+        folds = folds_of(cfg)
+        check(own, cfg)
+        file = own.out / "runs.jsonl"
+        rows = read_rows(file)
+    except (data.DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    own.out.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        Job(replace(cfg, val_tiles=folds[fold], seed=seed), text, own.strides, own.out)
+        for seed in own.seeds
+        for fold in own.folds
+        for text in own.methods
+    ]
+    classes, _ = classes_of(cfg)
+    wanted = {job.key: job for job in jobs}
+    finished = {row["key"] for row in rows}
+    todo = [job for job in jobs if job.key not in finished]
+    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
+    stages = (
+        ("teacher", train_teacher, {j.teacher_file: j for j in todo if method(j.method).teacher}),
+        ("answers", ask_teacher, {j.answers_file: j for j in todo if method(j.method).teacher}),
+        ("run", run, {Path(j.key): j for j in todo}),
+    )
+    started = time.perf_counter()
+    failed, stopped = 0, False
+    try:
+        with multiprocessing.get_context("spawn").Pool(own.jobs, _ignore_ctrl_c) as pool:
+            for stage, function, these in stages:
+                waiting = [job for path, job in these.items() if stage == "run" or not path.is_file()]
+                running: list[tuple[Job, Any]] = []
+                while waiting or running:
+                    stopped = time.perf_counter() - started > 60 * own.minutes
+                    if stopped and not running:
+                        break
+                    while waiting and len(running) < own.jobs and not stopped:
+                        job = waiting.pop(0)
+                        running.append((job, pool.apply_async(work, (function, job, own.threads))))
+                    for job, result in [pair for pair in running if pair[1].ready()]:
+                        running.remove((job, result))
+                        place = f"{'+'.join(job.cfg.val_tiles or ())} seed {job.cfg.seed}"
+                        what = job.method if stage == "run" else stage
+                        head = f"[{time.perf_counter() - started:5.0f} s] {place} {what}:"
+                        try:
+                            value = result.get()
+                        except Exception as error:
+                            failed += 1
+                            print(f"{head} FAILED: {error!r}", flush=True)
+                            continue
+                        print(f"{head} " + (f"mIoU {value['miou']:.4f}" if value else "kept"), flush=True)
+                        if stage == "run":
+                            append_row(file, {**row_of(job), **value})
+                    time.sleep(0.05)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    rows = [{**row, "method": wanted[row["key"]].method} for row in read_rows(file) if row["key"] in wanted]
+    if rows:
+        text = table(rows, list(own.methods), list(own.against), classes)
+        command = "dsct-distill compare " + " ".join(typed)
+        replace_file(own.out / "comparison.md", f"{text}\n`{command}`\n".encode())
+        chart(own.out / "comparison.png", rows, list(own.methods), own.against[0])
+        print(text)
+    if stopped:
+        print(
+            f"stopped after {own.minutes:g} minutes with {len(jobs) - len(rows)} runs to go; the same command goes on"
+        )
+    return 1 if failed else 0
+
+
+def row_of(job: Job) -> dict[str, Any]:
+    cfg = job.cfg
+    return {
+        "key": job.key,
+        "method": job.method,
+        "fold": "+".join(cfg.val_tiles or ()),
+        "seed": cfg.seed,
+        "student": cfg.student,
+        "teacher": cfg.teacher,
+        "steps": cfg.student_steps,
+        "settings": job.settings(),
     }

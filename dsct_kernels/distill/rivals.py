@@ -11,7 +11,7 @@ IGNORE = 255
 
 
 def at_labels(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Logits (N, K, h, w) at the resolution of the labels (N, H, W), as (valid pixels are picked later) (N, K, H, W)."""
+    """Logits (N, K, h, w) at the resolution of the labels (N, H, W): (N, K, H, W)."""
     if logits.shape[-2:] == target.shape[-2:]:
         return logits.float()
     return F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=False)
@@ -20,12 +20,12 @@ def at_labels(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def same_size(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two maps (N, C, h, w) at the smaller height and the smaller width of the two, by averages over cells."""
     size = min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1])
-    return tuple(m.float() if m.shape[-2:] == size else F.adaptive_avg_pool2d(m.float(), size) for m in (student, teacher))  # type: ignore[return-value]
+    return tuple(
+        m.float() if m.shape[-2:] == size else F.adaptive_avg_pool2d(m.float(), size) for m in (student, teacher)
+    )  # type: ignore[return-value]
 
 
-def kd(
-    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, *, temperature: float = 1.0
-) -> torch.Tensor:
+def kd(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
     """Hinton et al. 2015 (arXiv 1503.02531) at every pixel: tau^2 KL(softmax(z^T / tau) || softmax(z^S / tau))."""
     log_s = F.log_softmax(at_labels(student, target) / temperature, 1)
     log_t = F.log_softmax(at_labels(teacher, target) / temperature, 1)
@@ -43,7 +43,7 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> torch.Tensor:
-    """Zhao et al. 2022 (arXiv 2203.08679), with the mask of the authors' code (logits - 1000 at the target), per pixel."""
+    """Zhao et al. 2022 (arXiv 2203.08679) per pixel, with the authors' own mask: logits - 1000 at the target."""
     valid = target != IGNORE
     mask = F.one_hot(torch.where(valid, target, 0).long(), student.shape[1]).movedim(-1, 1).float()
     z_s, z_t = at_labels(student, target) / temperature, at_labels(teacher, target) / temperature

@@ -1,4 +1,4 @@
-"""Every rival against its paper's formula, written out with loops in float64; and the shares that our own losses read."""
+"""Every rival against its paper's formula, written out with loops; and the losses of our own that were tried."""
 
 import math
 
@@ -69,7 +69,8 @@ def test_cwd_is_the_mean_over_channels_of_divergences_between_position_distribut
     s, t = pair(size)
     n, k, _, _ = size
     terms = [
-        tau**2 * kl(softmax(t[a, c].double().flatten().numpy() / tau), softmax(s[a, c].double().flatten().numpy() / tau))
+        tau**2
+        * kl(softmax(t[a, c].double().flatten().numpy() / tau), softmax(s[a, c].double().flatten().numpy() / tau))
         for a in range(n)
         for c in range(k)
     ]
@@ -131,7 +132,7 @@ def test_tnkd_over_positions_with_cwds_weights_is_cwd(size):
     s, t = pair(size)
     y = labels(size, ignored=0.0)
     tau = 2.0
-    n, k, h, w = size
+    n, k, _, _ = size
     expected = []
     for a in range(n):
         for c in range(k):
