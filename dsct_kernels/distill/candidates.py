@@ -9,6 +9,11 @@ import torch.nn.functional as F
 from .rivals import IGNORE, at_labels, same_size
 
 
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
 def shares(target: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
     """(N, K, h, w): how much of each cell the labels (N, H, W) give to each class; ignored pixels give to none."""
     known = torch.where(target == IGNORE, classes, target).long()
@@ -56,6 +61,8 @@ def over_positions(
     rows: "logits", or "log_probabilities" (log_softmax over classes first).
     weights: "flat", "cafd" (the teacher's channel weights), "present" (classes whose labels are in the sample).
     """
+    one_of("weights", weights, ("flat", "cafd", "present"))
+    one_of("rows", rows, ("logits", "log_probabilities"))
     s, t = same_size(student, teacher)
     if rows == "log_probabilities":
         s, t = s.log_softmax(1), t.log_softmax(1)
@@ -101,6 +108,9 @@ def rows_kl(
     """CWD with other rows: log-probabilities instead of logits ("log_probabilities"), or rows standardised over
     positions ("standard"); distributions over the whole batch's positions (over="batch"); classes weighted by the
     teacher's mean probability to a power (weights="mass")."""
+    one_of("rows", rows, ("logits", "log_probabilities", "standard"))
+    one_of("over", over, ("sample", "batch"))
+    one_of("weights", weights, ("flat", "mass"))
     s, t = same_size(student, teacher)
     p = t.softmax(1)
     if rows == "log_probabilities":
@@ -170,3 +180,19 @@ def affinity(
         a = channel_attention_map(t).flatten(1) if attention else torch.full_like(kl, 1 / kl.shape[1])
         total = total + (a * kl).sum(1).mean()
     return total / len(student)
+
+
+def centred(
+    student: torch.Tensor, teacher: torch.Tensor, *, positions: float = 1.0, classes: float = 0.0, softness: float = 1.0
+) -> torch.Tensor:
+    """Half the mean square of the difference of the logits, less its mean over positions per class (what CWD is as its
+    temperature grows), over classes per pixel (what KD is as its temperature grows), or both. softness below 1 weighs
+    a position by softmax(teacher row * (1 - softness)) instead of alike."""
+    s, t = same_size(student, teacher)
+    d = (s - t).flatten(2)
+    w = (t.flatten(2) * (1 - softness)).softmax(-1)
+    if classes:
+        d = d - d.mean(1, keepdim=True)
+    if positions:
+        d = d - (w * d).sum(-1, keepdim=True)
+    return 0.5 * (w * d.square()).sum(-1).mean()

@@ -30,7 +30,8 @@ from torch import nn
 from dsct_kernels import cafd_loss, tnkd_loss
 
 from . import adapter, candidates, data, models, rivals
-from .config import Config
+from .config import DEFAULTS, Config
+from .loop import classes_of, load_pixels, load_tiles, replace_file, schedule, seed_everything, window_starts
 
 FOLDS = 3
 TEACHER_PRESETS = ("efficientnet-lite0", *models.PRESETS)
@@ -93,6 +94,7 @@ TERMS: dict[str, Term] = {
     "matched": Term(_logits(candidates.matched), candidates.matched, weight=3.0),
     "over_positions": Term(_labelled(candidates.over_positions), candidates.over_positions, weight=3.0),
     "rows": Term(_logits(candidates.rows_kl), candidates.rows_kl, weight=3.0),
+    "centred": Term(_logits(candidates.centred), candidates.centred, weight=3.0),
     "affinity": Term(_features(candidates.affinity), candidates.affinity, features=True),
     "balanced_kd": Term(
         lambda b, **s: candidates.balanced_kd(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),
@@ -267,8 +269,6 @@ def digest(values: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=FOLDS)
 def pixels_of(cfg: Config) -> tuple[data.Pixels, data.Pixels]:
-    from .loop import load_pixels
-
     return load_pixels(cfg, torch.device("cpu"))
 
 
@@ -327,8 +327,6 @@ def fit(
     answer: Callable[[int], models.Output] | None,
     device: torch.device,
 ) -> None:
-    from .loop import schedule, seed_everything
-
     seed_everything(seed)
     everything = [*student.parameters(), *objective.parameters()]
     lost = torch.zeros((), device=device)
@@ -351,8 +349,6 @@ def fit(
 
 
 def train_teacher(job: Job) -> dict[str, Any]:
-    from .loop import classes_of, seed_everything
-
     cfg, device = job.cfg, device_of(job.cfg)
     classes, _ = classes_of(cfg)
     train, val = pixels(cfg)
@@ -371,8 +367,6 @@ def train_teacher(job: Job) -> dict[str, Any]:
 @torch.no_grad()
 def ask_teacher(job: Job) -> None:
     """Logits and features of the teacher for every crop of this seed, in half precision."""
-    from .loop import classes_of
-
     cfg, device = job.cfg, device_of(job.cfg)
     classes, _ = classes_of(cfg)
     train, _ = pixels(cfg)
@@ -402,8 +396,6 @@ def save_atomically(path: Path, content: Any) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """One student: train with the method, evaluate on the held-out tiles."""
-    from .loop import classes_of, seed_everything
-
     cfg, device = job.cfg, device_of(job.cfg)
     chosen = method(job.method)
     classes, _ = classes_of(cfg)
@@ -457,8 +449,6 @@ def memory(
 @torch.no_grad()
 def evaluate(cfg: Config, network: nn.Module, val: data.Pixels, classes: int, device: torch.device) -> dict[str, Any]:
     """IoU over whole held-out tiles: windows overlap by a quarter and their probabilities are averaged."""
-    from .loop import window_starts
-
     matrix = torch.zeros(classes, classes, dtype=torch.float64)
     network.eval()
     size = cfg.window
@@ -600,8 +590,6 @@ def read_rows(path: Path) -> Rows:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
-        from .loop import replace_file
-
         replace_file(path, whole)
     rows = []
     for number, line in enumerate(whole.splitlines(), 1):
@@ -621,7 +609,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     from .cli import commas, flag, help_default, strides
-    from .config import DEFAULTS
 
     terms = "; ".join(
         f"{name} ({', '.join(f'{k}={v}' for k, v in method_settings(name).items())})" for name in ("balanced", *TERMS)
@@ -671,16 +658,12 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def folds_of(cfg: Config) -> list[tuple[str, ...]]:
     """Validation groups of each fold: every third group, starting at the first, second and third."""
-    from .loop import load_tiles
-
     groups = sorted({tile.group for tile in load_tiles(cfg)})
     return [tuple(groups[k::FOLDS]) for k in range(FOLDS)]
 
 
 def check(own: argparse.Namespace, cfg: Config) -> None:
     """Everything that can be known before anything is trained: ValueError or DataError that names the setting."""
-    from .loop import classes_of
-
     for name, values in (("--folds", own.folds), ("--seeds", own.seeds), ("--methods", own.methods)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}: expected different values, got {','.join(map(str, values))}")
@@ -693,6 +676,8 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
             raise ValueError(f"{name}: expected 1 or more, got {number}")
     if cfg.crop % 32:
         raise ValueError(f"--crop: expected a multiple of 32, got {cfg.crop}")
+    if min(own.seeds) < 0:
+        raise ValueError(f"--seeds: expected 0 or more, got {min(own.seeds)}")
     chosen = {name: method(name) for name in own.methods}
     missing = [name for name in own.against if name not in chosen]
     if missing:
@@ -710,10 +695,14 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
         said = models.forward(teacher, images, own.strides) if teacher is not None else None
     for name, one in chosen.items():  # one step of everything, on nothing, so that no setting fails hours later
         out = models.forward(student, images, own.strides if one.features else ())
+        objective = Objective(one, torch.full((len(classes),), 1 / len(classes)), out, said)
         try:
-            Objective(one, torch.full((len(classes),), 1 / len(classes)), out, said)(out, said, target, 0.0).backward()
+            loss = objective(out, said, target, 0.0)
+            loss.backward()
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"method {name!r}: {error}") from error
+        if not loss.isfinite():
+            raise ValueError(f"method {name!r}: its loss is {loss.item()} on a black image; is a temperature 0?")
 
 
 def work(stage: Callable[[Job], Any], job: Job, threads: int) -> Any:
@@ -732,7 +721,6 @@ def _ignore_ctrl_c() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     from .cli import INTERRUPTED, config_from
-    from .loop import classes_of, replace_file
 
     typed = sys.argv[1:] if argv is None else argv
     given = vars(parser().parse_args(typed))
