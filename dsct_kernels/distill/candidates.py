@@ -196,3 +196,55 @@ def centred(
     if positions:
         d = d - (w * d).sum(-1, keepdim=True)
     return 0.5 * (w * d.square()).sum(-1).mean()
+
+
+def local(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    temperature: float = 4.0,
+    windows: float = 4.0,
+    mass: float = 0.0,
+    between: float = 0.0,
+) -> torch.Tensor:
+    """CWD decoupled by windows x windows squares of the map: the divergence within each, and `between` times that of
+    the squares' masses. Squares weigh alike (mass=0) or as much as the teacher's row has in them (mass=1); mass=1 and
+    between=1 is CWD itself."""
+    s, t = same_size(student, teacher)
+    g = int(windows)
+    if s.shape[-2] % g or s.shape[-1] % g:
+        raise ValueError(f"windows: expected a divisor of the map's {s.shape[-2]} x {s.shape[-1]}, got {windows}")
+    rows_s, rows_t = (
+        m.unflatten(2, (g, -1)).unflatten(4, (g, -1)).transpose(3, 4).flatten(4).flatten(2, 3) / temperature
+        for m in (s, t)
+    )
+    log_s, log_t = rows_s.log_softmax(-1), rows_t.log_softmax(-1)
+    within = (log_t.exp() * (log_t - log_s)).sum(-1)  # (N, K, squares)
+    b_s, b_t = rows_s.logsumexp(-1).log_softmax(-1), rows_t.logsumexp(-1).log_softmax(-1)
+    weight = b_t.exp() if mass else torch.full_like(b_t, 1 / g**2)
+    kl = (weight * within).sum(-1) + between * (b_t.exp() * (b_t - b_s)).sum(-1)
+    return temperature**2 * kl.mean()
+
+
+def jaccard(
+    student: torch.Tensor, teacher: torch.Tensor | None, target: torch.Tensor, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """1 - the soft intersection over union of the student's and the teacher's probabilities, per class over the batch's
+    positions, the mean over the classes that are there: with s = sum_i (p_i + q_i) and d = sum_i |p_i - q_i|,
+    IoU = (s - d) / (s + d), which soft targets reach 1 in (Wang et al. 2023, Jaccard metric losses). Without a teacher,
+    the labels' shares are the target. Positions weigh by the share of them that is labelled."""
+    if teacher is not None:
+        z, t = same_size(student, teacher)
+        q = (t / temperature).softmax(1)
+    else:
+        z = student.float()
+    share = shares(target, z.shape[1], (z.shape[-2], z.shape[-1]))
+    known = share.sum(1, keepdim=True)
+    p = (z / temperature).softmax(1)
+    if teacher is None:
+        p, q, known = p * known, share, torch.ones_like(known)
+    both = ((p + q) * known).sum((0, 2, 3))
+    apart = ((p - q).abs() * known).sum((0, 2, 3))
+    there = (q * known).sum((0, 2, 3)) > 0.5  # of a cell
+    iou = (both - apart) / (both + apart).clamp(min=1e-6)
+    return ((1 - iou) * there).sum() / there.sum().clamp(min=1)

@@ -95,6 +95,11 @@ TERMS: dict[str, Term] = {
     "over_positions": Term(_labelled(candidates.over_positions), candidates.over_positions, weight=3.0),
     "rows": Term(_logits(candidates.rows_kl), candidates.rows_kl, weight=3.0),
     "centred": Term(_logits(candidates.centred), candidates.centred, weight=3.0),
+    "local": Term(_logits(candidates.local), candidates.local, weight=3.0),
+    "jaccard": Term(_labelled(candidates.jaccard), candidates.jaccard),
+    "jaccard_labels": Term(
+        lambda b, **s: candidates.jaccard(b.student.logits, None, b.target, **s), candidates.jaccard, teacher=False
+    ),
     "affinity": Term(_features(candidates.affinity), candidates.affinity, features=True),
     "balanced_kd": Term(
         lambda b, **s: candidates.balanced_kd(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),

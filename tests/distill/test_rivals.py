@@ -168,6 +168,36 @@ def test_balanced_kd_is_tnkd_where_all_classes_weigh_the_same(size):
     assert same.item() == pytest.approx(tnkd_loss(s, t, y, alpha=0.7, beta=1.5, temperature=2.0).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_the_split_by_squares_with_the_teachers_masses_adds_up_to_cwd(windows):
+    s, t = pair((2, 5, 8, 4))
+    whole = candidates.local(s, t, temperature=2.0, windows=windows, mass=1, between=1).item()
+    assert whole == pytest.approx(rivals.cwd(s, t, temperature=2.0).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("which", "dim"), [({"positions": 1.0}, (2, 3)), ({"positions": 0.0, "classes": 1.0}, (1,))])
+def test_centred_squares_are_what_cwd_and_kd_become_as_the_temperature_grows(which, dim):
+    s, t = pair((2, 5, 4, 4))
+    d = (s - t).double()
+    expected = 0.5 * (d - d.mean(dim, keepdim=True)).square().mean()
+    assert candidates.centred(s, t, **which).item() == pytest.approx(expected.item(), rel=1e-5)
+    y = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    limit = rivals.cwd(s, t, temperature=100.0) if dim == (2, 3) else rivals.kd(s, t, y, temperature=100.0)
+    assert limit.item() == pytest.approx(expected.item(), rel=0.05)
+
+
+def test_jaccard_of_certain_networks_is_one_minus_the_mean_iou_of_their_maps():
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.randint(4, (2, 6, 6), generator=g), torch.randint(4, (2, 6, 6), generator=g)
+    y = labels((2, 4, 6, 6))
+    valid = y != 255
+    s, t = (60.0 * torch.nn.functional.one_hot(m, 4).movedim(-1, 1) for m in (a, b))
+    iou = [((a == k) & (b == k) & valid).sum() / (((a == k) | (b == k)) & valid).sum() for k in range(4)]
+    assert candidates.jaccard(s, t, y).item() == pytest.approx(1 - np.mean(iou), abs=1e-5)
+    right = [((a == k) & (y == k)).sum() / (((a == k) & valid) | (y == k)).sum() for k in range(4)]
+    assert candidates.jaccard(s, None, y).item() == pytest.approx(1 - np.mean(right), abs=1e-5)
+
+
 def test_shares_say_how_much_of_a_cell_is_which_class():
     y = torch.tensor([[[0, 1, 2, 255], [0, 0, 255, 255]]], dtype=torch.uint8)
     share = candidates.shares(y, 3, (1, 2))
@@ -186,8 +216,25 @@ def test_shares_say_how_much_of_a_cell_is_which_class():
         lambda s, t, y: candidates.over_positions(s, t, y, rows="log_probabilities", weights="present"),
         lambda s, t, y: candidates.rows_kl(s, t, over="batch", weights="mass"),
         lambda s, t, y: candidates.balanced_kd(s, t, y, torch.full((5,), 0.2)),
+        lambda s, t, y: candidates.jaccard(s, t, y),
+        lambda s, t, y: candidates.local(s, t, windows=2),
+        lambda s, t, y: candidates.centred(s, t),
+        lambda s, t, y: candidates.affinity([s], [t], attention=1),
     ],
-    ids=["kd", "dkd", "cwd", "matched", "over_positions", "over_log_probabilities", "rows", "balanced_kd"],
+    ids=[
+        "kd",
+        "dkd",
+        "cwd",
+        "matched",
+        "over_positions",
+        "over_log_probabilities",
+        "rows",
+        "balanced_kd",
+        "jaccard",
+        "local",
+        "centred",
+        "affinity",
+    ],  # fmt: skip
 )
 def test_a_student_that_says_what_the_teacher_says_has_no_loss_and_no_gradient(loss):
     _, t = pair((2, 5, 4, 4))
