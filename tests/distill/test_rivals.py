@@ -234,7 +234,7 @@ def test_shares_say_how_much_of_a_cell_is_which_class():
         "local",
         "centred",
         "affinity",
-    ],  # fmt: skip
+    ],
 )
 def test_a_student_that_says_what_the_teacher_says_has_no_loss_and_no_gradient(loss):
     _, t = pair((2, 5, 4, 4))
