@@ -248,3 +248,40 @@ def jaccard(
     there = (q * known).sum((0, 2, 3)) > 0.5  # of a cell
     iou = (both - apart) / (both + apart).clamp(min=1e-6)
     return ((1 - iou) * there).sum() / there.sum().clamp(min=1)
+
+
+def regress(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor,
+    frequency: torch.Tensor,
+    *,
+    fix: float = 0.0,
+    agree: float = 0.0,
+    balance: float = 0.0,
+    centre: str = "positions",
+) -> torch.Tensor:
+    """Half the mean square of the logits' difference, centred over the labelled positions per class ("positions"), over
+    classes per position ("classes"), both ("both") or not at all ("no"). fix: where the teacher's logit of the label is
+    not above all others by so much, it is raised until it is. agree=1: only where the teacher says the label. balance:
+    positions weigh 1 / frequency^balance of their label."""
+    one_of("centre", centre, ("positions", "classes", "both", "no"))
+    s, t = same_size(student, teacher)
+    share = shares(target, s.shape[1], (s.shape[-2], s.shape[-1]))
+    most, y = share.max(1, keepdim=True)
+    known = (share.sum(1) > 0.5).float()
+    if fix:
+        others = t.scatter(1, y, -1e30).amax(1, keepdim=True)
+        own = t.gather(1, y)
+        sure = (most > 0.5) & (own < others + fix)
+        t = t.scatter(1, y, torch.where(sure, others + fix, own))
+    w = known * frequency.clamp(min=1e-6).pow(-balance)[y[:, 0]]
+    if agree:
+        w = w * (t.argmax(1) == y[:, 0])
+    w = (w / w.mean((1, 2), keepdim=True).clamp(min=1e-6))[:, None] / w[0].numel()
+    d = s - t
+    if centre in ("classes", "both"):
+        d = d - d.mean(1, keepdim=True)
+    if centre in ("positions", "both"):
+        d = d - (w * d).sum((2, 3), keepdim=True)
+    return 0.5 * (w * d.square()).sum((2, 3)).mean()

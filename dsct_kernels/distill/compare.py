@@ -100,6 +100,11 @@ TERMS: dict[str, Term] = {
     "jaccard_labels": Term(
         lambda b, **s: candidates.jaccard(b.student.logits, None, b.target, **s), candidates.jaccard, teacher=False
     ),
+    "regress": Term(
+        lambda b, **s: candidates.regress(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),
+        candidates.regress,
+        weight=3.0,
+    ),
     "affinity": Term(_features(candidates.affinity), candidates.affinity, features=True),
     "balanced_kd": Term(
         lambda b, **s: candidates.balanced_kd(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),

@@ -186,6 +186,23 @@ def test_centred_squares_are_what_cwd_and_kd_become_as_the_temperature_grows(whi
     assert limit.item() == pytest.approx(expected.item(), rel=0.05)
 
 
+def test_a_fixed_teacher_says_the_label_and_all_else_as_before():
+    s, t = pair((2, 5, 4, 4))
+    y = labels((2, 5, 4, 4), ignored=0.0)
+    flat = torch.full((5,), 0.2)
+    fixed = t.clone()
+    for n, i, j in (y != 255).nonzero().tolist():
+        k = int(y[n, i, j])
+        others = max(t[n, c, i, j].item() for c in range(5) if c != k)
+        fixed[n, k, i, j] = max(t[n, k, i, j].item(), others + 1.5)
+    for centre in ("positions", "classes", "both", "no"):
+        found = candidates.regress(s, t, y, flat, fix=1.5, centre=centre).item()
+        assert found == pytest.approx(candidates.regress(s, fixed, y, flat, centre=centre).item(), rel=1e-5)
+    assert (fixed.argmax(1) == y).all()
+    plain = candidates.regress(s, t, y, flat).item()
+    assert plain == pytest.approx(candidates.centred(s, t).item(), rel=1e-5)
+
+
 def test_jaccard_of_certain_networks_is_one_minus_the_mean_iou_of_their_maps():
     g = torch.Generator().manual_seed(3)
     a, b = torch.randint(4, (2, 6, 6), generator=g), torch.randint(4, (2, 6, 6), generator=g)
