@@ -546,10 +546,11 @@ def table(rows: Rows, names: list[str], against: list[str], classes: tuple[str, 
         first = differences[0].pairs if differences else ()
         better = f"{sum(d > 0 for d in first)} of {len(first)}" if first and name != against[0] else "-"
         cells = ["-" if other == name else str(d) for other, d in zip(against, differences, strict=True)]
-        ms, mb = (statistics.median(r[key] for r in mine) for key in ("ms_per_step", "kept_mb"))
+        cost = {key: [r[key] for r in mine if r.get(key) is not None] for key in ("ms_per_step", "kept_mb")}
+        ms, mb = (f"{statistics.median(v):.0f}" if v else "-" for v in cost.values())
         mean = statistics.fmean(r["miou"] for r in mine)
         lines.append(
-            f"| {name} | {len(mine)} | {mean:.4f} | {spread} | {' | '.join(cells)} | {better} | {ms:.0f} | {mb:.0f} |"
+            f"| {name} | {len(mine)} | {mean:.4f} | {spread} | {' | '.join(cells)} | {better} | {ms} | {mb} |"
         )
     lines += [
         "",
