@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import models
+from .data import DataError
 
 Pick = Callable[[Any], torch.Tensor]
 
@@ -25,7 +26,8 @@ class Adapter(nn.Module):
         it returns them; or a function from the network's output to them, for an output that is none of the above.
     mean, std: of the input normalisation, three numbers each for images in 0..1; ImageNet's by default.
 
-    Raises ValueError for a tap that is no submodule, TypeError for an output in which no logits are found.
+    Raises ValueError for a tap that is no submodule, TypeError for an output in which no logits are found, DataError
+    where features are asked of a network without taps.
 
         teacher = Adapter(torchvision_deeplab, taps=("backbone.layer3", "backbone.layer4"))
         out = models.forward(teacher, images, strides=(16, 32))      # out.logits, out.features
@@ -72,6 +74,11 @@ class Adapter(nn.Module):
         asks = output_hidden_states and not self.taps and hasattr(self.model, "config")  # Hugging Face's way of asking
         out = self.model(pixel_values, output_hidden_states=True) if asks else self.model(pixel_values)
         hidden, self.seen = self.seen, []
+        if output_hidden_states and not asks and not self.taps:
+            raise DataError(
+                f"{type(self.model).__name__} has no feature taps, so features cannot be compared; name some of its "
+                "modules in Adapter(..., taps=...)"
+            )
         if asks:
             hidden = list(out.hidden_states)
         return SimpleNamespace(logits=self._logits(out), hidden_states=hidden)
@@ -113,6 +120,15 @@ def timm_taps(model: nn.Module) -> tuple[str, ...]:
             names = [f"{prefix}.{e['module']}" if prefix else str(e["module"]) for e in entries]
             return tuple(name for name in names if name in inside)
     return ()
+
+
+def from_function(name: str, classes: int) -> nn.Module:
+    """What `package.module:function` makes of the number of classes, behind the adapter if it is not yet."""
+    module, _, function = name.partition(":")
+    network = getattr(importlib.import_module(module), function)(classes)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module of it, got {type(network).__name__}")
+    return network if hasattr(network, "pixel_mean") else Adapter(network)
 
 
 class EfficientNetFPN(nn.Module):

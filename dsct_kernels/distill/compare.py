@@ -301,10 +301,15 @@ def device_of(cfg: Config) -> torch.device:
 
 
 def build(name: str, classes: tuple[str, ...], device: torch.device) -> nn.Module:
-    """A network with fresh weights, or one from a folder, its logits as its head makes them; channels_last: faster."""
+    """A network with fresh weights, or one from a folder, its logits as its head makes them; channels_last: faster.
+
+    `package.module:function` calls the function with the number of classes; any module may come of it (see adapter).
+    """
     network: Any
     if name == "efficientnet-lite0":
         network = adapter.efficientnet_fpn(len(classes))
+    elif ":" in name:
+        network = adapter.from_function(name, len(classes))
     else:
         network = models.build(name, classes)
         if type(network).__name__ == "UperNetForSemanticSegmentation":  # it upsamples what its head made
@@ -367,7 +372,7 @@ def train_teacher(job: Job) -> dict[str, Any]:
     objective = Objective(method("alone"), frequency(train, len(classes)), models.Output(torch.empty(0), []), None).to(
         device
     )
-    if cfg.teacher in TEACHER_PRESETS:  # else it is a folder, and ready
+    if not (Path(cfg.teacher) / "config.json").is_file():  # a folder holds a network that is ready
         fit(cfg, train, network, objective, cfg.teacher_steps, cfg.teacher_lr, cfg.teacher_seed, (), None, device)
     result = evaluate(cfg, network, val, len(classes), device)
     save_atomically(job.teacher_file, {"model": network.state_dict(), "result": result})
@@ -549,9 +554,7 @@ def table(rows: Rows, names: list[str], against: list[str], classes: tuple[str, 
         cost = {key: [r[key] for r in mine if r.get(key) is not None] for key in ("ms_per_step", "kept_mb")}
         ms, mb = (f"{statistics.median(v):.0f}" if v else "-" for v in cost.values())
         mean = statistics.fmean(r["miou"] for r in mine)
-        lines.append(
-            f"| {name} | {len(mine)} | {mean:.4f} | {spread} | {' | '.join(cells)} | {better} | {ms} | {mb} |"
-        )
+        lines.append(f"| {name} | {len(mine)} | {mean:.4f} | {spread} | {' | '.join(cells)} | {better} | {ms} | {mb} |")
     lines += [
         "",
         "Against: the mean of the paired differences (same fold, same seed, same crops, same first weights) and its "
@@ -647,8 +650,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=math.inf, help="start no run after that; the same command goes on")
     p.add_argument("--data", choices=tuple(DEFAULTS), help="embedded synthetic scenes, or the Dubai aerial set")
     p.add_argument("--root", metavar="DIR", help="folder of the data set")
-    p.add_argument("--teacher", metavar="NAME|DIR", help=f"{', '.join(TEACHER_PRESETS)}, or a model folder")
-    p.add_argument("--student", metavar="NAME|DIR", help="preset, or a model folder to start from")
+    p.add_argument("--teacher", metavar="NAME|DIR|PACKAGE.MODULE:FUNCTION", help=TEACHER_HELP)
+    p.add_argument("--student", metavar="NAME|DIR|...", help="the same; a folder is where it starts from")
     for name in CONFIG_FLAGS:
         default = getattr(Config(), name)
         choices = ("auto", "cpu", "cuda") if name == "device" else None
@@ -656,6 +659,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+TEACHER_HELP = (
+    f"to train: {', '.join(TEACHER_PRESETS)}, or a function that makes a torch.nn.Module, given the number of classes; "
+    "as it is: a model folder (default efficientnet-lite0)"
+)
 DEFAULT_METHODS = ("alone", "balanced", "kd", "dkd", "cwd", "at", "uniform", "tnkd", "cafd", "tnkd+cafd")
 CONFIG_FLAGS = (
     "teacher_seed", "crop", "batch", "teacher_steps", "student_steps", "teacher_lr", "student_lr", "weight_decay",
@@ -700,10 +707,15 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
         student = build(cfg.student, classes, torch.device("cpu"))
         with_teacher = any(m.teacher for m in chosen.values())
         teacher = build(cfg.teacher, classes, torch.device("cpu")).eval() if with_teacher else None
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"--teacher {cfg.teacher} or --student {cfg.student}: {error}") from error
     with torch.no_grad():
-        said = models.forward(teacher, images, own.strides) if teacher is not None else None
+        strides = strides_read(own)
+        said = models.forward(teacher, images, strides) if teacher is not None else None
+        for who, network in (("--teacher", teacher), ("--student", student)):
+            found = models.forward(network, images).logits.shape[1] if network is not None else len(classes)
+            if found != len(classes):
+                raise ValueError(f"{who}: expected logits of {len(classes)} classes, got {found}")
     for name, one in chosen.items():  # one step of everything, on nothing, so that no setting fails hours later
         out = models.forward(student, images, own.strides if one.features else ())
         objective = Objective(one, torch.full((len(classes),), 1 / len(classes)), out, said)
@@ -714,6 +726,11 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
             raise ValueError(f"method {name!r}: {error}") from error
         if not loss.isfinite():
             raise ValueError(f"method {name!r}: its loss is {loss.item()} on a black image; is a temperature 0?")
+
+
+def strides_read(own: argparse.Namespace) -> tuple[int, ...]:
+    """None, unless a method compares features: a network without taps has none to give."""
+    return own.strides if any(method(text).features for text in own.methods) else ()
 
 
 def work(stage: Callable[[Job], Any], job: Job, threads: int) -> Any:
@@ -750,7 +767,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     own.out.mkdir(parents=True, exist_ok=True)
     jobs = [
-        Job(replace(cfg, val_tiles=folds[fold], seed=seed), text, own.strides, own.out)
+        Job(replace(cfg, val_tiles=folds[fold], seed=seed), text, strides_read(own), own.out)
         for seed in own.seeds
         for fold in own.folds
         for text in own.methods

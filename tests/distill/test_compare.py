@@ -99,6 +99,37 @@ def test_cwd_on_features_learns_the_convolution_that_its_paper_puts_after_the_st
     assert seen["moved"] == [True, True]
 
 
+def own_network(classes: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.Conv2d(8, classes, 1))
+
+
+def seven(_classes: int) -> torch.nn.Module:
+    return own_network(7 + _classes)
+
+
+def own_number(classes: int) -> int:
+    return classes
+
+
+def test_any_module_of_ones_own_is_a_teacher_and_a_student(tmp_path):
+    own = f"{__name__}:own_network"
+    this = compare.Job(replace(TINY, teacher=own, student=own), "cwd", (), tmp_path)
+    compare.train_teacher(this)
+    compare.ask_teacher(this)
+    assert 0 <= compare.run(this)["miou"] <= 1
+
+
+def test_a_teacher_that_a_folder_holds_is_taken_as_it_is(tmp_path, out):
+    classes, _ = compare.classes_of(TINY)
+    torch.manual_seed(5)
+    made = models.build("segformer-tiny", classes)
+    models.save(made, tmp_path / "folder")
+    this = job("cwd", tmp_path, teacher=str(tmp_path / "folder"))
+    compare.train_teacher(this)
+    kept = torch.load(this.teacher_file, weights_only=True)["model"]
+    assert all(torch.equal(v, kept[k]) for k, v in made.state_dict().items())
+
+
 def test_upernets_logits_are_taken_before_it_resizes_them():
     network = compare.build("upernet-tiny", ("a", "b", "c"), torch.device("cpu")).eval()
     with torch.no_grad():
@@ -338,6 +369,11 @@ def test_a_run_that_fails_is_named_and_costs_no_other(tmp_path, capsys, monkeypa
         (["--jobs", "0"], "--jobs: expected 1 or more, got 0"),
         (["--student", "resnet"], "resnet: neither a model folder"),
         (["--teacher", "nowhere"], "nowhere: neither a model folder"),
+        (["--teacher", "no_such_package:make"], "No module named 'no_such_package'"),
+        (["--teacher", "torch:no_such_function"], "no_such_function"),
+        (["--student", f"{__name__}:own_number"], "own_number: expected a torch.nn.Module of it, got int"),
+        (["--student", f"{__name__}:seven"], "--student: expected logits of"),
+        (["--student", f"{__name__}:own_network", "--methods", "alone,at"], "has no feature taps"),
         (["--data", "dubai"], "--data dubai needs --root DIR"),
         (["--data", "dubai", "--root", "/no/such"], "/no/such: no such folder"),
     ],
