@@ -260,11 +260,13 @@ def regress(
     agree: float = 0.0,
     balance: float = 0.0,
     centre: str = "positions",
+    common: float = 1.0,
 ) -> torch.Tensor:
     """Half the mean square of the logits' difference, centred over the labelled positions per class ("positions"), over
     classes per position ("classes"), both ("both") or not at all ("no"). fix: where the teacher's logit of the label is
     not above all others by so much, it is raised until it is. agree=1: only where the teacher says the label. balance:
-    positions weigh 1 / frequency^balance of their label."""
+    positions weigh 1 / frequency^balance of their label. common: weight of what all classes share at a position,
+    the mean over classes, which a softmax over classes cannot see."""
     one_of("centre", centre, ("positions", "classes", "both", "no"))
     s, t = same_size(student, teacher)
     share = shares(target, s.shape[1], (s.shape[-2], s.shape[-1]))
@@ -282,6 +284,8 @@ def regress(
     d = s - t
     if centre in ("classes", "both"):
         d = d - d.mean(1, keepdim=True)
+    if common != 1:
+        d = d + (common**0.5 - 1) * d.mean(1, keepdim=True)
     if centre in ("positions", "both"):
         d = d - (w * d).sum((2, 3), keepdim=True)
     return 0.5 * (w * d.square()).sum((2, 3)).mean()
