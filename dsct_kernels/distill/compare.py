@@ -18,6 +18,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -697,6 +699,10 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
     if min(own.seeds) < 0:
         raise ValueError(f"--seeds: expected 0 or more, got {min(own.seeds)}")
     chosen = {name: method(name) for name in own.methods}
+    same = {(m.parts, m.balance): name for name, m in chosen.items()}
+    for name, m in chosen.items():
+        if same[m.parts, m.balance] != name:
+            raise ValueError(f"--methods: {name!r} and {same[m.parts, m.balance]!r} are the same")
     missing = [name for name in own.against if name not in chosen]
     if missing:
         raise ValueError(f"--against: {missing[0]!r} is not one of --methods")
@@ -741,10 +747,45 @@ def work(stage: Callable[[Job], Any], job: Job, threads: int) -> Any:
     return stage(job)
 
 
-def _ignore_ctrl_c() -> None:
+def _die_quietly() -> None:
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the workers too; the main process says what is left
+
+
+class Workers:
+    """Carries jobs out, `jobs` at a time, and writes each finished run at once."""
+
+    def __init__(self, own: argparse.Namespace, file: Path):
+        self.own, self.file, self.started, self.failed = own, file, time.perf_counter(), 0
+        self.pool = ProcessPoolExecutor(own.jobs, multiprocessing.get_context("spawn"), _die_quietly)
+
+    def in_time(self) -> bool:
+        return time.perf_counter() - self.started < 60 * float(self.own.minutes)
+
+    def carry_out(self, stage: str, function: Callable[[Job], Any], waiting: list[Job]) -> None:
+        running: dict[Future[Any], Job] = {}
+        while running or (waiting and self.in_time()):
+            while waiting and len(running) < self.own.jobs and self.in_time():
+                job = waiting.pop(0)
+                running[self.pool.submit(work, function, job, self.own.threads)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                self.finish(stage, running.pop(future), future)
+
+    def finish(self, stage: str, job: Job, future: "Future[Any]") -> None:
+        place = f"{'+'.join(job.cfg.val_tiles or ())} seed {job.cfg.seed}"
+        head = f"[{time.perf_counter() - self.started:5.0f} s] {place} {job.method if stage == 'run' else stage}:"
+        try:
+            value = future.result()
+        except BrokenProcessPool:
+            raise
+        except Exception as error:
+            self.failed += 1
+            print(f"{head} FAILED: {error!r}", flush=True)
+            return
+        print(f"{head} " + (f"mIoU {value['miou']:.4f}" if value else "kept"), flush=True)
+        if stage == "run":
+            append_row(self.file, {**row_of(job), **value})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -777,43 +818,23 @@ def main(argv: list[str] | None = None) -> int:
     finished = {row["key"] for row in rows}
     todo = [job for job in jobs if job.key not in finished]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
-    stages = (
-        ("teacher", train_teacher, {j.teacher_file: j for j in todo if method(j.method).teacher}),
-        ("answers", ask_teacher, {j.answers_file: j for j in todo if method(j.method).teacher}),
-        ("run", run, {Path(j.key): j for j in todo}),
-    )
-    started = time.perf_counter()
-    failed, stopped = 0, False
+    workers = Workers(own, file)
+    taught = [job for job in todo if method(job.method).teacher]
+    died = False
     try:
-        with multiprocessing.get_context("spawn").Pool(own.jobs, _ignore_ctrl_c) as pool:
-            for stage, function, these in stages:
-                waiting = [job for path, job in these.items() if stage == "run" or not path.is_file()]
-                running: list[tuple[Job, Any]] = []
-                while waiting or running:
-                    stopped = time.perf_counter() - started > 60 * own.minutes
-                    if stopped and not running:
-                        break
-                    while waiting and len(running) < own.jobs and not stopped:
-                        job = waiting.pop(0)
-                        running.append((job, pool.apply_async(work, (function, job, own.threads))))
-                    for job, result in [pair for pair in running if pair[1].ready()]:
-                        running.remove((job, result))
-                        place = f"{'+'.join(job.cfg.val_tiles or ())} seed {job.cfg.seed}"
-                        what = job.method if stage == "run" else stage
-                        head = f"[{time.perf_counter() - started:5.0f} s] {place} {what}:"
-                        try:
-                            value = result.get()
-                        except Exception as error:
-                            failed += 1
-                            print(f"{head} FAILED: {error!r}", flush=True)
-                            continue
-                        print(f"{head} " + (f"mIoU {value['miou']:.4f}" if value else "kept"), flush=True)
-                        if stage == "run":
-                            append_row(file, {**row_of(job), **value})
-                    time.sleep(0.05)
+        teachers = {job.teacher_file: job for job in taught if not job.teacher_file.is_file()}
+        workers.carry_out("teacher", train_teacher, list(teachers.values()))
+        answers = {job.answers_file: job for job in taught if not job.answers_file.is_file()}
+        workers.carry_out("answers", ask_teacher, [job for job in answers.values() if job.teacher_file.is_file()])
+        workers.carry_out("run", run, [j for j in todo if not method(j.method).teacher or j.answers_file.is_file()])
+    except BrokenProcessPool:
+        died = True
+        print("error: a worker was killed, perhaps for want of memory; the same command goes on", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        workers.pool.shutdown(cancel_futures=True)
     rows = [{**row, "method": wanted[row["key"]].method} for row in read_rows(file) if row["key"] in wanted]
     if rows:
         text = table(rows, list(own.methods), list(own.against), classes)
@@ -821,11 +842,9 @@ def main(argv: list[str] | None = None) -> int:
         replace_file(own.out / "comparison.md", f"{text}\n`{command}`\n".encode())
         chart(own.out / "comparison.png", rows, list(own.methods), own.against[0])
         print(text)
-    if stopped:
-        print(
-            f"stopped after {own.minutes:g} minutes with {len(jobs) - len(rows)} runs to go; the same command goes on"
-        )
-    return 1 if failed else 0
+    if len(rows) < len(jobs):
+        print(f"{len(jobs) - len(rows)} runs to go; the same command goes on")
+    return 1 if workers.failed or died else 0
 
 
 def row_of(job: Job) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +109,12 @@ def own_network(classes: int) -> torch.nn.Module:
 
 def seven(_classes: int) -> torch.nn.Module:
     return own_network(7 + _classes)
+
+
+def own_victim(classes: int) -> torch.nn.Module:
+    if multiprocessing.parent_process() is not None:  # in a worker
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own_network(classes)
 
 
 def own_number(classes: int) -> int:
@@ -297,35 +307,51 @@ def scores(text: str) -> list[list[str]]:
 def serial(monkeypatch, ran: list[str]) -> None:
     """Runs in this process: what a worker does without the seconds that starting one takes."""
 
-    class Pool:
+    class Here:
         def __init__(self, *_):
             pass
 
-        def __enter__(self):
-            return self
+        def submit(self, function, stage, *rest):
+            ran.append(stage.__name__)
+            future = Future()
+            try:
+                future.set_result(function(stage, *rest))
+            except Exception as error:
+                future.set_exception(error)
+            return future
 
-        def __exit__(self, *_):
-            return None
+        def shutdown(self, **_):
+            pass
 
-        def apply_async(self, function, args):
-            ran.append(args[0].__name__)
-            return Done(function, args)
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
 
-    class Done:
-        def __init__(self, function, args):
-            self.call = lambda: function(*args)
 
-        def ready(self):
-            return True
+def test_a_worker_that_is_killed_ends_the_comparison_and_keeps_what_was_done(tmp_path, capsys):
+    own = f"{__name__}:own_victim"
+    (tmp_path / "runs.jsonl").write_text('{"key": "of another comparison"}\n')
+    typed = ["compare", *TYPED, "--out", str(tmp_path), "--folds", "0", "--seeds", "0", "--methods", "alone"]
+    assert cli.main([*typed, "--student", own]) == 1
+    said = capsys.readouterr()
+    assert "a worker was killed" in said.err
+    assert "1 runs to go; the same command goes on" in said.out
+    assert (tmp_path / "runs.jsonl").read_text() == '{"key": "of another comparison"}\n'
 
-        def get(self):
-            return self.call()
 
-    class Context:
-        pass
+def test_a_teacher_that_fails_is_named_once_and_what_needs_none_runs(tmp_path, capsys, monkeypatch):
+    ran = []
+    serial(monkeypatch, ran)
 
-    Context.Pool = Pool
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda _kind: Context())
+    def train_teacher(job):
+        raise FloatingPointError("the loss was not finite in 2 of 2 steps")
+
+    monkeypatch.setattr(compare, "train_teacher", train_teacher)
+    typed = ["compare", *TYPED, "--out", str(tmp_path), "--folds", "0", "--seeds", "0", "--methods", "alone,kd,cwd"]
+    assert cli.main(typed) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED") == 1
+    assert "teacher: FAILED: FloatingPointError" in out
+    assert ran == ["train_teacher", "run"]
+    assert "2 runs to go" in out
 
 
 def test_real_workers_do_it_too_and_no_time_is_no_run(tmp_path, capsys):
@@ -358,6 +384,7 @@ def test_a_run_that_fails_is_named_and_costs_no_other(tmp_path, capsys, monkeypa
     [
         (["--methods", "alone,cdw"], "'cdw' is none of"),
         (["--methods", "alone,alone"], "--methods: expected different values"),
+        (["--methods", "alone,cwd,cwd:temperature=4"], "--methods: 'cwd' and 'cwd:temperature=4' are the same"),
         (["--methods", "alone,cwd:temperature=0"], "method 'cwd:temperature=0'"),
         (["--methods", "alone,over_positions:weights=heavy"], "method 'over_positions:weights=heavy'"),
         (["--against", "cwd", "--methods", "alone"], "--against: 'cwd' is not one of --methods"),
