@@ -6,6 +6,8 @@ All read logits at their own resolution (N, K, h, w). i runs over positions, c o
 import torch
 import torch.nn.functional as F
 
+from dsct_kernels import tnkd_loss
+
 from .rivals import IGNORE, at_labels, same_size
 
 
@@ -289,3 +291,24 @@ def regress(
     if centre in ("positions", "both"):
         d = d - (w * d).sum((2, 3), keepdim=True)
     return 0.5 * (w * d.square()).sum((2, 3)).mean()
+
+
+def aligned(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 4.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """TNKD per pixel of a student whose classes are shifted, each by one number per sample, to the teacher's mean over
+    the labelled cells: how much of a class the crop has is left to the cross-entropy, where it is is taught."""
+    s, t = same_size(student, teacher)
+    w = shares(target, s.shape[1], (s.shape[-2], s.shape[-1])).sum(1, keepdim=True)
+    w = w / w.sum((2, 3), keepdim=True).clamp(min=1e-6)
+    s = s - (w * (s - t)).sum((2, 3), keepdim=True)
+    return tnkd_loss(
+        s, t, target, alpha=alpha, beta=beta, temperature=temperature, ignore_index=IGNORE, backend=backend
+    )

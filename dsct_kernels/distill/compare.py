@@ -107,6 +107,7 @@ TERMS: dict[str, Term] = {
         candidates.regress,
         weight=3.0,
     ),
+    "aligned": Term(_labelled(candidates.aligned), candidates.aligned, weight=3.0),
     "affinity": Term(_features(candidates.affinity), candidates.affinity, features=True),
     "balanced_kd": Term(
         lambda b, **s: candidates.balanced_kd(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),

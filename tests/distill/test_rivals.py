@@ -203,6 +203,15 @@ def test_a_fixed_teacher_says_the_label_and_all_else_as_before():
     assert plain == pytest.approx(candidates.centred(s, t).item(), rel=1e-5)
 
 
+def test_aligned_tnkd_does_not_see_what_is_added_to_a_class_of_a_whole_sample():
+    s, t = pair((2, 5, 4, 4))
+    y = labels((2, 5, 4, 4))
+    moved = s + torch.randn(2, 5, 1, 1)
+    assert candidates.aligned(moved, t, y).item() == pytest.approx(candidates.aligned(s, t, y).item(), rel=1e-4)
+    assert candidates.aligned(t + torch.randn(2, 5, 1, 1), t, y).item() == pytest.approx(0, abs=1e-6)
+    assert tnkd_loss(moved, t, y).item() != pytest.approx(tnkd_loss(s, t, y).item(), rel=0.02)
+
+
 def test_jaccard_of_certain_networks_is_one_minus_the_mean_iou_of_their_maps():
     g = torch.Generator().manual_seed(3)
     a, b = torch.randint(4, (2, 6, 6), generator=g), torch.randint(4, (2, 6, 6), generator=g)
@@ -236,6 +245,7 @@ def test_shares_say_how_much_of_a_cell_is_which_class():
         lambda s, t, y: candidates.jaccard(s, t, y),
         lambda s, t, y: candidates.local(s, t, windows=2),
         lambda s, t, y: candidates.centred(s, t),
+        lambda s, t, y: candidates.aligned(s, t, y),
         lambda s, t, y: candidates.affinity([s], [t], attention=1),
     ],
     ids=[
@@ -250,6 +260,7 @@ def test_shares_say_how_much_of_a_cell_is_which_class():
         "jaccard",
         "local",
         "centred",
+        "aligned",
         "affinity",
     ],
 )
