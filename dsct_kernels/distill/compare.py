@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsct_kernels import cafd_loss, tnkd_loss
+from dsct_kernels import cafd_loss, dsct_loss, tnkd_loss
 
 from . import adapter, candidates, data, models, rivals
 from .config import DEFAULTS, Config
@@ -68,6 +68,11 @@ def _condensed(b: Batch, *, temperature: float = 4.0) -> torch.Tensor:
     return temperature**2 * cafd_loss(*pair, spatial_temperature=temperature)
 
 
+def _dsct(b: Batch, **settings: Any) -> torch.Tensor:
+    pair, features = (b.student.logits, b.teacher.logits), (b.student.features, b.teacher.features)
+    return dsct_loss(*pair, b.target, *features, ce_weight=0.0, ignore_index=data.IGNORE, **settings).total
+
+
 @dataclass(frozen=True)
 class Term:
     """One loss that a method may add to the cross-entropy."""
@@ -92,6 +97,7 @@ TERMS: dict[str, Term] = {
         lambda b, **s: tnkd_loss(b.student.logits, b.teacher.logits, b.target, ignore_index=data.IGNORE, **s), tnkd_loss
     ),
     "cafd": Term(_features(cafd_loss), cafd_loss, features=True),
+    "dsct": Term(_dsct, dsct_loss, features=True),
     "condensed": Term(_condensed, _condensed, weight=3.0),
     "matched": Term(_logits(candidates.matched), candidates.matched, weight=3.0),
     "over_positions": Term(_labelled(candidates.over_positions), candidates.over_positions, weight=3.0),
@@ -141,6 +147,9 @@ class Method:
         return any(TERMS[part.term].teacher for part in self.parts)
 
 
+NOT_SETTINGS = ("ignore_index", "backend", "reduction", "align_corners", "ce_weight", "class_weight")
+
+
 def method_settings(name: str) -> dict[str, Any]:
     """What may be set in a method's part, with the defaults."""
     if name == "alone":
@@ -149,7 +158,7 @@ def method_settings(name: str) -> dict[str, Any]:
         return {"power": 0.5}
     keywords = inspect.signature(TERMS[name].reads).parameters.values()
     known = {p.name: p.default for p in keywords if p.kind is p.KEYWORD_ONLY}
-    known = {k: v for k, v in known.items() if k not in ("ignore_index", "backend", "reduction", "align_corners")}
+    known = {k: v for k, v in known.items() if k not in NOT_SETTINGS}
     return {"weight": TERMS[name].weight, "anneal": "no", **known}
 
 
@@ -666,7 +675,7 @@ TEACHER_HELP = (
     f"to train: {', '.join(TEACHER_PRESETS)}, or a function that makes a torch.nn.Module, given the number of classes; "
     "as it is: a model folder (default efficientnet-lite0)"
 )
-DEFAULT_METHODS = ("alone", "balanced", "kd", "dkd", "cwd", "at", "uniform", "tnkd", "cafd", "tnkd+cafd")
+DEFAULT_METHODS = ("alone", "balanced", "kd", "dkd", "cwd", "at", "uniform", "tnkd", "cafd", "dsct")
 CONFIG_FLAGS = (
     "teacher_seed", "crop", "batch", "teacher_steps", "student_steps", "teacher_lr", "student_lr", "weight_decay",
     "scale_jitter", "colour_jitter", "scenes", "scene_size", "downscale", "window", "cache_mb", "device",
