@@ -48,5 +48,6 @@ package:
 abi:
 	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(OTHER_TORCH)" $(PYTEST)
 
+# What can be built again. Not runs/: trained models are hours of work that no command here brings back.
 clean:
-	rm -rf $(VENV) build dist *.egg-info dsct_kernels/*.so runs
+	rm -rf $(VENV) build dist *.egg-info dsct_kernels/*.so

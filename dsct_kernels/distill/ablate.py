@@ -5,8 +5,6 @@ every arm with every seed on every fold. All else that `dsct-distill` takes is t
 its run ends, and the same command again does only what is missing.
 """
 
-import argparse
-import json
 import multiprocessing
 import statistics
 import sys
@@ -16,9 +14,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import data, models
-from .cli import config_from, parser
+from . import check, data, models
+from .cli import Parser, config_from, failed, one_line, parser
 from .config import Config, phase_folder
+from .files import DataError, only_writer, replace_file, write_json
 
 FOLDS = 3
 
@@ -54,13 +53,15 @@ def run_one(job: "Job", threads: int) -> dict[str, Any]:
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    run = Run(job.cfg, job.folder, pixels=_pixels(pixel_config(job.cfg)))
-    if job.arm not in run.results:
-        teacher = None
-        if job.arm not in ("teacher", "alone"):
-            teacher = models.load(job.teacher, run.classes).to(run.device)
-        run.phase(job.arm, teacher)
-        run.close()
+    pixels = _pixels(pixel_config(job.cfg))
+    with only_writer(job.folder):
+        run = Run(job.cfg, job.folder, pixels=pixels)
+        if job.arm not in run.results:
+            teacher = None
+            if job.arm not in ("teacher", "alone"):
+                teacher = models.load(job.teacher, run.classes).to(run.device)
+            run.phase(job.arm, teacher)
+            run.close()
     return {**run.results[job.arm], "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -96,7 +97,7 @@ def jobs_of(cfg: Config, out: Path, folds: list[tuple[str, ...]], seeds: int, te
 
 def summary(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> str:
     """Markdown: mean and spread of mIoU per arm, and the paired difference to the student alone."""
-    score = {(r["arm"], r["fold"], r["seed"]): r["miou"] for r in rows}
+    score = {(r["arm"], r["fold"], r["seed"]): r["miou"] for r in rows if r["miou"] is not None}
     folds = sorted({r["fold"] for r in rows})
     lines = ["| | " + " | ".join(folds) + " | mean mIoU | spread over seeds | against alone | better in |"]
     lines.append("| --- |" + " --- |" * (len(folds) + 4))
@@ -127,15 +128,27 @@ def summary(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> str:
 
 
 def write(out: Path, rows: list[dict[str, Any]], cfg: Config, command: list[str]) -> None:
-    from .loop import replace_file
-
-    content = {"command": command, "config": asdict(cfg), "runs": rows}
-    replace_file(out / "ablation.json", json.dumps(content, indent=1).encode())
+    write_json(out / "ablation.json", {"command": command, "config": asdict(cfg), "runs": rows}, indent=1)
     replace_file(out / "ablation.md", summary(rows, cfg.arms).encode())
 
 
+def check_own(own: Any, given: dict[str, Any]) -> None:
+    for name in ("seeds", "jobs", "threads"):
+        if getattr(own, name) < 1:
+            raise ValueError(f"--{name}: expected a whole number >= 1, got {getattr(own, name)}")
+    if not own.minutes > 0:
+        raise ValueError(f"--minutes: expected a number > 0, got {own.minutes}")
+    if len(set(own.folds)) != len(own.folds) or not set(own.folds) <= set(range(FOLDS)):
+        raise ValueError(f"--folds: expected some of 0,1,2, each once, got {','.join(map(str, own.folds))}")
+    if own.teachers is not None and not own.teachers.is_dir():
+        raise ValueError(f"--teachers {own.teachers}: no such folder")
+    for name in ("resume", "val_tiles"):
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')}: not for an ablation, which goes by itself over its folds")
+
+
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m dsct_kernels.distill.ablate", description=__doc__, allow_abbrev=False)
+    p = Parser(prog="python -m dsct_kernels.distill.ablate", description=__doc__, allow_abbrev=False)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--jobs", type=int, default=1, help="processes at a time; they share the GPU or the cores")
@@ -147,12 +160,21 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser().parse_args(rest))
     given.setdefault("arms", ("alone", "cafd", "tnkd", "dsct"))
     try:
+        check_own(own, given)
         cfg = config_from(given)
+        check.settings(cfg)
         folds = [folds_of(cfg)[k] for k in own.folds]
-    except (data.DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    own.out.mkdir(parents=True, exist_ok=True)
+        for fold in folds:
+            if not fold:
+                raise ValueError(f"--folds: too few groups of tiles for {FOLDS} folds, one would be empty")
+            check.everything(replace(cfg, val_tiles=fold))
+        with only_writer(own.out):
+            return ablate(own, cfg, folds, argv)
+    except (DataError, ValueError) as error:
+        return failed(error)
+
+
+def ablate(own: Any, cfg: Config, folds: list[tuple[str, ...]], argv: list[str] | None) -> int:
     todo = jobs_of(cfg, own.out, folds, own.seeds, own.teachers)
     trained = {job.teacher for job in todo} - {job.teacher for job in todo if job.arm == "teacher"}
     command = ["python", "-m", "dsct_kernels.distill.ablate", *(argv if argv is not None else sys.argv[1:])]
@@ -172,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                     value = result.get()
                 except Exception as error:
                     failed += 1
-                    print(f"{head} FAILED: {error!r}", flush=True)
+                    print(f"{head} FAILED: {type(error).__name__}: {one_line(error)}", flush=True)
                     if job.arm == "teacher":
                         todo = [other for other in todo if other.teacher != job.teacher]
                     continue
@@ -180,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
                     trained.add(job.teacher)
                 rows.append({"fold": job.fold, "arm": job.arm, "seed": job.seed, **value})
                 write(own.out, rows, cfg, command)
-                print(f"{head} mIoU {value['miou']:.4f} in {value['seconds']:.0f} s", flush=True)
+                score = "no mIoU" if value["miou"] is None else f"mIoU {value['miou']:.4f}"
+                print(f"{head} {score} in {value['seconds']:.0f} s", flush=True)
             time.sleep(0.1)
     if todo or running:
         print(f"stopped after {own.minutes} minutes with {len(todo) + len(running)} runs to go")

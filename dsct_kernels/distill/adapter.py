@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import models
-from .data import DataError
+from .files import DataError
 
 Pick = Callable[[Any], torch.Tensor]
 

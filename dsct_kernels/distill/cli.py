@@ -5,15 +5,28 @@ import sys
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from .config import DEFAULTS, Config, Loss, arm_loss
+from . import check
+from .config import CHOICES, DEFAULTS, MAY_CHANGE, Config, Loss, arm_loss, flag, phase_folder
+from .files import DataError, only_writer
 
-INTERRUPTED = 130
+INTERRUPTED, DIVERGED = 130, 3
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage of fifty options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="dsct-distill",
         description="Train a teacher, a student alone and the student with DSCT, and compare the three.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -23,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--root", metavar="DIR", help="folder of the data set")
     p.add_argument("--val-tiles", type=commas, metavar="A,B", help="tiles to validate on (default: every third)")
     p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/DATE)")
-    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run; its own settings hold")
+    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with an interrupted run; its settings hold, but "
+        + ", ".join(flag(name) for name in MAY_CHANGE if name != "pictures") + " and --no-pictures may be given anew")  # fmt: skip
     p.add_argument("--teacher", metavar="NAME|DIR", help="preset to train, or a model folder that is used as it is")
     p.add_argument("--student", metavar="NAME|DIR", help="preset, or a model folder to start from")
     p.add_argument(
@@ -39,13 +53,8 @@ def parser() -> argparse.ArgumentParser:
     for f in fields(Config):
         if f.name not in own:
             kind = type(f.default)
-            choices = {"precision": ("auto", "no", "bf16", "fp16"), "device": ("auto", "cpu", "cuda")}.get(f.name)
-            p.add_argument(flag(f.name), type=kind, choices=choices, help=help_default(f.name, f.default))
+            p.add_argument(flag(f.name), type=kind, choices=CHOICES.get(f.name), help=help_default(f.name, f.default))
     return p
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def commas(text: str) -> tuple[str, ...]:
@@ -72,7 +81,21 @@ def config_from(given: dict[str, Any]) -> Config:
     return cfg
 
 
+def corrected(cfg: Config, given: dict[str, Any]) -> Config:
+    """A run under way with the settings that may change. Raises ValueError for another that differs."""
+    loss = {f.name for f in fields(Loss)}
+    for name, value in given.items():
+        before = getattr(cfg.loss if name in loss else cfg, name)
+        if value != before and name not in MAY_CHANGE:
+            may = ", ".join("--no-pictures" if n == "pictures" else flag(n) for n in MAY_CHANGE)
+            raise ValueError(f"{flag(name)} cannot change in a run under way, which has {before!r}; these can: {may}")
+    return replace(cfg, **{name: value for name, value in given.items() if name in MAY_CHANGE})
+
+
 def main(argv: list[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file name need not be valid text
+            stream.reconfigure(errors="backslashreplace")
     typed = sys.argv[1:] if argv is None else argv
     if typed[:1] == ["compare"]:
         from . import compare
@@ -81,21 +104,37 @@ def main(argv: list[str] | None = None) -> int:
     p = parser()
     given = vars(p.parse_args(argv))
     resume, out = given.pop("resume", None), given.pop("out", None)
-    if resume is not None:
-        if given or out:
-            p.error("--resume takes its settings from the run; give no others")
-        if not (resume / "config.json").is_file():
-            p.error(f"--resume {resume}: no config.json there, so it is no run folder")
-        folder, cfg = resume, Config.load(resume / "config.json")
-    else:
-        folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        if any((folder / name).exists() for name in ("results.json", "checkpoint.pt")):
-            p.error(f"--out {folder} holds a run already; go on with --resume {folder}, or name another folder")
-        try:
+    where = ""
+    try:
+        if resume is not None:
+            if out is not None:
+                p.error(f"--out {out}: a run that goes on stays in its folder, --resume {resume}")
+            if not (resume / "config.json").is_file():
+                p.error(f"--resume {resume}: no config.json there, so it is no run folder")
+            folder, saved = resume, Config.load(resume / "config.json")
+            where = f"{resume / 'config.json'}: "
+            check.settings(saved)
+            where = f"--resume {resume}: "
+            cfg = corrected(saved, given)
+        else:
+            folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
             cfg = config_from(given)
-        except ValueError as error:
-            p.error(str(error))
+        check.settings(cfg)
+        if resume is None:
+            for name in ("results.json", "checkpoint.pt", *map(phase_folder, ("teacher", *cfg.arms))):
+                if (folder / name).exists():
+                    p.error(f"--out {folder} holds a run already ({name}); go on with --resume {folder}, "
+                            "or name another folder")  # fmt: skip
+    except ValueError as error:
+        p.error(where + str(error))
+    except DataError as error:
+        return failed(error)
     return run(cfg, folder)
+
+
+def failed(error: Exception) -> int:
+    print(f"error: {one_line(error)}", file=sys.stderr)
+    return 2
 
 
 def run(cfg: Config, folder: Path) -> int:
@@ -104,42 +143,49 @@ def run(cfg: Config, folder: Path) -> int:
     from transformers.utils import logging
 
     from . import report
-    from .data import DataError
-    from .loop import Interrupted, Run
+    from .loop import Interrupted, Run, load_pixels, make_accelerator
 
     logging.disable_progress_bar()
-    console = Console()
+    text: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # a path is text, whatever it holds
+    console = Console(**text)
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=140, **text)
     columns = (
-        TextColumn("{task.description:>10}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
+        TextColumn("{task.description:>10}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[losses]}", markup=False),
     )  # fmt: skip
     try:
-        with Progress(*columns, console=console) as progress:
-            this = Run(cfg, folder, progress)
-            this.stop_on_ctrl_c()
-            train, val = this.train_pixels.tiles, this.val_pixels.tiles
-            this.say(
-                f"{cfg.data}: {len(train)} tiles to train on, {len(val)} to validate on "
-                f"({', '.join(sorted({t.group for t in val}))}); {this.device}, {this.accelerator.mixed_precision}"
-            )
-            trained = this.all()
-    except DataError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        return 2
+        check.everything(cfg)
+    except (DataError, ValueError) as error:
+        return failed(error)
+    try:
+        pixels = load_pixels(cfg, make_accelerator(cfg).device)
+        with only_writer(folder):
+            with Progress(*columns, console=console) as progress:
+                this = Run(cfg, folder, progress, pixels)
+                this.stop_on_ctrl_c()
+                train, val = this.train_pixels.tiles, this.val_pixels.tiles
+                this.say(
+                    f"{cfg.data}: {len(train)} tiles to train on, {len(val)} to validate on "
+                    f"({', '.join(sorted({t.group for t in val}))}); {this.device}, {this.accelerator.mixed_precision}"
+                )
+                trained = this.all()
+            if this.main:
+                this.close()
+                if cfg.pictures:
+                    report.curves(folder)
+                    report.predictions(this, trained)
+                    report.attention(this, trained)
+                console.print(report.table(this.results, this.classes, cfg.crop, cfg.batch))
+                console.print(f"run folder: {folder}", soft_wrap=True)
+    except (DataError, OSError) as error:  # a full disk, a folder that may not be written
+        return failed(error)
     except Interrupted:
-        console.print(f"interrupted; go on with: dsct-distill --resume {folder}", highlight=False, soft_wrap=True)
+        console.print(f"interrupted; go on with: dsct-distill --resume {folder}", soft_wrap=True)
         return INTERRUPTED
-    if this.main:
-        this.close()
-        if cfg.pictures:
-            report.curves(folder)
-            report.predictions(this, trained)
-            report.attention(this, trained)
-        console.print(report.table(this.results, this.classes, cfg.crop, cfg.batch))
-        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-    return 0
+    for warning in this.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
+    return DIVERGED if any(result.get("diverged") for result in this.results.values()) else 0
 
 
 if __name__ == "__main__":

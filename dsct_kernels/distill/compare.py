@@ -32,9 +32,10 @@ from torch import nn
 from dsct_kernels import cafd_loss, dsct_loss, tnkd_loss
 
 from . import adapter, candidates, data, models, rivals
-from .config import DEFAULTS, Config
-from .loop import classes_of, load_pixels, load_tiles, replace_file, schedule, seed_everything, window_starts
-
+from . import check as settings_check
+from .config import DEFAULTS, Config, flag
+from .files import DataError, replace_file
+from .loop import classes_of, load_pixels, load_tiles, schedule, seed_everything, window_starts
 FOLDS = 3
 TEACHER_PRESETS = ("efficientnet-lite0", *models.PRESETS)
 
@@ -622,7 +623,7 @@ def read_rows(path: Path) -> Rows:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise data.DataError(f"{path}, line {number}: not a finished run ({error})") from error
+            raise DataError(f"{path}, line {number}: not a finished run ({error})") from error
     return rows
 
 
@@ -634,7 +635,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    from .cli import commas, flag, help_default, strides
+    from .cli import commas, help_default, strides
 
     terms = "; ".join(
         f"{name} ({', '.join(f'{k}={v}' for k, v in method_settings(name).items())})" for name in ("balanced", *TERMS)
@@ -699,9 +700,8 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
             raise ValueError(f"{name}: expected different values, got {','.join(map(str, values))}")
     if not set(own.folds) <= set(range(FOLDS)):
         raise ValueError(f"--folds: expected some of 0,1,2, got {','.join(map(str, own.folds))}")
-    for name, number in (("--jobs", own.jobs), ("--threads", own.threads), ("--crop", cfg.crop), ("--batch", cfg.batch),
-                         ("--teacher-steps", cfg.teacher_steps), ("--student-steps", cfg.student_steps),
-                         ("--window", cfg.window), *(("--strides", s) for s in own.strides)):  # fmt: skip
+    settings_check.settings(replace(cfg, arms=("alone",)))  # a comparison has methods in their place
+    for name, number in (("--jobs", own.jobs), ("--threads", own.threads), *(("--strides", s) for s in own.strides)):
         if number < 1:
             raise ValueError(f"{name}: expected 1 or more, got {number}")
     if cfg.crop % 32:
@@ -813,7 +813,7 @@ def main(argv: list[str] | None = None) -> int:
         check(own, cfg)
         file = own.out / "runs.jsonl"
         rows = read_rows(file)
-    except (data.DataError, ValueError) as error:
+    except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     own.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Every knob of a run, with the defaults of each data set; saved as config.json in the run folder."""
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .files import DataError, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,32 @@ class Config:
     pictures: bool = True
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
     @staticmethod
     def load(path: Path) -> "Config":
-        saved: dict[str, Any] = json.loads(path.read_text())
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        loss: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.pop("loss").items()}
-        return Config(**saved, loss=Loss(**loss))
+        """What `save` wrote. Values are for `check.settings` to judge, here it is only the shape that counts."""
+        saved = read_json(path)
+        _same_keys(path, "", saved, Config)
+        if not isinstance(saved["loss"], dict):
+            raise DataError(f"{path}: loss: expected an object, got {saved['loss']!r}")
+        _same_keys(path, "loss.", saved["loss"], Loss)
+        loss = Loss(**_tuples(saved.pop("loss")))
+        return Config(**_tuples(saved), loss=loss)
+
+
+def _tuples(saved: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+
+
+def _same_keys(path: Path, prefix: str, saved: dict[str, Any], kind: type[Any]) -> None:
+    expected = [f.name for f in fields(kind)]
+    for name in expected:
+        if name not in saved:
+            raise DataError(f"{path}: the setting {prefix}{name} is missing")
+    for name in saved:
+        if name not in expected:
+            raise DataError(f"{path}: unknown setting {prefix + name!r}")
 
 
 # What differs from the class defaults above, per data set.
@@ -85,6 +104,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+CHOICES = {
+    "precision": ("auto", "no", "bf16", "fp16"),
+    "device": ("auto", "cpu", "cuda"),
+    "backend": ("auto", "reference", "native", "triton"),
+}
+
+# What a run under way may change, since no number depends on it.
+MAY_CHANGE = ("device", "backend", "pictures", "root", "cache_mb", "log_every", "eval_every", "checkpoint_every")
+
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"tnkd_weight": 0.0, "cafd_weight": 0.0},
     "cafd": {"tnkd_weight": 0.0},
@@ -97,17 +125,25 @@ def arm_loss(arm: str, base: Loss) -> Loss:
     """`dsct`, or with changes for a search: `dsct:temperature=4:strides=16+32`."""
     name, *changes = arm.split(":")
     if name not in ARMS:
-        raise ValueError(f"arm {arm!r}: {name!r} is not one of {', '.join(ARMS)}")
+        raise ValueError(f"--arms {arm}: {name!r} is not one of {', '.join(ARMS)}")
     loss = replace(base, **ARMS[name])
     for change in changes:
         key, _, value = change.partition("=")
         if key not in {f.name for f in fields(Loss)}:
             raise ValueError(
-                f"arm {arm!r}: no loss setting {key!r}; there are: {', '.join(f.name for f in fields(Loss))}"
+                f"--arms {arm}: no loss setting {key!r}; there are: {', '.join(f.name for f in fields(Loss))}"
             )
-        parsed: Any = tuple(map(int, value.split("+"))) if key == "strides" else float(value)
+        try:
+            parsed: Any = tuple(map(int, value.split("+"))) if key == "strides" else float(value)
+        except ValueError as error:
+            expected = "whole numbers joined by +" if key == "strides" else "a number"
+            raise ValueError(f"--arms {arm}: {key}: expected {expected}, got {value!r}") from error
         loss = replace(loss, **{key: parsed})
     return loss
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def phase_folder(phase: str) -> str:

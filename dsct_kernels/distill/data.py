@@ -4,24 +4,19 @@ A tile is one image with its label map. Pixels travel as uint8 (height, width, 4
 """
 
 import os
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from . import scenes
+from .files import DataError
+from .images import image_size, read_rgb
 
-os.environ.setdefault("GDAL_ERROR_ON_LIBJPEG_WARNING", "TRUE")  # else a truncated JPEG reads as grey, silently
 IGNORE = 255
-
-
-class DataError(Exception):
-    """Something is wrong with the input; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -69,44 +64,6 @@ _DUBAI_CODES = [(int(_code(np.array(c))), k) for k, c in enumerate(DUBAI_PALETTE
 _DUBAI_CODES += [(int(_code(np.array(c))), IGNORE) for c in DUBAI_IGNORED]
 
 
-def _open(path: Path) -> Any:
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
-    # For good, not with catch_warnings: several threads decode at once, and it would undo the filter under another.
-    warnings.simplefilter("ignore", NotGeoreferencedWarning)
-    try:
-        return rasterio.open(path)
-    except RasterioError as error:
-        raise DataError(f"{path}: cannot be opened as an image ({error})") from error
-
-
-def read_rgb(path: Path, y: int, x: int, height: int, width: int) -> np.ndarray:
-    """A window of an image as (height, width, 3) uint8; palette and grey images are expanded to RGB."""
-    from rasterio.errors import RasterioError
-    from rasterio.windows import Window
-
-    with _open(path) as image:
-        if image.dtypes[0] != "uint8":
-            raise DataError(f"{path}: samples are {image.dtypes[0]}, expected uint8")
-        window = Window(x, y, width, height)
-        try:
-            if image.count >= 3:
-                return image.read((1, 2, 3), window=window).transpose(1, 2, 0)
-            band = image.read(1, window=window)
-        except RasterioError as error:
-            raise DataError(
-                f"{path}: cannot be decoded, is the file truncated? ({error.__cause__ or error})"
-            ) from error
-        try:
-            table = np.zeros((256, 3), np.uint8)
-            for value, colour in image.colormap(1).items():
-                table[value] = colour[:3]
-        except ValueError:  # no palette: a grey image
-            return np.repeat(band[..., None], 3, axis=2)
-        return table[band]
-
-
 @dataclass(frozen=True)
 class DubaiTile(Tile):
     image: Path
@@ -144,10 +101,11 @@ def dubai(root: str | Path | None) -> list[Tile]:
             mask = folder / "masks" / f"{image.stem}.png"
             if not mask.is_file():
                 raise DataError(f"{image}: no label, expected {mask}")
-            with _open(image) as a, _open(mask) as b:
-                if (a.height, a.width) != (b.height, b.width):
-                    raise DataError(f"{mask}: {b.width} x {b.height}, but its image {image} is {a.width} x {a.height}")
-                size = a.height, a.width
+            size, labelled = image_size(image), image_size(mask)
+            if size != labelled:
+                raise DataError(
+                    f"{mask}: {labelled[1]} x {labelled[0]}, but its image {image} is {size[1]} x {size[0]}"
+                )
             tiles.append(DubaiTile(f"{folder.name}/{image.stem}", folder.name, *size, image=image, mask=mask))
     if not tiles:
         raise DataError(f"{root}: no tiles, expected folders like 'Tile 1/images/image_part_001.jpg'")

@@ -6,24 +6,33 @@ phase, results.json, metrics.jsonl and, while a phase is under way, checkpoint.p
 
 import json
 import math
-import os
-import random
 import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dsct_kernels import DSCTLosses, dsct_loss
 
-from . import data, models
+from . import checkpoint, data, models
 from .config import Config, Loss, arm_loss, phase_folder
+from .files import DataError, read_json, read_metrics, replace_file, write_json
 
 PARTS = ("total", "ce", "tckd", "nckd", "cafd")
+RESULT: dict[str, tuple[type, ...]] = {
+    "miou": (float, int, type(None)),
+    "iou": (list,),
+    "accuracy": (float, int, type(None)),
+    "parameters": (int,),
+    "gflops": (float, int),
+    "images_per_s": (float, int),
+    "train_seconds": (float, int),
+}
 
 
 def unwrapped(accelerator: Any, model: nn.Module) -> nn.Module:
@@ -64,7 +73,7 @@ def make_accelerator(cfg: Config) -> Any:
 
     cuda = torch.cuda.is_available() and cfg.device != "cpu"
     if cfg.device == "cuda" and not cuda:
-        raise data.DataError("--device cuda: torch sees no CUDA device here")
+        raise DataError("--device cuda: torch sees no CUDA device here")
     precision = cfg.precision if cfg.precision != "auto" else ("bf16" if cuda else "no")
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads that a loaded model may not use
     return Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=[unused])
@@ -80,28 +89,51 @@ class Run:
         progress: Any = None,
         pixels: tuple[data.Pixels, data.Pixels] | None = None,
     ):
-        self.cfg, self.folder, self.progress = cfg, folder, progress
+        self.folder, self.progress = folder, progress
         self.accelerator = make_accelerator(cfg)
+        # As it was decided: a run that goes on elsewhere keeps its precision.
+        self.cfg = replace(cfg, precision=str(self.accelerator.mixed_precision))
         self.device = self.accelerator.device
         self.main = self.accelerator.is_main_process
         self.classes, self.palette = classes_of(cfg)
         self.train_pixels, self.val_pixels = pixels or load_pixels(cfg, self.device)
         self.stop = False  # set by Ctrl-C, looked at between two steps
         self.writer: Any = None
+        self.warnings: list[str] = []
+        self.checkpoint = folder / "checkpoint.pt"
+        self.metrics = folder / "metrics.jsonl"
+        # Everything is read before anything is written.
+        self.saved = checkpoint.read(self.checkpoint)
+        if self.saved is not None and self.saved["phase"] not in self.phases():
+            raise DataError(f"{self.checkpoint}: it is of {self.saved['phase']!r}, but this run has {self.phases()}")
+        self.results = self.read_results()
+        rows = read_metrics(self.metrics)
         if self.main:
             folder.mkdir(parents=True, exist_ok=True)
-            cfg.save(folder / "config.json")
-        self.checkpoint = folder / "checkpoint.pt"
-        self.saved: dict[str, Any] | None = None
-        if self.checkpoint.is_file():
-            self.saved = torch.load(self.checkpoint, map_location="cpu", weights_only=False)
-        results = folder / "results.json"
-        self.results: dict[str, dict[str, Any]] = json.loads(results.read_text()) if results.is_file() else {}
+            self.cfg.save(folder / "config.json")
+            if self.metrics.is_file():
+                replace_file(self.metrics, b"".join(line for line, _ in rows))
+        self.diverged = {row["phase"] for _, row in rows if "total" in row and row["total"] is None}
 
     # ------------------------------------------------------------------------------------------- the whole run
 
     def phases(self) -> list[str]:
         return ["teacher", *self.cfg.arms]
+
+    def read_results(self) -> dict[str, dict[str, Any]]:
+        path = self.folder / "results.json"
+        if not path.is_file():
+            return {}
+        results = read_json(path)
+        for phase, result in results.items():
+            if phase not in self.phases():
+                raise DataError(f"{path}: {phase!r} is no phase of this run, which has {', '.join(self.phases())}")
+            for key, kinds in RESULT.items():
+                if not isinstance(result, dict) or key not in result:
+                    raise DataError(f"{path}: {phase}: {key} is missing")
+                if not isinstance(result[key], kinds) or isinstance(result[key], bool):
+                    raise DataError(f"{path}: {phase}: {key}: got {result[key]!r}, expected {kinds[0].__name__}")
+        return results
 
     def all(self) -> dict[str, nn.Module]:
         """Every phase in turn; phases that an earlier process finished are read from their folders."""
@@ -120,7 +152,7 @@ class Run:
             return models.load(folder, self.classes).to(self.device)
         seed = cfg.teacher_seed if is_teacher else cfg.seed  # every student: same weights, same crops
         seed_everything(seed)
-        model = models.build(cfg.teacher if is_teacher else cfg.student, self.classes).to(self.device)
+        model = models.build(cfg.teacher if is_teacher else cfg.student, self.classes, is_teacher).to(self.device)
         started = time.perf_counter()
         steps = cfg.teacher_steps if is_teacher else cfg.student_steps
         if not (is_teacher and cfg.teacher not in models.PRESETS):  # a teacher loaded from a folder is ready
@@ -135,16 +167,27 @@ class Run:
 
     def finish(self, phase: str, model: nn.Module, folder: Path, seconds: float) -> None:
         result = self.evaluate(model)
+        state = model.state_dict().values()
+        result["diverged"] = phase in self.diverged or not all(
+            v.isfinite().all() for v in state if v.is_floating_point()
+        )
+        if result["diverged"]:  # what its NaNs were taken for says nothing
+            result.update(miou=None, iou=[None] * len(self.classes), accuracy=None)
+            self.warn(f"{phase} DIVERGED: its loss or weights are not finite, so it has no score; "
+                      f"try a lower {'--teacher-lr' if phase == 'teacher' else '--student-lr or other loss weights'}")  # fmt: skip
+        elif result["miou"] is None:
+            self.warn(f"{phase} has NO SCORE: no validation pixel has a label; validate on other tiles (--val-tiles)")
         result["parameters"], result["gflops"] = models.parameters(model), models.gflops(model, self.cfg.crop)
         result["images_per_s"] = images_per_second(model, self.cfg, self.device)
         result["train_seconds"] = round(seconds, 1)
         self.results[phase] = result
         if self.main:
             models.save(model, folder)
-            replace_file(self.folder / "results.json", json.dumps(self.results, indent=2).encode())
+            write_json(self.folder / "results.json", self.results)
             self.checkpoint.unlink(missing_ok=True)
         self.saved = None
-        self.say(f"{phase}: mIoU {result['miou']:.3f} in {seconds:.0f} s")
+        score = "no mIoU" if result["miou"] is None else f"mIoU {result['miou']:.3f}"
+        self.say(f"{phase}: {score} in {seconds:.0f} s")
 
     # ------------------------------------------------------------------------------------------- training
 
@@ -192,9 +235,10 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
 
             sums[: len(losses)] += torch.stack([part.detach().float() for part in losses])
+            sums[-1] += 1
             done = step + 1
             if done % cfg.log_every == 0 or done == steps:
-                self.log(phase, done, steps, sums / ((done - 1) % cfg.log_every + 1), lr * schedule(step, steps), bar)
+                self.log(phase, done, steps, sums[:-1] / sums[-1], lr * schedule(step, steps), bar)
                 sums.zero_()
             if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
                 self.record(phase, done, {"miou": self.evaluate(acc.unwrap_model(model))["miou"]})
@@ -236,9 +280,9 @@ class Run:
         hit = matrix.diag()
         iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN for a class that is nowhere
         return {
-            "miou": float(iou.nanmean()),
-            "iou": [None if math.isnan(v) else v for v in iou.tolist()],
-            "accuracy": float(hit.sum() / matrix.sum()),
+            "miou": finite(float(iou.nanmean())),
+            "iou": [finite(v) for v in iou.tolist()],
+            "accuracy": finite(float(hit.sum() / matrix.sum())),
         }
 
     @torch.no_grad()
@@ -261,9 +305,7 @@ class Run:
     # ------------------------------------------------------------------------------------------- checkpoint
 
     def save(self, phase: str, step: int, model: nn.Module, optimizer: Any, sums: torch.Tensor) -> None:
-        """Everything the next step depends on. Written beside and renamed, so a kill never leaves half a file."""
-        import io
-
+        """Everything the next step depends on; `sums` ends with the number of steps it holds."""
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -274,26 +316,30 @@ class Run:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "sums": sums,
-            "rng": rng_state(),
+            "rng": checkpoint.rng_state(),
             "metrics_bytes": self.metrics_size(),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        replace_file(self.checkpoint, buffer.getvalue())
+        checkpoint.write(self.checkpoint, state)
 
     def restore(self, phase: str, model: nn.Module, optimizer: Any) -> tuple[int, torch.Tensor]:
         """Step to start at and the loss sums of an unfinished log line."""
         saved = self.saved
         if saved is None or saved["phase"] != phase:
             self.open_logs(phase, 0, None)
-            return 0, torch.zeros(len(PARTS), device=self.device)
-        self.accelerator.unwrap_model(model).load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.open_logs(phase, saved["step"], saved["metrics_bytes"])
-        set_rng_state(saved["rng"])
-        return saved["step"], saved["sums"].to(self.device)
+            return 0, torch.zeros(len(PARTS) + 1, device=self.device)
+        try:
+            self.accelerator.unwrap_model(model).load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            sums = saved["sums"].to(self.device).reshape(len(PARTS) + 1)
+            self.open_logs(phase, saved["step"], saved["metrics_bytes"])
+            checkpoint.set_rng_state(saved["rng"])
+        except DataError:
+            raise
+        except Exception as error:  # of the many kinds that torch and numpy have for a value that does not fit
+            raise DataError(f"{self.checkpoint}: does not fit this run ({error})") from error
+        return saved["step"], sums
 
     def should_stop(self) -> bool:
         if self.accelerator.num_processes == 1:
@@ -304,37 +350,42 @@ class Run:
     # ------------------------------------------------------------------------------------------- logs
 
     def metrics_size(self) -> int:
-        path = self.folder / "metrics.jsonl"
-        return path.stat().st_size if path.is_file() else 0
+        return self.metrics.stat().st_size if self.metrics.is_file() else 0
 
     def open_logs(self, phase: str, step: int, metrics_bytes: int | None) -> None:
         """Drop what was logged after the checkpoint: those steps are made again."""
         if not self.main:
             return
-        path = self.folder / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_bytes()
-            if metrics_bytes is None:  # the phase starts afresh
-                lines = b"".join(x for x in lines.splitlines(True) if json.loads(x)["phase"] != phase)
-            path.write_bytes(lines[:metrics_bytes])
+        if self.metrics.is_file():
+            rows, end, kept = read_metrics(self.metrics), 0, b""
+            for line, row in rows:
+                end += len(line)
+                if (row["phase"] != phase) if metrics_bytes is None else (end <= metrics_bytes):
+                    kept += line
+            replace_file(self.metrics, kept)
         from torch.utils.tensorboard import SummaryWriter
 
         self.close()
         self.writer = SummaryWriter(str(self.folder / "tensorboard" / phase_folder(phase)), purge_step=step + 1)
 
-    def record(self, phase: str, step: int, values: dict[str, float]) -> None:
+    def record(self, phase: str, step: int, values: dict[str, float | None]) -> None:
         if not self.main:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        values = {k: finite(v) for k, v in values.items()}
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"phase": phase, "step": step, **values}, allow_nan=False) + "\n")
         for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
+            if value is not None:
+                self.writer.add_scalar(key, value, step)
 
     def log(self, phase: str, step: int, steps: int, parts: torch.Tensor, lr: float, bar: Any) -> None:
         values = dict(zip(PARTS, parts.tolist(), strict=True))
         if "alone" in phase or phase == "teacher":  # plain cross-entropy has no other parts
             values = {"total": values["total"]}
         self.record(phase, step, {**values, "lr": lr})
+        if not math.isfinite(values["total"]) and phase not in self.diverged:
+            self.diverged.add(phase)
+            self.warn(f"{phase}: the loss is {values['total']} at step {step}: training diverged")
         if self.progress is not None and self.main:
             shown = "  ".join(f"{k} {v:.3f}" for k, v in values.items())
             self.progress.update(bar, completed=step, losses=shown)
@@ -346,7 +397,13 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.progress is not None and self.main:
-            self.progress.console.print(text, highlight=False)
+            self.progress.console.print(text, markup=False, emoji=False, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Loud: on stderr at once, and again when the run ends."""
+        if self.main:
+            self.warnings.append(text)
+            print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.writer is not None:
@@ -418,28 +475,9 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """Of all the generators that a model may draw from (dropout, stochastic depth)."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy = np.random.get_state()  # noqa: NPY002
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": numpy, "python": random.getstate()}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    random.setstate(state["python"])
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Teachers and students: transformers models by preset name or by folder, and what the losses read from them."""
 
 import copy
-import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import DataError
+from .files import DataError, read_json, write_json
 
 Builder = Callable[..., nn.Module]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,36 +68,94 @@ PRESETS = {
 }
 
 
-def build(name: str, classes: tuple[str, ...]) -> nn.Module:
+def build(name: str, classes: tuple[str, ...], whole: bool = True) -> nn.Module:
     """A preset with fresh weights, or a folder saved by `save_pretrained`. Input normalisation rides along."""
     labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     if name in PRESETS:
         return with_normalisation(PRESETS[name](**labels), *IMAGENET)
     if not (Path(name) / "config.json").is_file():
         raise DataError(f"{name}: neither a model folder (no config.json in it) nor one of {', '.join(PRESETS)}")
-    return load(name, classes)
+    return load(name, classes, whole)
 
 
-def load(folder: str | Path, classes: tuple[str, ...]) -> nn.Module:
+def load(folder: str | Path, classes: tuple[str, ...], whole: bool = True) -> nn.Module:
+    """A model folder. `whole`: every weight must be there, else those that are missing start afresh."""
     from transformers import AutoModelForSemanticSegmentation
 
+    folder = Path(folder)
+    refuse_code(folder)
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(folder, local_files_only=True)
+        model, info = AutoModelForSemanticSegmentation.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     except Exception as error:  # transformers raises many kinds here; all of them are about this folder
         raise DataError(f"{folder}: cannot be loaded as a semantic segmentation model ({error})") from error
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if whole and info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise DataError(f"{folder}: {len(missing)} weights are missing, {missing[0]} for one")
     unnamed = all(n == f"LABEL_{i}" for i, n in enumerate(names))
     if len(names) != len(classes) or not (unnamed or names == tuple(classes)):
         raise DataError(
-            f"{folder}: its classes are {', '.join(names)} ({len(names)}), "
+            f"{folder}: its classes are {', '.join(map(str, names))} ({len(names)}), "
             f"but the data has {', '.join(classes)} ({len(classes)})"
         )
     mean, std = IMAGENET
-    preprocessor = Path(folder) / "preprocessor_config.json"
+    preprocessor = folder / "preprocessor_config.json"
     if preprocessor.is_file():
-        saved = json.loads(preprocessor.read_text())
+        saved = read_json(preprocessor)
         mean, std = saved.get("image_mean", mean), saved.get("image_std", std)
+        for name, three in (("image_mean", mean), ("image_std", std)):
+            numbers = isinstance(three, (list, tuple)) and all(type(v) in (int, float) for v in three)
+            if not numbers or len(three) != 3 or (name == "image_std" and min(three) <= 0):
+                raise DataError(f"{preprocessor}: {name}: expected three numbers, got {three!r}")
     return with_normalisation(model, mean, std)
+
+
+# Each makes transformers fetch or run what a folder brings along, or load weights that are pickles.
+CODE = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "quantization_config",
+    "use_pretrained_backbone",
+    "use_timm_backbone",
+)
+
+
+def refuse_code(folder: Path) -> None:
+    """A model folder is weights in safetensors and a config.json that names one of transformers' own models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as KNOWN
+
+    config = folder / "config.json"
+    content = read_json(config)
+    for key, value in _settings(content):
+        kernels = key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value)
+        if (key in CODE and value) or kernels:
+            raise DataError(f"{config}: {key} {str(value)[:80]!r} would run code or read files from elsewhere; refused")
+    if content.get("model_type") not in KNOWN:
+        raise DataError(
+            f"{config}: cannot be loaded: model_type {content.get('model_type')!r} is none of {', '.join(KNOWN)}"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise DataError(f"{folder / 'adapter_config.json'}: adapters are not loaded; merge it into the model")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        parts = read_json(index).get("weight_map")
+        for part in parts.values() if isinstance(parts, dict) else [parts]:
+            if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
+                raise DataError(f"{index}: expected names of .safetensors files in this folder, got {part!r}")
+    elif not (folder / "model.safetensors").is_file():
+        pickles = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5"))
+        instead = f"{pickles[0]}: pickles can run code and are not read" if pickles else f"{folder}: no weights"
+        raise DataError(f"{instead}; expected model.safetensors")
+
+
+def _settings(content: Any) -> list[tuple[str, Any]]:
+    """Every key and value of a JSON tree."""
+    if isinstance(content, dict):
+        return [*content.items(), *(pair for value in content.values() for pair in _settings(value))]
+    return [pair for value in content for pair in _settings(value)] if isinstance(content, list) else []
 
 
 def with_normalisation(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
@@ -108,22 +166,27 @@ def with_normalisation(model: nn.Module, mean: Sequence[float], std: Sequence[fl
 
 
 def save(model: nn.Module, folder: Path) -> None:
+    """Written beside and moved file by file, so a kill leaves no half file."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     pretrained: Any = model
-    pretrained.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "image_processor_type": "SegformerImageProcessor",
-                "do_resize": False,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": True,
-                "image_mean": model.get_buffer("pixel_mean").flatten().tolist(),
-                "image_std": model.get_buffer("pixel_std").flatten().tolist(),
-            },
-            indent=2,
-        )
+    pretrained.save_pretrained(temporary)
+    write_json(
+        temporary / "preprocessor_config.json",
+        {
+            "image_processor_type": "SegformerImageProcessor",
+            "do_resize": False,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": model.get_buffer("pixel_mean").flatten().tolist(),
+            "image_std": model.get_buffer("pixel_std").flatten().tolist(),
+        },
     )
+    folder.mkdir(exist_ok=True)
+    for file in temporary.iterdir():
+        file.replace(folder / file.name)
+    temporary.rmdir()
 
 
 @dataclass

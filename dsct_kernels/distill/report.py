@@ -1,19 +1,22 @@
 """What a run leaves to look at: the table, training curves, predictions side by side, and the attention maps."""
 
-import json
+import io
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from dsct_kernels import channel_attention_map
 
 from . import data, models
 from .config import arm_loss
+from .files import read_metrics, replace_file
 
 PARTS_SHOWN = ("total", "ce", "tckd", "nckd", "cafd")
 
@@ -22,13 +25,13 @@ def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: in
     out = Table(title="Validation tiles", caption=f"GFLOPs and images/s: forward, {crop} x {crop}, batches of {batch}")
     out.add_column("")
     for name in ("mIoU", *classes, "parameters", "GFLOPs", "images/s"):
-        out.add_column(name, justify="right")
-    best = max((r["miou"] for name, r in results.items() if name != "teacher"), default=0)
+        out.add_column(Text(name), justify="right")
+    scores = [r["miou"] for name, r in results.items() if name != "teacher" and r["miou"] is not None]
     for name, r in results.items():
-        miou = f"{r['miou']:.3f}"
+        best = name != "teacher" and scores and r["miou"] == max(scores)
         out.add_row(
-            label(name),
-            f"[bold green]{miou}[/]" if r["miou"] == best and name != "teacher" else miou,
+            Text(label(name)),  # a Text, here and below: text is never markup
+            Text("-" if r["miou"] is None else f"{r['miou']:.3f}", style="bold green" if best else ""),
             *("-" if v is None else f"{v:.3f}" for v in r["iou"]),
             f"{r['parameters']:,}",
             f"{r['gflops']:.2f}",
@@ -51,15 +54,17 @@ def curves(folder: Path) -> None:
     """training_curves.png: one panel per part of the loss, and validation mIoU where it was taken on the way."""
     plt = pyplot()
     series: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for _, row in read_metrics(folder / "metrics.jsonl"):
         for key in (*PARTS_SHOWN, "miou"):
             if key in row:
-                series[key][row["phase"]].append((row["step"], row[key]))
+                value = float("nan") if row[key] is None else row[key]  # a gap in the curve
+                series[key][row["phase"]].append((row["step"], value))
     if "total" in series:  # plain cross-entropy is both the total and the cross-entropy of its phase
         for phase, points in series["total"].items():
             series["ce"].setdefault(phase, points)
     keys = [k for k in (*PARTS_SHOWN, "miou") if series.get(k)]
+    if not keys:
+        return
     figure, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 3.2), squeeze=False, layout="constrained")
     names = {"total": "loss", "ce": "cross-entropy", "tckd": "TCKD", "nckd": "NCKD", "cafd": "CAFD", "miou": "mIoU"}
     for axis, key in zip(axes[0], keys, strict=True):
@@ -70,8 +75,7 @@ def curves(folder: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    figure.savefig(folder / "training_curves.png", dpi=110)
-    plt.close(figure)
+    save(figure, folder / "training_curves.png", 110)
 
 
 def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
@@ -99,8 +103,7 @@ def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
         row[0].set_ylabel(tile.name, fontsize=8)
     handles = [Patch(color=palette[k] / 255, label=name) for k, name in enumerate(run.classes)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(run.folder / "predictions.png", dpi=90)
-    plt.close(figure)
+    save(figure, run.folder / "predictions.png", 90)
 
 
 @torch.no_grad()
@@ -120,8 +123,9 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
     for row, (i, stride) in zip(axes, grid, strict=True):
         size = run.cfg.window // 32 * 32
         pixels = run.val_pixels.window(i, 0, 0, size, size)[..., :3].to(run.device)
-        h, w = (v // 32 * 32 for v in pixels.shape[:2])
+        h, w = (max(32, v // 32 * 32) for v in pixels.shape[:2])
         image = pixels[:h, :w].permute(2, 0, 1)[None].float() / 255
+        image = F.pad(image, (0, w - image.shape[3], 0, h - image.shape[2]), mode="replicate")  # a tile below 32
         maps = []
         for model in trained.values():
             features = models.forward(model.eval(), image, (stride,)).features[0]
@@ -144,8 +148,7 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
             axis.set_title(title if (i, stride) == grid[0] else "", fontsize=10)
             axis.set_xticks([])
             axis.set_yticks([])
-    figure.savefig(run.folder / "attention.png", dpi=90)
-    plt.close(figure)
+    save(figure, run.folder / "attention.png", 90)
 
 
 def sample_tiles(run: Any, count: int) -> list[int]:
@@ -159,4 +162,12 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # a tile named $a$ is no formula
     return plt
+
+
+def save(figure: Any, path: Path, dpi: int) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png")
+    replace_file(path, buffer.getvalue())
+    pyplot().close(figure)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsct_kernels.distill import cli, compare, data, models, rivals
+from dsct_kernels.distill import cli, compare, models, rivals
 from dsct_kernels.distill.config import Config
+from dsct_kernels.distill.files import DataError
 
 TINY = Config(
     data="synthetic",
@@ -392,7 +393,7 @@ def test_a_run_that_fails_is_named_and_costs_no_other(tmp_path, capsys, monkeypa
         (["--seeds", "1,1"], "--seeds: expected different values, got 1,1"),
         (["--seeds", "-1"], "--seeds: expected 0 or more, got -1"),
         (["--crop", "48"], "--crop: expected a multiple of 32, got 48"),
-        (["--student-steps", "0"], "--student-steps: expected 1 or more, got 0"),
+        (["--student-steps", "0"], "--student-steps: expected a whole number from 1 to"),
         (["--jobs", "0"], "--jobs: expected 1 or more, got 0"),
         (["--student", "resnet"], "resnet: neither a model folder"),
         (["--teacher", "nowhere"], "nowhere: neither a model folder"),
@@ -413,7 +414,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(tmp_path, capsys
 
 def test_a_file_of_runs_that_is_none_is_refused_with_its_line(tmp_path):
     (tmp_path / "runs.jsonl").write_text('{"key": "a"}\nnot a run\n')
-    with pytest.raises(data.DataError, match=r"runs.jsonl, line 2: not a finished run"):
+    with pytest.raises(DataError, match=r"runs.jsonl, line 2: not a finished run"):
         compare.read_rows(tmp_path / "runs.jsonl")
 
 

@@ -94,7 +94,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(finished, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "should_stop", stop_there)
         assert cli.main([*TINY, "--out", str(folder)]) == cli.INTERRUPTED
-    state = torch.load(folder / "checkpoint.pt", weights_only=False)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (state["phase"], state["step"]) == (phase, step)
     assert not list(folder.glob("*.tmp"))
     assert cli.main(["--resume", str(folder)]) == 0
@@ -111,7 +111,7 @@ def test_resume_drops_what_was_logged_after_the_checkpoint(finished, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop.Run, "finish", killed)
         cli.main([*TINY, "--checkpoint-every", "3", "--out", str(folder)])
-    assert torch.load(folder / "checkpoint.pt", weights_only=False)["step"] == 3
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 3
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert cli.main(["--resume", str(folder)]) == 0
     assert_same_run(finished, folder)
@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
         process.kill()
     assert process.returncode == cli.INTERRUPTED, output
     assert f"dsct-distill --resume {folder}" in output.replace("\n", "")
-    state = torch.load(folder / "checkpoint.pt", weights_only=False)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["phase"] == "teacher" and state["step"] >= 2
     cfg = replace(Config.load(folder / "config.json"), teacher_steps=state["step"] + 1)
     cfg.save(folder / "config.json")

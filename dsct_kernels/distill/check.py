@@ -1,0 +1,175 @@
+"""Every setting of a run, checked before anything is trained or written: one error that names the option."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from . import data, models
+from .config import CHOICES, DEFAULTS, Config, Loss, arm_loss, flag, phase_folder
+
+# Smallest and largest value; the kind of number is that of the default.
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),  # numpy takes no other
+    "teacher_seed": (0, 2**32 - 1),
+    "crop": (1, 2**16),
+    "batch": (1, 2**20),
+    "teacher_steps": (1, 2**40),
+    "student_steps": (1, 2**40),
+    "teacher_lr": (math.ulp(0.0), 1e30),
+    "student_lr": (math.ulp(0.0), 1e30),
+    "weight_decay": (0, 1e30),
+    "scale_jitter": (0, 4),
+    "colour_jitter": (0, 4),
+    "scenes": (1, 2**20),
+    "scene_size": (32, 2**16),
+    "downscale": (1, 2**16),
+    "window": (32, 2**16),
+    "cache_mb": (0, 1e12),
+    "log_every": (1, 2**40),
+    "eval_every": (0, 2**40),
+    "checkpoint_every": (1, 2**40),
+}
+
+
+def everything(cfg: Config) -> None:
+    """Settings, then data, then models. Raises ValueError or DataError."""
+    from .loop import classes_of, load_tiles, make_accelerator
+
+    settings(cfg)
+    device = make_accelerator(cfg).device
+    losses(cfg, device)
+    train, val = data.split(load_tiles(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    networks(cfg, classes_of(cfg)[0], val)
+
+
+def settings(cfg: Config) -> None:
+    """What can be said of the settings alone."""
+    for name, value in values(cfg):
+        number(name, value)
+    for name, choices in {**CHOICES, "data": tuple(DEFAULTS)}.items():
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"{flag(name)}: expected one of {', '.join(choices)}, got {getattr(cfg, name)!r}")
+    if type(cfg.pictures) is not bool:
+        raise ValueError(f"--no-pictures: expected true or false for pictures, got {cfg.pictures!r}")
+    for name, texts in (("teacher", (cfg.teacher,)), ("student", (cfg.student,)), ("arms", cfg.arms)):
+        strings(name, texts)
+    if cfg.val_tiles is not None:
+        strings("val_tiles", cfg.val_tiles)
+    if cfg.root is not None:
+        strings("root", (cfg.root,))
+        if cfg.data == "synthetic":
+            raise ValueError(f"--root {cfg.root}: --data synthetic reads no folder; give --data dubai as well")
+    if cfg.data == "synthetic" and cfg.scene_size % 2:
+        raise ValueError(f"--scene-size: expected an even number, got {cfg.scene_size}")
+    if cfg.precision == "fp16" and (cfg.device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError("--precision fp16: expected a CUDA device; on a CPU use no or bf16")
+    arms(cfg)
+
+
+def values(cfg: Config) -> Iterable[tuple[str, Any]]:
+    return [(name, getattr(cfg, name)) for name in RANGES]
+
+
+def number(name: str, value: Any) -> None:
+    whole = isinstance(getattr(Config(), name), int)
+    low, high = RANGES[name]
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        bounds = f"from {low:g} to {high:g}" if low != math.ulp(0.0) else f"> 0 and up to {high:g}"
+        raise ValueError(f"{flag(name)}: expected a {'whole ' if whole else ''}number {bounds}, got {value!r}")
+
+
+def strings(name: str, texts: Any) -> None:
+    if not isinstance(texts, tuple) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{flag(name)}: expected names that are not empty, got {texts!r}")
+    twice = [text for text in texts if texts.count(text) > 1]
+    if twice:
+        raise ValueError(f"{flag(name)}: {twice[0]!r} stands there twice")
+
+
+def arms(cfg: Config) -> None:
+    folders: dict[str, str] = {}
+    for arm in cfg.arms:
+        loss = arm_loss(arm, cfg.loss)
+        one = folders.setdefault(phase_folder(arm), arm)
+        if one != arm:
+            raise ValueError(f"--arms: {one!r} and {arm!r} would share the folder {phase_folder(arm)}")
+        if loss.cafd_weight == loss.tnkd_weight == loss.ce_weight == 0:
+            raise ValueError(f"--arms {arm}: every weight is 0, so there is nothing to learn from")
+
+
+def losses(cfg: Config, device: torch.device) -> None:
+    """The losses themselves say what they take: each arm's is called once, on two pixels."""
+    from .loop import distillation
+
+    x = torch.zeros(1, 2, 1, 2, device=device)
+    out = models.Output(x, [x])
+    target = torch.zeros(1, 1, 2, dtype=torch.uint8, device=device)
+    everywhere = {"": cfg.loss, **{f"--arms {arm}: ": arm_loss(arm, cfg.loss) for arm in cfg.arms}}
+    for where, loss in everywhere.items():
+        for name in (f.name for f in fields(Loss)):
+            value = getattr(loss, name)
+            if name == "strides":
+                if not isinstance(value, tuple) or not value or not all(type(s) is int and s > 0 for s in value):
+                    raise ValueError(f"{where}{flag(name)}: expected whole numbers >= 1, got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{where}{flag(name)}: expected a number, got {value!r}")
+        # CAFD's weight is checked as it is, its features go along whatever it is.
+        for weight in {loss.cafd_weight, 1.0}:
+            try:
+                distillation(out, out, target, replace(loss, cafd_weight=weight), cfg.backend)
+            except (ValueError, TypeError, RuntimeError) as error:
+                text = re.sub(r"^(\w+)(?=[:=])", lambda m: flag(m[1]), str(error))
+                raise ValueError(where + text) from error
+
+
+def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> None:
+    """Both networks exist, take the crops and windows of this run, and have features where CAFD asks for them.
+
+    On the meta device, where shapes are computed and numbers are not: no weight of a preset is made for this.
+    """
+    strides = {s for arm in cfg.arms for s in _strides(arm_loss(arm, cfg.loss))}
+    windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
+    for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
+        trained = role == "student" or name in models.PRESETS
+        if name in models.PRESETS:
+            with torch.device("meta"):
+                model = models.build(name, classes)
+        else:
+            model = models.build(name, classes, whole=role == "teacher").to("meta")
+        batch = (cfg.batch, 3, cfg.crop, cfg.crop)
+        shapes = _features(f"--crop {cfg.crop}, --batch {cfg.batch}: {role} {name}", model.train(trained), batch)
+        for height, width in (windows[0], windows[-1]):
+            _features(f"--window {cfg.window}: {role} {name}", model.eval(), (1, 3, height, width))
+        have = sorted({round(cfg.crop / width) for width in shapes})
+        for stride in sorted(strides):
+            # The nearest map is taken, so "about" the stride will do; another octave is another map.
+            if not any(2**-0.5 < have_one / stride < 2**0.5 for have_one in have):
+                there = ", ".join(map(str, have)) or "none"
+                raise ValueError(f"--strides: {role} {name} has no feature map at stride {stride}; it has: {there}")
+
+
+def _strides(loss: Loss) -> tuple[int, ...]:
+    return loss.strides if loss.cafd_weight > 0 else ()
+
+
+def _features(what: str, model: torch.nn.Module, shape: tuple[int, ...]) -> list[int]:
+    """Widths of the feature maps."""
+    images = torch.empty(shape, device="meta")
+    try:
+        with torch.no_grad():
+            out: Any = model(pixel_values=images, output_hidden_states=True)
+    except NotImplementedError:  # an operation that the meta device does not know: nothing can be said beforehand
+        return [shape[-1] // 2**k for k in range(8)]
+    except (ValueError, RuntimeError) as error:
+        if shape[0] == 1 and "more than 1 value per channel" in str(error):
+            what, error = f"{what} normalises over the batch", ValueError("expected --batch 2 or more")
+        else:
+            what = f"{what} cannot take such a batch"
+        raise ValueError(f"{what} ({error})") from error
+    maps = [models._as_map(hidden, images.shape) for hidden in out.hidden_states]
+    return [m.shape[-1] for m in maps if m is not None]
