@@ -136,12 +136,25 @@ def launches_of(case: Case) -> list[Launch]:
             target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
             logits, with_ce = empty(case.logits, case), case.loss == "dsct"
             ce_weight = 1.0 if with_ce else 0.0
-            tnkd.forward(logits, logits, target, None, ce_weight, 1.0, 2.0, 2.0, IGNORE_INDEX, 1, with_ce, backward)
+            numbers = torch.tensor([ce_weight, 1.0, 2.0, 2.0], dtype=torch.float64)
+            tnkd.forward(
+                logits,
+                logits,
+                target,
+                None,
+                numbers,
+                torch.tensor(IGNORE_INDEX),
+                1,
+                with_ce,
+                backward,
+                by_pointer=False,
+            )
         if case.features:
             features = empty(case.features, case)
-            _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, backward)
+            temperatures = torch.ones(2, dtype=torch.float64)
+            _, grad_map, stats = cafd.forward(features, features, temperatures, 1, backward, by_pointer=False)
             if backward:
-                cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+                cafd.map_backward(features, grad_map, stats, temperatures, by_pointer=False)
     return launches
 
 

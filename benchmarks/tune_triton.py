@@ -80,10 +80,11 @@ def tnkd_case(
 
     data = [(logits(), logits(), torch.randint(0, classes, (n, h, w), device=device)) for _ in range(sets)]
     adjacent = form == torch.contiguous_format and h * w > 1
+    numbers = torch.tensor([0.0, 1.0, 2.0, 2.0], dtype=torch.float64)
     chosen = tnkd.choose(classes, dtype.itemsize, adjacent, h * w if adjacent else n * h * w)
 
     def run(i: int, config: tnkd.Config) -> object:
-        return tnkd.forward(*data[i], None, 0.0, 1.0, 2.0, 2.0, 255, 1, False, True, config)
+        return tnkd.forward(*data[i], None, numbers, torch.tensor(255), 1, False, True, config)
 
     return needed, sets, run, [chosen, *tnkd.candidates(classes, dtype.itemsize, adjacent)]
 
@@ -100,10 +101,11 @@ def cafd_case(
         return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=form)
 
     data = [(features(), features()) for _ in range(sets)]
+    temperatures = torch.ones(2, dtype=torch.float64)
 
     def run(i: int, config: cafd.Config) -> object:
-        loss, grad_map, stats = cafd.forward(*data[i], 1.0, 1.0, 1, True, (config, config))
-        return loss, cafd.map_backward(data[i][0], grad_map, stats, 1.0, 1.0, config)
+        loss, grad_map, stats = cafd.forward(*data[i], temperatures, 1, True, (config, config))
+        return loss, cafd.map_backward(data[i][0], grad_map, stats, temperatures, config)
 
     return needed, sets, run, cafd.candidates(channels, h * w, dtype.itemsize, form == torch.contiguous_format)
 

@@ -1,5 +1,8 @@
-// The schemas of every native op: the one list. Kernels are registered beside it per device: CPU here, CUDA in
-// ops_cuda.cpp. Arguments and results are explained in docs/ops.md; dsct_kernels/{tnkd,cafd}/native.py call them.
+// The schemas of every native op: the one list. Numbers that change from call to call are tensors: `values` (4,)
+// float64 (weights of CE, TCKD, NCKD; temperature), `ignore_index` () int64, `temperatures` (2,) float64 (channel,
+// spatial). Each lies on the CPU, where the host reads it, or beside the logits, where only kernels do. Kernels are
+// registered beside it per device: CPU here, CUDA in ops_cuda.cpp. Arguments and results are explained in docs/ops.md;
+// dsct_kernels/{tnkd,cafd}/native.py call them.
 #include <torch/csrc/stable/library.h>
 
 #include "cafd/cafd.h"
@@ -7,20 +10,16 @@
 
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
   m.def(
-      "tnkd(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, float ce_weight, "
-      "float tckd_weight, float nckd_weight, float temperature, int? ignore_index, int reduction, bool with_ce, "
-      "bool needs_grad) -> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
+      "tnkd(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
+      "Tensor? ignore_index, int reduction, bool with_ce, bool needs_grad) "
+      "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
   // In place: multiplies by a scalar that lives on the device, and does nothing when it is exactly 1. CUDA only.
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
   m.def(
-      "cafd(Tensor student_features, Tensor teacher_features, float channel_temperature, float spatial_temperature, "
-      "int reduction, bool needs_grad) -> (Tensor loss, Tensor grad_map, Tensor stats)");
-  m.def(
-      "attention_map(Tensor features, float channel_temperature, float spatial_temperature) "
-      "-> (Tensor map, Tensor stats)");
-  m.def(
-      "attention_map_backward(Tensor features, Tensor grad_map, Tensor stats, float channel_temperature, "
-      "float spatial_temperature) -> Tensor");
+      "cafd(Tensor student_features, Tensor teacher_features, Tensor temperatures, int reduction, bool needs_grad) "
+      "-> (Tensor loss, Tensor grad_map, Tensor stats)");
+  m.def("attention_map(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)");
+  m.def("attention_map_backward(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {

@@ -32,7 +32,8 @@ def main() -> None:
     print(f"dsct_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     if backends.NATIVE_MISSING is None:
         info = backends.build_info()
-        cuda = f"CUDA {info['cuda']} for {info['cuda_archs']}" if info["cuda_archs"] else "no CUDA"
+        why = f" ({backends.left_out()})" if backends.left_out() else ""
+        cuda = f"CUDA {info['cuda']} for {info['cuda_archs']}" if info["cuda_archs"] else f"no CUDA{why}"
         print(f"native build: {info['compiler']}, torch {info['torch']}, {cuda}")
         print(f"  CPU instruction sets built in: {', '.join(info['cpu_isas'])}; in use: {info['cpu_isa']}")  # type: ignore[arg-type]
     else:

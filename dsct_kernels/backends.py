@@ -7,26 +7,54 @@ A loss folder holds one module per backend, `reference`, `native` and `triton`, 
 import importlib
 import os
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 BACKENDS = ("auto", "reference", "native", "triton")
+
+# With build isolation, pip's default, torch is not there and nothing can be built.
+INSTALL = 'pip install torch pybind11 ninja "setuptools>=77" && pip install --no-build-isolation .'
+
+
+def left_out() -> str | None:
+    """What setup.py left out of this installation and why, or None: written down, since pip hides what is printed."""
+    note = Path(__file__).with_name("_left_out.txt")
+    return note.read_text().strip() if note.exists() else None
+
+
+def _why_missing(error: ImportError) -> str:
+    if error.name == "dsct_kernels._C" and isinstance(error, ModuleNotFoundError):
+        why = f"the native kernels are not built into this installation ({left_out() or error})"
+    else:
+        why = f"the native kernels cannot be loaded ({error})"
+    return f"{why}; reinstall with: {INSTALL}"
+
 
 try:
     _C: ModuleType | None = importlib.import_module("dsct_kernels._C")
-
     NATIVE_MISSING: str | None = None
 except ImportError as error:
     _C = None
-    NATIVE_MISSING = (
-        f"the native kernels are not built into this installation ({error}); "
-        "reinstall with a C++ compiler on the PATH: pip install --no-build-isolation ."
-    )
+    NATIVE_MISSING = _why_missing(error)
     # Here and not only in setup.py, whose output pip hides: nobody should time the reference for the kernels.
     warnings.warn(f"dsct_kernels: {NATIVE_MISSING}", stacklevel=2)
+
+
+def constant_when_compiled(function: F) -> F:
+    """torch.compiler.assume_constant_result without what it imports: all of torch._dynamo, as long again as torch.
+
+    The mark is all that it leaves on the function (tests/test_import.py compares the two).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def build_info() -> dict[str, object]:
@@ -51,7 +79,7 @@ def why_not_native(*tensors: Tensor) -> str | None:
 _cuda_answers: dict[int, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _why_not_native_cuda(index: int) -> str | None:
     if index not in _cuda_answers:
         archs = str(build_info()["cuda_archs"])
@@ -62,7 +90,8 @@ def _why_not_native_cuda(index: int) -> str | None:
 
 def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
     if not archs:
-        return "the native kernels were built without CUDA; reinstall where torch has CUDA and an nvcc is found"
+        why = left_out() or "reinstall where torch has CUDA and an nvcc is found"
+        return f"the native kernels were built without CUDA: {why}"
     for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
         ptx = arch.endswith("+PTX")
         try:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .backends import constant_when_compiled
+
 OLDEST = (3, 6)
 
 FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs from version to version
@@ -35,7 +37,7 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
 _answers: dict[tuple[str, int | None], str | None] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _why_not_on(device: str, index: int | None) -> str | None:
     if (device, index) not in _answers:
         _answers[device, index] = _look(device, index)

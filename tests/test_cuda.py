@@ -8,8 +8,10 @@ import dsct_kernels
 from dsct_kernels import backends
 from dsct_kernels.cafd import native as cafd_native
 from dsct_kernels.cafd import reference as cafd_reference
+from dsct_kernels.cafd import triton as cafd_triton
 from dsct_kernels.tnkd import native as tnkd_native
 from dsct_kernels.tnkd import reference as tnkd_reference
+from dsct_kernels.tnkd import triton as tnkd_triton
 from tests.helpers import LAYOUTS, assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
 
@@ -254,6 +256,57 @@ def test_cuda_graph() -> None:
         graph.replay()
         for got, want in zip(captured, expected):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_numbers_on_the_gpu_are_read_there_and_a_graph_follows_them(
+    backend: str, layout: str, dtype: torch.dtype
+) -> None:
+    """Weights, temperatures and ignore_index as tensors beside the logits: no host sync, and a captured graph takes the
+    values that they have when it is replayed."""
+    x = torch.empty(0, device=DEVICE)
+    if backend == "triton" and (tnkd_triton.why_not(x) or cafd_triton.why_not(x)):  # which also registers their ops
+        pytest.skip("Triton cannot launch kernels here")
+    ending = "_triton" if backend == "triton" else ""
+    tnkd, cafd, map_backward = (
+        getattr(torch.ops.dsct_kernels, name + ending) for name in ("tnkd", "cafd", "attention_map_backward")
+    )
+    student, teacher, target = make_tnkd((2, 6, 24, 40), dtype, layout)
+    features = strided_copy(torch.randn(2, 16, 24, 40, device=DEVICE), layout)
+    weight = torch.rand(6, device=DEVICE)
+
+    def step(values: Tensor, ignore_index: Tensor, temperatures: Tensor) -> list[Tensor]:
+        loss, parts, grad, scale = tnkd(student, teacher, target, weight, values, ignore_index, 1, True, True)
+        cafd_loss, grad_map, stats = cafd(features, features.flip(1), temperatures, 1, True)
+        return [loss, parts, grad.float() * scale, cafd_loss, map_backward(features, grad_map, stats, temperatures)]
+
+    def numbers(device: str, values: tuple[float, ...], index: int, temperatures: tuple[float, float]) -> list[Tensor]:
+        return [torch.tensor(values, dtype=torch.float64, device=device), torch.tensor(index, device=device),
+                torch.tensor(temperatures, dtype=torch.float64, device=device)]  # fmt: skip
+
+    first, second = ((0.7, 1.0, 2.0, 1.5), 255, (0.5, 2.0)), ((0.0, 0.5, 1.0, 3.0), 0, (1.5, 0.7))
+    held = numbers(DEVICE, *first)
+    step(*held)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step(*held)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*held)
+    for given in (first, second, first):
+        for to, now in zip(held, numbers(DEVICE, *given), strict=True):
+            to.copy_(now)
+        graph.replay()
+        for got, want in zip(captured, step(*numbers("cpu", *given)), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(again, captured, strict=True))
+    held[0][3] = 0.0  # which the host would refuse
+    assert step(*held)[0].isnan()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -7,6 +7,8 @@ from tests.helpers import strided_copy
 from tests.test_edge_cases import features, problem
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+VALUES = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)
+TEMPERATURES = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
 def op(name: str, backend: str):
@@ -29,7 +31,7 @@ def test_tnkd(device, backend, dtype, reduction, needs_grad):
         ("channels_last", target.to(torch.uint8), weight),
     ):
         logits = strided_copy(student, layout).requires_grad_(needs_grad)
-        arguments = (logits, teacher, labels, class_weight, 0.5, 1.0, 2.0, 1.5, 255, reduction, True, needs_grad)
+        arguments = (logits, teacher, labels, class_weight, VALUES, torch.tensor(255), reduction, True, needs_grad)
         torch.library.opcheck(op("tnkd", backend), arguments, test_utils=CHECKS)
 
 
@@ -40,14 +42,14 @@ def test_cafd(device, backend, dtype, reduction, needs_grad):
     student, teacher = features(device, dtype=dtype)
     for layout in ("contiguous", "channels_last"):
         leaf = strided_copy(student, layout).requires_grad_(needs_grad)
-        arguments = (leaf, teacher[:, :3, :4], 1.0, 0.5, reduction, needs_grad)
+        arguments = (leaf, teacher[:, :3, :4], TEMPERATURES, reduction, needs_grad)
         torch.library.opcheck(op("cafd", backend), arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_attention_map(device, backend, dtype):
     x = features(device, dtype=dtype)[0]
-    torch.library.opcheck(op("attention_map", backend), (x.clone().requires_grad_(), 1.0, 0.5), test_utils=CHECKS)
-    attention, stats = op("attention_map", backend)(x, 1.0, 0.5)
-    arguments = (x, torch.randn_like(attention), stats, 1.0, 0.5)
+    torch.library.opcheck(op("attention_map", backend), (x.clone().requires_grad_(), TEMPERATURES), test_utils=CHECKS)
+    attention, stats = op("attention_map", backend)(x, TEMPERATURES)
+    arguments = (x, torch.randn_like(attention), stats, TEMPERATURES)
     torch.library.opcheck(op("attention_map_backward", backend), arguments, test_utils=CHECKS)

@@ -35,6 +35,9 @@ CAFD_CASES = [
     (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("contiguous", "channels_last")
 ]
 CHIPS = [90, 80, 100]
+# The ops' numbers: the weights of cross-entropy, TCKD and NCKD and the temperature, ignore_index, CAFD's temperatures.
+NUMBERS, INDEX = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64), torch.tensor(255)
+TEMPERATURES = torch.ones(2, dtype=torch.float64)
 compiled = pytest.mark.skipif(triton_common.interpreted(), reason="run by test_in_a_process_of_its_own")
 
 
@@ -76,11 +79,13 @@ def check(result: Report) -> None:
     assert result.shared <= SHARED_LIMIT[result.arch], "more shared memory than the chip has"
 
 
-def tnkd_launches(classes: int, dtype: torch.dtype, layout: str, with_ce: bool) -> dict[str, Launch]:
+def tnkd_launches(
+    classes: int, dtype: torch.dtype, layout: str, with_ce: bool, by_pointer: bool = False
+) -> dict[str, Launch]:
     logits = laid_out((2, classes, 64, 64), dtype, layout)
     labels = torch.empty(2, 64, 64, dtype=torch.int64)
     with recorded(tnkd) as launches:
-        tnkd.forward(logits, logits, labels, None, 1.0, 1.0, 2.0, 2.0, 255, 1, with_ce, True)
+        tnkd.forward(logits, logits, labels, None, NUMBERS, INDEX, 1, with_ce, True, by_pointer=by_pointer)
     return {launch.kernel.__name__: launch for launch in launches}
 
 
@@ -116,6 +121,36 @@ def test_tnkd(chip, classes, dtype, layout, with_ce):
 
 
 @compiled
+@pytest.mark.parametrize("classes,layout", [(6, "contiguous"), (150, "contiguous"), (19, "channels_last")])
+@pytest.mark.parametrize("dtype,with_ce", [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_tnkd_with_its_numbers_in_device_memory(classes, layout, dtype, with_ce):
+    """The kernels that read their numbers themselves: no spill, and every access of a logit as wide as without."""
+    either = (tnkd_launches(classes, dtype, layout, with_ce, by_pointer) for by_pointer in (False, True))
+    for launch, pointed in zip(*(launches.values() for launches in either), strict=True):
+        name = launch.kernel.__name__
+        known, read = report(name, launch, 90), report(f"{name} by pointer", pointed, 90)
+        check(read)
+        assert read.loads.get(16) == known.loads.get(16) and read.stores == known.stores
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_cafd_with_its_temperatures_in_device_memory(layout):
+    features = laid_out((2, 256, 64, 64), torch.float32, layout)
+    for_each = []
+    for by_pointer in (False, True):
+        with recorded(cafd) as launches:
+            _, grad_map, stats = cafd.forward(features, features, TEMPERATURES, 1, True, None, by_pointer)
+            cafd.map_backward(features, grad_map, stats, TEMPERATURES, None, by_pointer)
+        for_each.append(launches)
+    for launch, pointed in zip(*for_each, strict=True):
+        name = launch.kernel.__name__
+        known, read = report(name, launch, 90), report(f"{name} by pointer", pointed, 90)
+        check(read)
+        assert read.loads.get(16) == known.loads.get(16) and read.stores == known.stores
+
+
+@compiled
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tnkd_small_kernels(chip):
     launches = tnkd_launches(6, torch.float32, "contiguous", False)
@@ -136,8 +171,8 @@ def test_tnkd_small_kernels(chip):
 def test_cafd(chip, dtype, layout):
     features = laid_out((2, 256, 64, 64), dtype, layout)
     with recorded(cafd) as launches:
-        _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, True)
-        cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+        _, grad_map, stats = cafd.forward(features, features, TEMPERATURES, 1, True)
+        cafd.map_backward(features, grad_map, stats, TEMPERATURES)
     for launch in launches:
         name, sizes = launch.kernel.__name__, launch.constants
         result = report(f"{name} {str(dtype)[6:]} {layout}", launch, chip)
@@ -172,9 +207,9 @@ def test_another_batch_size_compiles_nothing(layout, with_ce):
         labels = torch.empty(samples, 8, 48, dtype=torch.int64)
         weight = torch.empty(6) if with_ce else None
         with recorded(tnkd, cafd) as launches:
-            tnkd.forward(logits, logits, labels, weight, 1.0, 1.0, 2.0, 2.0, 255, 1, with_ce, True)
-            _, grad_map, stats = cafd.forward(features, features, 1.0, 1.0, 1, True)
-            cafd.map_backward(features, grad_map, stats, 1.0, 1.0)
+            tnkd.forward(logits, logits, labels, weight, NUMBERS, INDEX, 1, with_ce, True)
+            _, grad_map, stats = cafd.forward(features, features, TEMPERATURES, 1, True)
+            cafd.map_backward(features, grad_map, stats, TEMPERATURES)
             tnkd.scale_in_place(logits, torch.ones(()))
         return {(x.kernel.__name__, x.warps, *specialised(x).items()) for x in launches}
 
@@ -194,7 +229,7 @@ def test_the_report_sees_spills_and_narrow_loads():
     assert report("crowded", crowded, 90).spills > 0
     odd = laid_out((2, 6, 9, 7), torch.float32, "contiguous")
     with recorded(tnkd) as launches:
-        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, 0.0, 1.0, 2.0, 2.0, None, 1, False, True)
+        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, NUMBERS, None, 1, False, True)
     assert 4 in report("odd width", launches[0], 90).loads
 
 
@@ -207,7 +242,7 @@ def test_tnkd_float64_compiles(student, teacher, classes, labelled):
     target = torch.empty(2, 16, 16, dtype=torch.uint8) if labelled else None
     weight = torch.empty(classes, dtype=torch.float64) if labelled else None
     with recorded(tnkd) as launches:
-        tnkd.forward(*both, target, weight, 1.0, 1.0, 2.0, 2.0, 255, int(labelled), True, True)
+        tnkd.forward(*both, target, weight, NUMBERS, INDEX, int(labelled), True, True)
     for launch in launches:
         assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0
 
@@ -218,8 +253,8 @@ def test_tnkd_float64_compiles(student, teacher, classes, labelled):
 def test_cafd_float64_compiles(student, teacher, layout):
     both = [laid_out((2, 32, 16, 16), getattr(torch, dtype), layout) for dtype in (student, teacher)]
     with recorded(cafd) as launches:
-        _, grad_map, stats = cafd.forward(*both, 1.0, 1.0, 1, True)
-        cafd.map_backward(both[0], grad_map, stats, 1.0, 1.0)
-        cafd.map_forward(both[0], 1.0, 1.0)
+        _, grad_map, stats = cafd.forward(*both, TEMPERATURES, 1, True)
+        cafd.map_backward(both[0], grad_map, stats, TEMPERATURES)
+        cafd.map_forward(both[0], TEMPERATURES)
     for launch in launches:
         assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0

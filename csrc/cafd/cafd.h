@@ -19,17 +19,16 @@ using torch::stable::Tensor;
 //   H W   A_i = sum_c w_c P_{c,i}
 //   H W   B_i = sum_c w_c r_c P_{c,i}      sum_k w_k rho_k = sum_i A_i D_i, sum_k w_k r_k rho_k = sum_i B_i D_i
 //   1     mean_c g_c
-// On CPU, B is 0 when needs_grad is false.
+// CUDA has an order of its own: Stats in cafd_kernels.cuh.
+// B is 0 when needs_grad is false.
 std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, const Tensor& teacher_features,
-                                            double channel_temperature, double spatial_temperature, int64_t reduction,
-                                            bool needs_grad);
+                                            const Tensor& temperatures, int64_t reduction, bool needs_grad);
 
 // Returns A, (N, H, W), and stats.
-std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double channel_temperature,
-                                             double spatial_temperature);
+std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, const Tensor& temperatures);
 
 // dloss/dF for any grad_map = dloss/dA: features' dtype, and strides as empty_like chooses them.
 Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
-                                  double channel_temperature, double spatial_temperature);
+                                  const Tensor& temperatures);
 
 }  // namespace dsct

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../common/cpu_isa.h"
+#include "../common/cpu_numbers.h"
 #include "../common/huge_pages.h"
 #include "cafd.h"
 
@@ -97,13 +98,18 @@ Features features_of(const char* name, const Tensor& x) {
   return f;
 }
 
-void check_temperatures(double channel_temperature, double spatial_temperature) {
-  if (!(channel_temperature > 0))
-    throw std::invalid_argument("channel_temperature: expected a number > 0, got " +
-                                std::to_string(channel_temperature));
-  if (!(spatial_temperature > 0))
-    throw std::invalid_argument("spatial_temperature: expected a number > 0, got " +
-                                std::to_string(spatial_temperature));
+struct Temperatures {
+  double channel, spatial;
+};
+
+Temperatures temperatures_of(const Tensor& temperatures) {
+  const double* numbers = numbers_of<double>(temperatures, "temperatures", 2);
+  const char* names[] = {"channel_temperature", "spatial_temperature"};
+  for (int i = 0; i < 2; i++)
+    if (!(numbers[i] > 0 && std::isfinite(numbers[i])))
+      throw std::invalid_argument(std::string(names[i]) + ": expected a finite number > 0, got " +
+                                  std::to_string(numbers[i]));
+  return {numbers[0], numbers[1]};
 }
 
 int64_t positions(const Features& x) { return x.H * x.W; }
@@ -365,9 +371,8 @@ double divergence_on_common_grid(const Network& student, const Network& teacher,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, const Tensor& teacher_features,
-                                            double channel_temperature, double spatial_temperature, int64_t reduction,
-                                            bool needs_grad) {
-  check_temperatures(channel_temperature, spatial_temperature);
+                                            const Tensor& temperatures, int64_t reduction, bool needs_grad) {
+  const auto [channel_temperature, spatial_temperature] = temperatures_of(temperatures);
   if (reduction < 0 || reduction > 2)
     throw std::invalid_argument("reduction: expected 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(reduction));
   Network student("student_features", student_features, channel_temperature, spatial_temperature, needs_grad);
@@ -432,9 +437,8 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, cons
   return {loss, grad_map, stats};
 }
 
-std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double channel_temperature,
-                                             double spatial_temperature) {
-  check_temperatures(channel_temperature, spatial_temperature);
+std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, const Tensor& temperatures) {
+  const auto [channel_temperature, spatial_temperature] = temperatures_of(temperatures);
   Network net("features", features, channel_temperature, spatial_temperature, true);
   const Features& x = net.side.x;
   const ScalarType acc = acc_type(is_double(features));
@@ -452,8 +456,8 @@ std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, double chan
 }
 
 Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
-                                  double channel_temperature, double spatial_temperature) {
-  check_temperatures(channel_temperature, spatial_temperature);
+                                  const Tensor& temperatures) {
+  const auto [channel_temperature, spatial_temperature] = temperatures_of(temperatures);
   const CafdLoops& loops = kernels().loops[static_cast<int>(feature_type("features", features))];
   Side side{features_of("features", features), channel_temperature, spatial_temperature,
             const_cast<void*>(stats.const_data_ptr()), nullptr};

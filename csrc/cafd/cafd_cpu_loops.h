@@ -1,7 +1,8 @@
 // CAFD's loops over the features, compiled once per instruction set (common/vec.h). Spec:
 //
-//     P_{c,i} = softmax_i(F_{c,i} / T),  w = softmax_c(r / channel_temperature),  r_c = g_c / mean(g),  g_c = mean_i
-//     |F| A_i = sum_c w_c P_{c,i},           B_i = sum_c w_c r_c P_{c,i}
+//     P_{c,i} = softmax_i(F_{c,i} / T)
+//     w = softmax_c(r / channel_temperature),  r_c = g_c / mean(g),  g_c = mean_i |F|
+//     A_i = sum_c w_c P_{c,i},  B_i = sum_c w_c r_c P_{c,i}
 //
 // The forward reads a sample twice, the second time from cache. By rows the first read only takes max and |F|, for then
 // the weights are known and the second read needs each exp once. By positions a channel's sum of exp is known only

@@ -8,6 +8,13 @@ namespace {
 
 using cuda::CafdPlan;
 using cuda::Features;
+using cuda::Temperatures;
+
+Temperatures temperatures_of(const Tensor& temperatures, const Tensor& like) {
+  const double* values = numbers_of<double>(temperatures, "temperatures", 2, like);
+  if (temperatures.is_cpu()) return {values[0], values[1]};
+  return {1, 1, values};
+}
 
 Features features_of(const Tensor& tensor, const char* name) {
   int64_t size[4], stride[4];
@@ -47,8 +54,8 @@ struct Prepared {
 };
 
 template <typename SA, typename TA>
-std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor& teacher, double channel_temperature,
-                                            double spatial_temperature, int64_t reduction, bool needs_grad,
+std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor& teacher,
+                                            const Temperatures& temperatures, int64_t reduction, bool needs_grad,
                                             const cuda::Device& device, cudaStream_t stream) {
   using A = std::common_type_t<SA, TA>;
   const Features s = features_of(student, "student_features"), t = features_of(teacher, "teacher_features");
@@ -74,66 +81,64 @@ std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor&
   comparison.samples = s.samples;
   comparison.norm = reduction == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
   comparison.loss = none ? nullptr : data_of<A>(loss);
-  cuda::cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, channel_temperature,
-                 spatial_temperature, needs_grad ? data_of<SA>(grad_map) : nullptr, device, stream);
+  cuda::cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, temperatures,
+                 needs_grad ? data_of<SA>(grad_map) : nullptr, device, stream);
   return {loss, grad_map, s_run.stats};
 }
 
 template <typename A>
-Tensor run_map(const Tensor& features, const Features& f, const Tensor& map, double channel_temperature,
-               double spatial_temperature, const cuda::Device& device, cudaStream_t stream) {
+Tensor run_map(const Tensor& features, const Features& f, const Tensor& map, const Temperatures& temperatures,
+               const cuda::Device& device, cudaStream_t stream) {
   const Prepared<A> run(features, f, data_of<A>(map), device);
-  cuda::maps_run(&run.network, 1, run.plan.layout, channel_temperature, spatial_temperature, nullptr, device, stream);
+  cuda::maps_run(&run.network, 1, run.plan.layout, temperatures, nullptr, device, stream);
   return run.stats;
 }
 
 template <typename A>
-Tensor run_backward(const Tensor& features, const Tensor& grad_map, const Tensor& stats, double channel_temperature,
-                    double spatial_temperature, const cuda::Device& device, cudaStream_t stream) {
+Tensor run_backward(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
+                    const Temperatures& temperatures, const cuda::Device& device, cudaStream_t stream) {
   const Tensor grad = empty_like(features);
   const Features f = features_of(features, "features"), out = features_of(grad, "grad");
   const CafdPlan plan = cuda::cafd_plan(f, &out, device);
   const Tensor workspace = make_empty(features, {cuda::backward_workspace(f, plan)}, scalar_type<A>());
-  cuda::backward_run<A>(f, out, plan, channel_temperature, spatial_temperature, data_of<A>(stats), data_of<A>(grad_map),
-                        data_of<A>(workspace), device, stream);
+  cuda::backward_run<A>(f, out, plan, temperatures, data_of<A>(stats), data_of<A>(grad_map), data_of<A>(workspace),
+                        device, stream);
   return grad;
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, const Tensor& teacher_features,
-                                             double channel_temperature, double spatial_temperature, int64_t reduction,
-                                             bool needs_grad) {
+                                             const Tensor& temperatures, int64_t reduction, bool needs_grad) {
   const torch::stable::accelerator::DeviceGuard guard(student_features.get_device_index());
   const cuda::Device device = cuda::device_of(student_features.get_device_index());
   const bool s = acc_of(student_features) == ScalarType::Double, t = acc_of(teacher_features) == ScalarType::Double;
   auto run = s ? (t ? run_cafd<double, double> : run_cafd<double, float>)
                : (t ? run_cafd<float, double> : run_cafd<float, float>);
-  return run(student_features, teacher_features, channel_temperature, spatial_temperature, reduction, needs_grad,
+  return run(student_features, teacher_features, temperatures_of(temperatures, student_features), reduction, needs_grad,
              device, cuda::stream_of(student_features));
 }
 
-std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, double channel_temperature,
-                                              double spatial_temperature) {
+std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, const Tensor& temperatures) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
   const Features f = features_of(features, "features");
   const Tensor map = make_empty(features, {f.samples, f.height, f.width}, acc_of(features));
   cudaStream_t stream = cuda::stream_of(features);
   auto run = acc_of(features) == ScalarType::Double ? run_map<double> : run_map<float>;
-  const Tensor stats = run(features, f, map, channel_temperature, spatial_temperature, device, stream);
+  const Tensor stats = run(features, f, map, temperatures_of(temperatures, features), device, stream);
   return {map, stats};
 }
 
 Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
-                                   double channel_temperature, double spatial_temperature) {
+                                   const Tensor& temperatures) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
   auto run = acc_of(features) == ScalarType::Double ? run_backward<double> : run_backward<float>;
   // Another op may hand over a strided D, or a slice that starts anywhere; the kernels read 16 bytes of a row at once.
   Tensor dense = grad_map.is_contiguous() ? grad_map : torch::stable::contiguous(grad_map);
   if (!cuda::on_16_bytes(dense.const_data_ptr())) dense = torch::stable::clone(dense);
-  return run(features, dense, stats, channel_temperature, spatial_temperature, device, cuda::stream_of(features));
+  return run(features, dense, stats, temperatures_of(temperatures, features), device, cuda::stream_of(features));
 }
 
 }  // namespace dsct

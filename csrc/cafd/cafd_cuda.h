@@ -11,13 +11,11 @@ namespace dsct {
 using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, const Tensor& teacher_features,
-                                             double channel_temperature, double spatial_temperature, int64_t reduction,
-                                             bool needs_grad);
+                                             const Tensor& temperatures, int64_t reduction, bool needs_grad);
 
-std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, double channel_temperature,
-                                              double spatial_temperature);
+std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, const Tensor& temperatures);
 
 Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
-                                   double channel_temperature, double spatial_temperature);
+                                   const Tensor& temperatures);
 
 }  // namespace dsct

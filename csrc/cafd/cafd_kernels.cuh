@@ -140,7 +140,7 @@ struct PartialStats {
   A* base;
   int chunks;
   int64_t channels;
-  DSCT_DEVICE A* at(int64_t n, int64_t chunk) const { return base + (n * chunks + chunk) * 3 * channels; }
+  DSCT_HOST_DEVICE A* at(int64_t n, int64_t chunk) const { return base + (n * chunks + chunk) * 3 * channels; }
 };
 
 // Shares of the maps: [share][2][positions] a sample, A then B.
@@ -164,6 +164,32 @@ struct Columns {
   int64_t chunk_positions;
 };
 
+// The temperatures: on the host, or (2,) on the device, channel then spatial, where only kernels may read them.
+struct Temperatures {
+  double channel, spatial;
+  const double* values = nullptr;
+};
+
+// What kernels multiply by in place of dividing by the temperatures: divided in double, rounded once.
+template <typename A>
+struct Scales {
+  A spatial, channel;    // 1 / temperature
+  A spatial2, channel2;  // log2(e) / temperature
+};
+template <typename A>
+DSCT_HOST_DEVICE Scales<A> scales_of(double channel, double spatial) {
+  constexpr double kLog2E = 1.4426950408889634074;
+  return {static_cast<A>(1 / spatial), static_cast<A>(1 / channel), static_cast<A>(kLog2E / spatial),
+          static_cast<A>(kLog2E / channel)};
+}
+
+// A launch of one thread before all others. What the host refuses makes everything NaN here.
+template <typename A>
+__global__ void read_temperatures(const double* values, Scales<A>* scales) {
+  auto usable = [](double x) { return x > 0 && x < infinity<double>() ? x : std::numeric_limits<double>::quiet_NaN(); };
+  *scales = scales_of<A>(usable(values[0]), usable(values[1]));
+}
+
 // All that the forward kernels know of one network.
 template <typename A>
 struct Network {
@@ -175,6 +201,7 @@ struct Network {
   Stats<A> stats;
   PartialMaps<A> maps;
   A* map;  // or nullptr
+  Scales<A>* scales;
   int64_t stats_blocks, map_blocks;
 };
 
@@ -182,8 +209,11 @@ struct Network {
 template <typename A>
 struct Networks {
   Network<A> each[2];
-  A scale2, channel_scale2;  // log2(e) / temperature
-  unsigned* ticket;          // of compare_maps, which add_maps sets to 0; or nullptr
+  A scale2, channel_scale2;    // log2(e) / temperature
+  const Scales<A>* on_device;  // or here, if not nullptr
+  unsigned* ticket;            // of compare_maps, which add_maps sets to 0; or nullptr
+  DSCT_DEVICE A spatial2() const { return on_device == nullptr ? scale2 : on_device->spatial2; }
+  DSCT_DEVICE A channel2() const { return on_device == nullptr ? channel_scale2 : on_device->channel2; }
 };
 
 template <typename A>
@@ -205,7 +235,7 @@ __global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
   const Network<A>& net = network_of(nets, nets.each[0].stats_blocks, block);
   const Features& f = net.f;
   const PartialStats<A>& partial = net.partial;
-  const A scale2 = nets.scale2;
+  const A scale2 = nets.spatial2();
   const int row_warps = net.row_warps, warp = threadIdx.x / kWarp;
   const int rows = kCafdWarps / row_warps, row_threads = row_warps * kWarp;
   const int64_t row_index = block * rows + warp / row_warps;
@@ -288,7 +318,7 @@ __global__ void __launch_bounds__(kCafdThreads, 2) column_stats(const __grid_con
   const Features& f = net.f;
   const Columns& grid = net.columns;
   const PartialStats<float>& partial = net.partial;
-  const float scale2 = nets.scale2;
+  const float scale2 = nets.spatial2();
   const ColumnPlace place = place_of<kSize>(f, grid, block);
   RowSums<float> sums[kSize];
   if (place.inside) {
@@ -338,7 +368,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
   const Network<A>& net = network_of(nets, nets.each[0].f.samples, n);
   const Stats<A>& stats = net.stats;
   const PartialStats<A>& partial = net.partial;
-  const A scale2 = nets.scale2, channel_scale2 = nets.channel_scale2;
+  const A scale2 = nets.spatial2(), channel_scale2 = nets.channel2();
   const int64_t channels = stats.channels;
   A total[1] = {0};
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
@@ -394,7 +424,7 @@ __global__ void __launch_bounds__(kCafdThreads, Row::kBlocks)
   const RowMaps& grid = net.row_maps;
   const Stats<A>& stats = net.stats;
   const PartialMaps<A>& partial = net.maps;
-  const A scale2 = nets.scale2;
+  const A scale2 = nets.spatial2();
   const int64_t tile = block % grid.position_tiles, rest = block / grid.position_tiles;
   const int64_t share = rest % partial.shares, n = rest / partial.shares;
   const int64_t index = tile * blockDim.x + threadIdx.x;
@@ -439,7 +469,7 @@ __global__ void __launch_bounds__(kCafdThreads, 2) column_maps(const __grid_cons
   const Columns& grid = net.columns;
   const Stats<float>& stats = net.stats;
   const PartialMaps<float>& partial = net.maps;
-  const float scale2 = nets.scale2;
+  const float scale2 = nets.spatial2();
   const ColumnPlace place = place_of<kSize>(f, grid, block);
   const int64_t tile = place.channel / kSize >> grid.lanes_log2;
   float max[kSize], weight[kSize], relative[kSize];
@@ -699,8 +729,10 @@ constexpr int row_blocks(int held) { return held > 8 ? 1 : held > 4 ? 2 : 3; }
 template <typename Row, int kHeld>
 __global__ void __launch_bounds__(kCafdThreads, row_blocks(kHeld))
     row_backward(Features f, Features out, int row_warps, typename Row::Acc scale, typename Row::Acc channel_scale,
-                 Stats<typename Row::Acc> stats, const typename Row::Acc* grad_map, const typename Row::Acc* products) {
+                 const Scales<typename Row::Acc>* on_device, Stats<typename Row::Acc> stats,
+                 const typename Row::Acc* grad_map, const typename Row::Acc* products) {
   using A = typename Row::Acc;
+  if (on_device != nullptr) scale = on_device->spatial, channel_scale = on_device->channel;
   DSCT_SHARED(shared);
   A* warps = reinterpret_cast<A*>(shared);
   const int warp = threadIdx.x / kWarp, rows = kCafdWarps / row_warps, row_threads = row_warps * kWarp;
@@ -761,9 +793,12 @@ __global__ void __launch_bounds__(kCafdThreads, row_blocks(kHeld))
 // sum_i exp_ci D_i over a chunk of positions: partial[n][chunk][channels].
 template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 1)
-    column_rho(Features f, Columns grid, float scale2, Stats<float> stats, const float* grad_map, float* partial) {
+    column_rho(Features f, Columns grid, float scale, const Scales<float>* on_device, Stats<float> stats,
+               const float* grad_map, float* partial) {
   release_next();
   wait_for_previous();
+  if (on_device != nullptr) scale = on_device->spatial;
+  const float scale2 = scale * 1.4426950408889634f;
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   DSCT_SHARED(shared);
   float* rows = reinterpret_cast<float*>(shared);
@@ -806,9 +841,11 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
 
 template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 1)
-    column_backward(Features f, Features out, Columns grid, float scale, float channel_scale, Stats<float> stats,
-                    const float* grad_map, const float* products, const float* partial) {
+    column_backward(Features f, Features out, Columns grid, float scale, float channel_scale,
+                    const Scales<float>* on_device, Stats<float> stats, const float* grad_map, const float* products,
+                    const float* partial) {
   wait_for_previous();
+  if (on_device != nullptr) scale = on_device->spatial, channel_scale = on_device->channel;
   constexpr int kSize = Pack<T>::kSize, kBatch = 4;
   const ColumnPlace place = place_of<kSize>(f, grid, blockIdx.x);
   if (!place.inside) return;
@@ -922,9 +959,10 @@ inline int sample_threads(int64_t positions) {
   return static_cast<int>(std::min<int64_t>(ceil_div(positions, kWarp) * kWarp, 1024));
 }
 
-// Elements (of the accumulation dtype) that the forward of one network needs beside its statistics.
+// Elements (of the accumulation dtype) that the forward of one network needs beside its statistics: shares of the maps,
+// partial statistics, scales.
 inline int64_t map_workspace(const Features& f, const CafdPlan& plan) {
-  return f.samples * (3 * f.channels * plan.chunks + 2 * f.positions() * plan.shares);
+  return f.samples * (3 * f.channels * plan.chunks + 2 * f.positions() * plan.shares) + 4;
 }
 
 template <typename A>
@@ -935,20 +973,22 @@ Network<A> network(const Features& f, const CafdPlan& plan, A* stats, A* map, A*
   net.stats = {stats, f.channels, f.positions()};
   net.maps = {workspace, plan.shares, f.positions()};  // first: its rows are written 16 bytes at a time
   net.partial = {workspace + f.samples * 2 * f.positions() * plan.shares, plan.chunks, f.channels};
+  net.scales = reinterpret_cast<Scales<A>*>(net.partial.at(f.samples, 0));
   net.map = map;
   net.stats_blocks = plan.layout == Layout::kColumns ? plan.column_blocks : plan.row_blocks;
   net.map_blocks = plan.layout == Layout::kColumns ? plan.column_blocks : plan.map_blocks;
   return net;
 }
 
-// Statistics and maps of `count` networks, 1 or 2, that share dtype and layout: four launches.
+// Statistics and maps of `count` networks, 1 or 2, that share dtype and layout: four launches, and one more where the
+// temperatures are on the device.
 template <typename A>
-void maps_run(const Network<A>* each, int count, Layout layout, double channel_temperature, double spatial_temperature,
-              unsigned* ticket, const Device& device, cudaStream_t stream) {
+void maps_run(const Network<A>* each, int count, Layout layout, const Temperatures& temperatures, unsigned* ticket,
+              const Device& device, cudaStream_t stream) {
   Networks<A> nets{};
   nets.ticket = ticket;
-  nets.scale2 = static_cast<A>(1.4426950408889634074 / spatial_temperature);
-  nets.channel_scale2 = static_cast<A>(1.4426950408889634074 / channel_temperature);
+  const Scales<A> scales = scales_of<A>(temperatures.channel, temperatures.spatial);
+  nets.scale2 = scales.spatial2, nets.channel_scale2 = scales.channel2;
   int64_t stats_blocks = 0, map_blocks = 0, samples = 0, add = 0;
   for (int i = 0; i < count; ++i) {
     nets.each[i] = each[i];
@@ -956,6 +996,10 @@ void maps_run(const Network<A>* each, int count, Layout layout, double channel_t
     samples += each[i].f.samples, add += add_blocks(each[i]);
   }
   if (samples == 0) return;
+  if (temperatures.values != nullptr) {
+    launch("cafd", read_temperatures<A>, 1, 1, 0, stream, temperatures.values, each[0].scales);
+    nets.on_device = each[0].scales;
+  }
   auto go = [&](auto stats_kernel, auto maps_kernel, size_t shared) {
     launch("cafd", stats_kernel, stats_blocks, kCafdThreads, shared, stream, nets);
     launch_early("cafd", device, channel_weights<A>, samples, kCafdThreads, kWarp * sizeof(A), stream, nets);
@@ -989,8 +1033,8 @@ __global__ void no_samples(A* loss) {
 // The whole forward: both networks' maps, in the same launches where they share dtype and layout, then the loss.
 template <typename A, typename SA, typename TA>
 void cafd_run(const Comparison<A>& comparison, const Network<SA>& student, const CafdPlan& student_plan,
-              const Network<TA>& teacher, const CafdPlan& teacher_plan, double channel_temperature,
-              double spatial_temperature, SA* grad_map, const Device& device, cudaStream_t stream) {
+              const Network<TA>& teacher, const CafdPlan& teacher_plan, const Temperatures& temperatures, SA* grad_map,
+              const Device& device, cudaStream_t stream) {
   if (comparison.samples == 0) {
     if (comparison.loss != nullptr) launch("cafd", no_samples<A>, 1, 1, 0, stream, comparison.loss);
     return;
@@ -1000,39 +1044,41 @@ void cafd_run(const Comparison<A>& comparison, const Network<SA>& student, const
   if constexpr (std::is_same_v<SA, TA>) {
     if (together) {
       const Network<SA> both[2] = {student, teacher};
-      maps_run(both, 2, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, device,
-               stream);
+      maps_run(both, 2, student_plan.layout, temperatures, comparison.ticket, device, stream);
     }
   } else {
     together = false;
   }
   if (!together) {
-    maps_run(&student, 1, student_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, device,
-             stream);
-    maps_run(&teacher, 1, teacher_plan.layout, channel_temperature, spatial_temperature, comparison.ticket, device,
-             stream);
+    maps_run(&student, 1, student_plan.layout, temperatures, comparison.ticket, device, stream);
+    maps_run(&teacher, 1, teacher_plan.layout, temperatures, comparison.ticket, device, stream);
   }
   launch_early("cafd", device, compare_maps<A, SA, TA>, comparison.samples, sample_threads(student.f.positions()),
                2 * kWarp * sizeof(A), stream, comparison, student.stats, teacher.stats, grad_map);
 }
 
 inline int64_t backward_workspace(const Features& f, const CafdPlan& plan) {
-  return 3 * f.samples + (plan.layout == Layout::kColumns ? f.samples * plan.chunks * f.channels : 0);
+  return 4 + 3 * f.samples + (plan.layout == Layout::kColumns ? f.samples * plan.chunks * f.channels : 0);
 }
 
 template <typename A>
-void backward_run(const Features& f, const Features& out, const CafdPlan& plan, double channel_temperature,
-                  double spatial_temperature, A* stats_base, const A* grad_map, A* workspace, const Device& device,
-                  cudaStream_t stream) {
+void backward_run(const Features& f, const Features& out, const CafdPlan& plan, const Temperatures& temperatures,
+                  A* stats_base, const A* grad_map, A* workspace, const Device& device, cudaStream_t stream) {
   if (f.samples == 0) return;
-  const A scale = static_cast<A>(1 / spatial_temperature), channel_scale = static_cast<A>(1 / channel_temperature);
+  const Scales<A> scales = scales_of<A>(temperatures.channel, temperatures.spatial);
+  const A scale = scales.spatial, channel_scale = scales.channel;
+  Scales<A>* on_device = nullptr;
+  if (temperatures.values != nullptr) {
+    on_device = reinterpret_cast<Scales<A>*>(workspace);
+    launch("cafd backward", read_temperatures<A>, 1, 1, 0, stream, temperatures.values, on_device);
+  }
   const Stats<A> stats = {stats_base, f.channels, f.positions()};
-  A* products = workspace;
+  A* products = workspace + 4;
   launch("cafd backward", map_products<A>, f.samples, sample_threads(f.positions()), 3 * kWarp * sizeof(A), stream,
          stats, grad_map, products);
   auto rows = [&](auto kernel) {
     launch_early("cafd backward", device, kernel, plan.row_blocks, kCafdThreads, kCafdWarps * sizeof(A), stream, f, out,
-                 plan.row_warps, scale, channel_scale, stats, grad_map, products);
+                 plan.row_warps, scale, channel_scale, on_device, stats, grad_map, products);
   };
   if (plan.layout == Layout::kAny) return rows(row_backward<Anywhere<A>, 0>);
   if constexpr (std::is_same_v<A, float>) {
@@ -1050,12 +1096,11 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
             return rows(row_backward<SideBySide<T>, 0>);
         }
       }
-      float* partial = workspace + 3 * f.samples;
-      const float scale2 = scale * 1.4426950408889634f;
+      float* partial = products + 3 * f.samples;
       launch_early("cafd backward", device, column_rho<T>, plan.column_blocks, kCafdThreads,
-                   kCafdThreads * sizeof(float), stream, f, plan.columns, scale2, stats, grad_map, partial);
+                   kCafdThreads * sizeof(float), stream, f, plan.columns, scale, on_device, stats, grad_map, partial);
       launch_early("cafd backward", device, column_backward<T>, plan.column_blocks, kCafdThreads, 0, stream, f, out,
-                   plan.columns, scale, channel_scale, stats, grad_map, products, partial);
+                   plan.columns, scale, channel_scale, on_device, stats, grad_map, products, partial);
     };
     switch (f.dtype) {
       case Dtype::kFloat32:

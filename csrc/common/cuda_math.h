@@ -18,9 +18,10 @@ using Half = c10::Half;
 
 enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-// ------------------------------------------------------------------------------------------------ launches that
-// overlap From here on the launch before this one is over and all that it wrote is there. Nothing to do in a launch in
-// order.
+// ------------------------------------------------------------------------------------------ launches that overlap
+// (programmatic dependent launch, cuda_launch.h)
+
+// From here on the launch before this one is over, and all that it wrote is there; in a launch in order it always is.
 DSCT_DEVICE void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

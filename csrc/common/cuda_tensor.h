@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda_math.h"
@@ -41,6 +43,22 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 }
 
 }  // namespace cuda
+
+// The numbers of a tensor of T, of shape (count,) or (), that lies on the CPU, where the host may read them, or on the
+// device of `like`, where only kernels may.
+template <typename T>
+const T* numbers_of(const Tensor& tensor, const char* name, std::optional<int64_t> count, const Tensor& like) {
+  static_assert(std::is_same_v<T, double> || std::is_same_v<T, int64_t>);
+  constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;
+  const std::string what = (count ? "a contiguous (" + std::to_string(*count) + ",)" : std::string("a ()")) +
+                           (kType == ScalarType::Double ? " tensor of float64" : " tensor of int64");
+  STD_TORCH_CHECK(tensor.scalar_type() == kType && tensor.dim() == (count ? 1 : 0) &&
+                      tensor.numel() == count.value_or(1) && tensor.is_contiguous(),
+                  name, ": expected ", what);
+  STD_TORCH_CHECK(tensor.is_cpu() || (tensor.is_cuda() && tensor.get_device_index() == like.get_device_index()), name,
+                  ": expected a tensor on the CPU or on cuda:", like.get_device_index());
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
 
 // Uninitialised, on `like`'s device, contiguous; dtype of `like` unless given.
 inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& shape,

@@ -38,7 +38,7 @@ struct CePixel {
 // Nothing overflows, nothing cancels, and the exponential waits for no log.
 template <class Math>
 struct Odds {
-  typename Math::V x;             // target, +inf where there is no other class
+  typename Math::V x;             // target, +inf where there is no other class, NaN where it was +inf itself
   typename Math::V odds, larger;  // the larger of b and 1 - b is 1 / (1 + odds)
   typename Math::V hit, miss;     // b, 1 - b
   typename Math::V inverse_sum;   // 0 where there is no other class
@@ -51,7 +51,10 @@ DSCT_HD Odds<Math> odds_of(typename Math::V target, typename Math::V sum) {
   const V zero = Math::set1(S(0)), one = Math::set1(S(1));
   Odds<Math> o;
   o.none = Math::eq(sum, zero);
-  o.x = Math::select(o.none, Math::set1(S(__builtin_inf())), target);
+  // +inf is no number to learn from, and would pass for an absence of others, which in turn would hide a NaN.
+  const V infinity = Math::set1(S(__builtin_inf()));
+  o.x = Math::select(Math::lt(target, infinity), Math::select(o.none, infinity, target),
+                     Math::set1(S(__builtin_nan(""))));
   // e^target : sum, both times min(1, e^-target)
   const V e = Math::exp_nonpositive(-Math::abs(o.x));
   const typename Math::M positive = Math::lt(zero, o.x);
@@ -73,7 +76,8 @@ DSCT_HD typename Math::V log1p(typename Math::V x) {
   return Math::log_normal(r) + (x - (r - one)) * Math::reciprocal(r);
 }
 
-// factor_tckd = tau * tckd_weight * normaliser, factor_nckd likewise: they go into the gradient only.
+// factor_tckd = tau * tckd_weight * normaliser, factor_nckd likewise: they go into the gradient only. NaN or +inf in
+// any logit shows in tckd, whatever the others are.
 template <class Math>
 DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V sum_s, typename Math::V target_t,
                                    typename Math::V sum_t, typename Math::V cross, typename Math::V factor_tckd,
@@ -104,7 +108,7 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   const V difference = Math::select(Math::lt(s.miss, s.hit), t.miss - s.miss, s.hit - t.hit);
   const V pull = factor_tckd * difference;
   p.grad_target = pull;
-  p.coef_s = (factor_nckd - pull) * s.inverse_sum;
+  p.coef_s = (Math::select(t.none, zero, factor_nckd) - pull) * s.inverse_sum;
   p.coef_t = -factor_nckd * t.inverse_sum;
   return p;
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../common/cpu_isa.h"
+#include "../common/cpu_numbers.h"
 #include "../common/huge_pages.h"
 #include "tnkd.h"
 #include "tnkd_cpu_args.h"
@@ -73,7 +74,7 @@ LabelType label_type(const Tensor& x) {
 }
 
 void check(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-           const std::optional<Tensor>& class_weight, ScalarType acc, double temperature, int64_t reduction) {
+           const std::optional<Tensor>& class_weight, ScalarType acc, int64_t reduction) {
   const auto sizes = student.sizes();
   if (sizes.size() < 2 || sizes[1] < 2)
     fail("student_logits: expected shape (N, K) or (N, K, *spatial) with K >= 2, got " + shape(sizes));
@@ -97,7 +98,6 @@ void check(const Tensor& student, const Tensor& teacher, const std::optional<Ten
       fail("class_weight: expected a contiguous (" + std::to_string(sizes[1]) +
            ",) tensor on cpu in the accumulation dtype, got shape " + shape(class_weight->sizes()));
   }
-  if (!(temperature > 0)) fail("temperature: expected a number > 0, got " + std::to_string(temperature));
   if (reduction < 0 || reduction > 2) fail("reduction: expected 0, 1 or 2, got " + std::to_string(reduction));
 }
 
@@ -313,15 +313,21 @@ void store(const Tensor& to, int64_t i, double value) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
                                                     const std::optional<Tensor>& target,
-                                                    const std::optional<Tensor>& class_weight, double ce_weight,
-                                                    double tckd_weight, double nckd_weight, double temperature,
-                                                    std::optional<int64_t> ignore_index, int64_t reduction,
+                                                    const std::optional<Tensor>& class_weight, const Tensor& values,
+                                                    const std::optional<Tensor>& ignore_index, int64_t reduction,
                                                     bool with_ce, bool needs_grad) {
   const FloatType student_type = float_type("student_logits", student_logits);
   const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
   const ScalarType acc = is_double ? ScalarType::Double : ScalarType::Float;
-  check(student_logits, teacher_logits, target, class_weight, acc, temperature, reduction);
+  check(student_logits, teacher_logits, target, class_weight, acc, reduction);
+  const double* numbers = numbers_of<double>(values, "values", 4);
+  const double ce_weight = numbers[0], tckd_weight = numbers[1], nckd_weight = numbers[2], temperature = numbers[3];
+  if (!(temperature > 0 && std::isfinite(temperature)))
+    fail("temperature: expected a finite number > 0, got " + std::to_string(temperature));
+  for (double weight : {ce_weight, tckd_weight, nckd_weight})
+    if (!(weight >= 0 && std::isfinite(weight)))
+      fail("values: expected finite weights >= 0, got " + std::to_string(weight));
 
   TnkdArgs args = {};
   args.classes = student_logits.size(1);
@@ -361,7 +367,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
     args.target = target->const_data_ptr();
     args.target_type = label_type(*target);
     args.has_ignore = ignore_index.has_value();
-    args.ignore_index = ignore_index.value_or(0);
+    args.ignore_index = ignore_index.has_value() ? *numbers_of<int64_t>(*ignore_index, "ignore_index", 0) : 0;
   }
   if (class_weight.has_value() && with_ce) args.class_weight = class_weight->const_data_ptr();
   args.ce_weight = with_ce ? ce_weight : 0;
@@ -418,10 +424,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   store(parts, 2, nckd);
   store(grad_scale, 0, outside);
   if (reduction != kNone) {
-    // A part with weight 0 takes no part: 0 * inf would be NaN.
+    // A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN, which tckd always shows, is never hidden.
     double total = 0;
     if (args.ce_weight != 0) total += ce_weight * ce;
-    if (tckd_weight != 0) total += tckd_weight * tckd;
+    if (tckd_weight != 0 || std::isnan(tckd)) total += tckd_weight * tckd;
     if (nckd_weight != 0) total += nckd_weight * nckd;
     store(loss, 0, total);
   }

@@ -413,13 +413,15 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
   const V zero = P::set1(0);
   const V by_temperature = P::set1(S(1 / args.temperature));
   const double factor = args.temperature * args.tnkd_scale;
+  const bool two_classes = args.classes == 2;  // one beside the target: nothing to compare, not even where it is absent
   const V x_s = P::load(s.target_s + lane) - P::load(s.max_s + lane);
   const V x_t = P::load(s.target_t + lane) - P::load(s.max_t + lane);
-  const TnkdPixel<Math<P>> p = tnkd_pixel<Math<P>>(
-      x_s * by_temperature, P::load(s.sum_s + lane), x_t * by_temperature, P::load(s.sum_t + lane),
-      P::load(s.cross + lane), P::set1(S(args.tckd_weight * factor)), P::set1(S(args.nckd_weight * factor)));
+  const TnkdPixel<Math<P>> p =
+      tnkd_pixel<Math<P>>(x_s * by_temperature, P::load(s.sum_s + lane), x_t * by_temperature, P::load(s.sum_t + lane),
+                          P::load(s.cross + lane), P::set1(S(args.tckd_weight * factor)),
+                          P::set1(two_classes ? S(0) : S(args.nckd_weight * factor)));
   const typename P::M valid = P::le(zero, P::load(s.label + lane));
-  const V tckd = P::keep(valid, p.tckd), nckd = P::keep(valid, p.nckd);
+  const V tckd = P::keep(valid, p.tckd), nckd = two_classes ? zero : P::keep(valid, p.nckd);
   losses.tckd = losses.tckd + tckd;
   losses.nckd = losses.nckd + nckd;
   V ce = zero, coef_s = p.coef_s, coef_ce = zero, grad_target = p.grad_target;
@@ -438,10 +440,13 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
   P::store(s.coef_ce + lane, P::keep(valid, coef_ce));
   P::store(s.grad_target + lane, P::keep(valid, grad_target));
   if (args.loss_map != nullptr) {
-    // A part with weight 0 takes no part: 0 * inf would be NaN.
+    // A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN, which tckd always shows, is never hidden.
     const double square = args.temperature * args.temperature;
     V loss = zero;
-    if (args.tckd_weight != 0) loss = P::fma(P::set1(S(args.tckd_weight * square)), tckd, loss);
+    if (args.tckd_weight != 0)
+      loss = P::fma(P::set1(S(args.tckd_weight * square)), tckd, loss);
+    else
+      loss = P::select(P::eq(tckd, tckd), zero, tckd);
     if (args.nckd_weight != 0) loss = P::fma(P::set1(S(args.nckd_weight * square)), nckd, loss);
     if (args.ce_weight != 0) loss = P::fma(P::set1(S(args.ce_weight)), ce, loss);
     S* out = static_cast<S*>(args.loss_map) + first_pixel + lane;

@@ -32,9 +32,8 @@ Label label_of(const Tensor& target) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                      const std::optional<Tensor>& target,
-                                                     const std::optional<Tensor>& class_weight, double ce_weight,
-                                                     double tckd_weight, double nckd_weight, double temperature,
-                                                     std::optional<int64_t> ignore_index, int64_t reduction,
+                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
+                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
                                                      bool with_ce, bool needs_grad) {
   const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
   const cuda::Device device = cuda::device_of(student_logits.get_device_index());
@@ -81,10 +80,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
                   teacher_logits.strides().data(), target ? target->strides().data() : nullptr,
                   needs_grad ? grad.strides().data() : nullptr);
   STD_TORCH_CHECK(args.classes <= std::numeric_limits<int32_t>::max(), "tnkd: too many classes");
-  args.ce_weight = ce_weight, args.tckd_weight = tckd_weight, args.nckd_weight = nckd_weight;
-  args.temperature = temperature;
+  const double* numbers = numbers_of<double>(values, "values", 4, student_logits);
+  if (values.is_cpu()) {
+    args.ce_weight = numbers[0], args.tckd_weight = numbers[1], args.nckd_weight = numbers[2];
+    args.temperature = numbers[3];
+  } else {
+    args.values = numbers;
+  }
   args.has_ignore_index = ignore_index.has_value();
-  args.ignore_index = ignore_index.value_or(0);
+  if (ignore_index) {
+    const int64_t* number = numbers_of<int64_t>(*ignore_index, "ignore_index", std::nullopt, student_logits);
+    if (ignore_index->is_cpu()) {
+      args.ignore_index = *number;
+    } else {
+      args.ignore_index_value = number;
+    }
+  }
   args.mean = reduction == 1;
   args.with_ce = with_ce;
 

@@ -13,9 +13,8 @@ using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                      const std::optional<Tensor>& target,
-                                                     const std::optional<Tensor>& class_weight, double ce_weight,
-                                                     double tckd_weight, double nckd_weight, double temperature,
-                                                     std::optional<int64_t> ignore_index, int64_t reduction,
+                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
+                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
                                                      bool with_ce, bool needs_grad);
 
 // grad *= factor; grad is any dense tensor, factor () in float32 or float64 on the same device.

@@ -55,6 +55,9 @@ struct TnkdArgs {
   double ce_weight, tckd_weight, nckd_weight, temperature;
   bool has_ignore_index;
   int64_t ignore_index;
+  // On the device, (4,) in the order above and (); nullptr: the numbers above. Read by the kernels, never by the host.
+  const double* values = nullptr;
+  const int64_t* ignore_index_value = nullptr;
   bool mean, with_ce;
 };
 
@@ -65,7 +68,29 @@ struct Terms {
   A log2_scale;  // log2(e) / temperature
   bool with_ce;
   bool two_classes;
+  const double* values;  // on the device: what the numbers are to be read from, or nullptr
 };
+
+// Divided in double, rounded once.
+template <typename A>
+DSCT_HOST_DEVICE void set_numbers(Terms<A>& terms, double ce_weight, double tckd_weight, double nckd_weight,
+                                  double temperature) {
+  terms.ce_weight = static_cast<A>(ce_weight);
+  terms.tckd_weight = static_cast<A>(tckd_weight);
+  terms.nckd_weight = static_cast<A>(nckd_weight);
+  terms.temperature = static_cast<A>(temperature);
+  terms.log2_scale = static_cast<A>(1.4426950408889634074 / temperature);
+}
+
+// Numbers on the device were seen by nobody yet: what the host refuses makes every loss NaN here.
+template <typename A>
+DSCT_DEVICE void read_numbers(Terms<A>& terms) {
+  if (terms.values == nullptr) return;
+  const double* v = terms.values;
+  auto usable = [](double x) { return x >= 0 && x < std::numeric_limits<double>::infinity(); };
+  const bool good = usable(v[0]) && usable(v[1]) && usable(v[2]) && usable(v[3]) && v[3] > 0;
+  set_numbers(terms, v[0], v[1], v[2], good ? v[3] : std::numeric_limits<double>::quiet_NaN());
+}
 
 // Where the workspace keeps what.
 struct Workspace {
@@ -93,8 +118,20 @@ struct Labels {
   int64_t ignore;
   int narrow_ignore;
   int classes;
-  bool packs;  // runs of 8 labels lie side by side on 16 bytes (or on their own size, if less)
+  bool packs;                   // runs of 8 labels lie side by side on 16 bytes (or on their own size, if less)
+  const int64_t* ignore_value;  // on the device: what `ignore` is to be read from, or nullptr
 };
+
+DSCT_HOST_DEVICE void set_ignore(Labels& labels, int64_t ignore) {
+  labels.has_ignore = true;
+  labels.ignore = ignore;
+  labels.narrow_ignore = static_cast<int>(ignore);
+  labels.has_narrow_ignore = labels.narrow_ignore == ignore;
+}
+
+DSCT_DEVICE void read_ignore(Labels& labels) {
+  if (labels.ignore_value != nullptr) set_ignore(labels, *labels.ignore_value);
+}
 
 // ------------------------------------------------------------------------------------------------- per-pixel algebra
 // Sums over the classes other than the target, in powers of 2: with c = log2(e) / temperature and base = max * c,
@@ -165,10 +202,8 @@ DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms
     const TnkdPixel<Math> kd =
         tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
                          terms.two_classes ? A(0) : factor * terms.nckd_weight);
-    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. NaN and inf
-    // stay.
-    const bool nothing = terms.two_classes & (::fabs(z.cross) < infinity<A>());
-    loss = {0, kd.tckd, nothing ? A(0) : kd.nckd};
+    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1.
+    loss = {0, kd.tckd, terms.two_classes ? A(0) : kd.nckd};
     grad = {kd.coef_s, kd.coef_t, 0, kd.grad_target};
     if (terms.with_ce) {
       const A class_factor = class_weight == nullptr ? A(1) : class_weight[y];
@@ -275,11 +310,14 @@ struct PixelStride {
 constexpr int kCountThreads = 256, kCountPixels = 8;
 
 // Partial counts of valid pixels and their class weights, and the ticket set to zero for the main kernel.
-template <typename A>
+// kOnDevice, here and below: numbers may have to be read from device memory. A variant of its own, because numbers
+// among a kernel's arguments cost no register.
+template <typename A, bool kOnDevice>
 __global__ void __launch_bounds__(kCountThreads, 1)
     count_pixels(Labels labels, Space space, PixelStride stride, int64_t pixels, const A* class_weight, bool count,
                  Workspace work) {
   release_next();
+  if constexpr (kOnDevice) read_ignore(labels);
   DSCT_SHARED(shared);
   double sums[2] = {0, 0};
   if (count) {
@@ -398,7 +436,8 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
     double loss = 0;
     for (int i = 0; i < 3; ++i) {
       result.parts[i] = static_cast<A>(part[i]);
-      if (weight[i] != 0) loss += weight[i] * part[i];  // weight 0 takes no part: 0 * inf would be NaN
+      // Weight 0 takes no part, 0 * inf would be NaN; but a NaN is never hidden.
+      if (weight[i] != 0 || part[i] != part[i]) loss += weight[i] * part[i];
     }
     if (result.loss != nullptr) *result.loss = static_cast<A>(loss);
     *result.grad_scale = static_cast<A>(scalbn(1.0, norms.outside));
@@ -410,7 +449,7 @@ DSCT_DEVICE A pixel_loss(const PixelLoss<A>& part, const Terms<A>& terms) {
   const A squared = terms.temperature * terms.temperature;
   A loss = 0;
   if (terms.ce_weight != 0) loss += terms.ce_weight * part.ce;
-  if (terms.tckd_weight != 0) loss += terms.tckd_weight * squared * part.tckd;
+  if (terms.tckd_weight != 0 || part.tckd != part.tckd) loss += terms.tckd_weight * squared * part.tckd;
   if (terms.nckd_weight != 0) loss += terms.nckd_weight * squared * part.nckd;
   return loss;
 }
@@ -555,13 +594,14 @@ DSCT_DEVICE void repeat(const Body& body) {
 }
 
 // Few classes: one thread holds all of them for its pixels.
-template <typename T, int kClasses, CE kCE>
+template <typename T, int kClasses, CE kCE, bool kOnDevice>
 __global__ void __launch_bounds__(128, 1)
     planes_whole(Planes in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   constexpr int kPixels = Pack<T>::kSize;
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
   terms.with_ce = kCE != CE::kNone;
+  if constexpr (kOnDevice) read_numbers(terms), read_ignore(labels);
   Factors<float> factors;
   PixelLoss<float> total = {0, 0, 0};
   for (unsigned work_tile = blockIdx.x; work_tile < in.tiles; work_tile += gridDim.x) {
@@ -725,9 +765,10 @@ constexpr size_t tile_shared_bytes(int pixels, int tile_bytes) {
 // More classes than one thread holds, either memory layout, any alignment. Tiles of pixels pass through shared memory,
 // where the next one arrives while this one is worked on; the gradient takes the student's place there and leaves in
 // 16-byte stores.
-template <typename T, int kClasses, CE kCE>
+template <typename T, int kClasses, CE kCE, bool kOnDevice>
 __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClasses, kCE))
     staged(Tiles in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
+  if constexpr (kOnDevice) read_numbers(terms), read_ignore(labels);
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
   const int groups = 1 << in.groups_log2, group = threadIdx.x & (groups - 1), tile_pixels = 1 << in.pixels_log2;
@@ -888,9 +929,10 @@ struct AnyLayout {
 };
 
 // One thread per pixel; the classes are read three times, the second and third from cache where they fit.
-template <typename A>
+template <typename A, bool kOnDevice>
 __global__ void __launch_bounds__(128, 1)
     any_layout(AnyLayout<A> in, Labels labels, Terms<A> terms, Workspace work, Result<A> result) {
+  if constexpr (kOnDevice) read_numbers(terms), read_ignore(labels);
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
   wait_for_previous();
@@ -1119,13 +1161,12 @@ inline int64_t tnkd_workspace_bytes(const TnkdPlan& plan) {
 
 template <typename A>
 Terms<A> terms_of(const TnkdArgs& args) {
-  return {static_cast<A>(args.ce_weight),
-          static_cast<A>(args.tckd_weight),
-          static_cast<A>(args.nckd_weight),
-          static_cast<A>(args.temperature),
-          static_cast<A>(1.4426950408889634074 / args.temperature),
-          args.with_ce,
-          args.classes == 2};
+  Terms<A> terms{};
+  set_numbers(terms, args.ce_weight, args.tckd_weight, args.nckd_weight, args.temperature);
+  terms.with_ce = args.with_ce;
+  terms.two_classes = args.classes == 2;
+  terms.values = args.values;
+  return terms;
 }
 
 template <typename A>
@@ -1150,9 +1191,12 @@ inline int64_t image_stride(const TnkdArgs& args, const Strides& strides) {
   return args.dims == 1 ? 0 : strides.pixel[0];
 }
 
+inline bool on_device(const TnkdArgs& args) { return args.values != nullptr || args.ignore_index_value != nullptr; }
+
+// A temperature that the host does not know may be any.
 inline CE cross_entropy(const TnkdArgs& args) {
   if (!args.with_ce) return CE::kNone;
-  return args.temperature == 1 || args.temperature == 2 ? CE::kPowers : CE::kOwn;
+  return !on_device(args) && (args.temperature == 1 || args.temperature == 2) ? CE::kPowers : CE::kOwn;
 }
 
 template <typename T>
@@ -1171,9 +1215,11 @@ void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labe
   const CE ce = cross_entropy(args);
   one_of(WholeClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    const auto kernel = ce == CE::kNone     ? planes_whole<T, kClasses, CE::kNone>
-                        : ce == CE::kPowers ? planes_whole<T, kClasses, CE::kPowers>
-                                            : planes_whole<T, kClasses, CE::kOwn>;
+    const auto kernel = on_device(args)     ? ce == CE::kNone ? planes_whole<T, kClasses, CE::kNone, true>
+                                                              : planes_whole<T, kClasses, CE::kOwn, true>
+                        : ce == CE::kNone   ? planes_whole<T, kClasses, CE::kNone, false>
+                        : ce == CE::kPowers ? planes_whole<T, kClasses, CE::kPowers, false>
+                                            : planes_whole<T, kClasses, CE::kOwn, false>;
     launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
                  terms_of<float>(args), work, result_of<float>(args));
   });
@@ -1197,8 +1243,11 @@ void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& lab
   in.groups_log2 = plan.groups_log2, in.pixels_log2 = plan.pixels_log2, in.tile_bytes = plan.tile_bytes;
   one_of(StagedClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    const auto kernel =
-        cross_entropy(args) == CE::kOwn ? staged<T, kClasses, CE::kOwn> : staged<T, kClasses, CE::kPowers>;
+    const bool own = cross_entropy(args) == CE::kOwn;
+    const auto kernel = on_device(args)
+                            ? own ? staged<T, kClasses, CE::kOwn, true> : staged<T, kClasses, CE::kPowers, true>
+                        : own ? staged<T, kClasses, CE::kOwn, false>
+                              : staged<T, kClasses, CE::kPowers, false>;
     launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
                  terms_of<float>(args), work, result_of<float>(args));
   });
@@ -1221,17 +1270,17 @@ void launch_any(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels
     in.grad_stride.at[d] = args.grad_strides.pixel[d];
     in.target_stride.at[d] = args.target_strides[d];
   }
-  launch_early("tnkd", device, any_layout<A>, plan.blocks, plan.threads, plan.shared, stream, in, labels,
-               terms_of<A>(args), work, result_of<A>(args));
+  const auto kernel = on_device(args) ? any_layout<A, true> : any_layout<A, false>;
+  launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels, terms_of<A>(args),
+               work, result_of<A>(args));
 }
 
 inline Labels labels_of(const TnkdArgs& args) {
   Labels labels{};
   labels.pointer = args.target;
   labels.type = args.has_target ? args.label : Label::kTeacher;
-  labels.has_ignore = args.has_ignore_index, labels.ignore = args.ignore_index;
-  labels.narrow_ignore = static_cast<int>(args.ignore_index);
-  labels.has_narrow_ignore = args.has_ignore_index && labels.narrow_ignore == args.ignore_index;
+  if (args.has_ignore_index) set_ignore(labels, args.ignore_index);
+  labels.ignore_value = args.ignore_index_value;
   labels.classes = static_cast<int>(args.classes);
   labels.packs = aligned(args.target) && args.target_strides[args.dims - 1] == 1 &&
                  (args.dims == 1 || (args.dims == 2 && args.target_strides[0] % 8 == 0));
@@ -1259,13 +1308,17 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& d
   counted.packs = aligned(args.target) && space.dims == 1 && target_stride.at[0] == 1;
   const bool count = args.mean && args.has_target && (args.has_ignore_index || args.class_weight != nullptr);
   const size_t shared = 2 * kWarp * sizeof(double);
+  const auto count_labels = [&](auto kernel, auto* class_weight) {
+    launch("tnkd", kernel, plan.count_blocks, kCountThreads, shared, stream, counted, space, target_stride, args.pixels,
+           class_weight, count, work);
+  };
   if (wide) {
-    launch("tnkd", count_pixels<double>, plan.count_blocks, kCountThreads, shared, stream, counted, space,
-           target_stride, args.pixels, static_cast<const double*>(args.class_weight), count, work);
+    count_labels(on_device(args) ? count_pixels<double, true> : count_pixels<double, false>,
+                 static_cast<const double*>(args.class_weight));
     return launch_any<double>(plan, args, labels, work, device, stream);
   }
-  launch("tnkd", count_pixels<float>, plan.count_blocks, kCountThreads, shared, stream, counted, space, target_stride,
-         args.pixels, static_cast<const float*>(args.class_weight), count, work);
+  count_labels(on_device(args) ? count_pixels<float, true> : count_pixels<float, false>,
+               static_cast<const float*>(args.class_weight));
   auto by_dtype = [&](auto type) {
     using T = decltype(type);
     if (plan.kernel == Kernel::kWhole) return launch_whole<T>(plan, args, labels, work, device, stream);

@@ -18,13 +18,14 @@ if NATIVE_MISSING is None:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def _stats(x: Tensor) -> Tensor:
-        # What backward needs: 4 numbers a channel, 2 a position, 1 a sample (csrc/cafd/cafd.h says which).
+        # What backward needs: 4 numbers a channel, 2 a position, 1 a sample. Which, and in an order of its own, say
+        # csrc/cafd/cafd.h for the CPU and Stats in csrc/cafd/cafd_kernels.cuh for CUDA.
         n, c, h, w = x.shape
         return x.new_empty([n, 4 * c + 2 * h * w + 1], dtype=_acc(x))
 
     @torch.library.register_fake("dsct_kernels::cafd")
     def _(
-        student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int, needs_grad: bool
+        student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, _, h, w = student.shape
         loss = student.new_empty([n] if reduction == 0 else [], dtype=torch.promote_types(_acc(student), _acc(teacher)))
@@ -32,12 +33,12 @@ if NATIVE_MISSING is None:
         return loss, grad_map, _stats(student)
 
     @torch.library.register_fake("dsct_kernels::attention_map")
-    def _(features: Tensor, channel_t: float, spatial_t: float) -> tuple[Tensor, Tensor]:
+    def _(features: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         n, _, h, w = features.shape
         return features.new_empty([n, h, w], dtype=_acc(features)), _stats(features)
 
     @torch.library.register_fake("dsct_kernels::attention_map_backward")
-    def _(features: Tensor, grad_map: Tensor, stats: Tensor, channel_t: float, spatial_t: float) -> Tensor:
+    def _(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor) -> Tensor:
         return torch.empty_like(features)
 
     autograd.register("dsct_kernels::cafd", "dsct_kernels::attention_map", _backward)
@@ -47,9 +48,9 @@ def cafd(
     student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
 ) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
-    return autograd.call(_cafd, _backward, student, teacher, channel_temperature, spatial_temperature, reduction)
+    return autograd.call(_cafd, _backward, student, teacher, autograd.packed(channel_temperature, spatial_temperature), reduction)
 
 
 def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
     """A, (N, H, W), differentiable."""
-    return _map(features, channel_temperature, spatial_temperature)[0]
+    return _map(features, autograd.packed(channel_temperature, spatial_temperature))[0]

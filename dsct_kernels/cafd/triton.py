@@ -141,11 +141,26 @@ def stats_row(channels: int, positions: int) -> int:
     return -(-(2 * positions + 4 * channels + 2) // 16) * 16
 
 
-def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: bool) -> tuple[list[Tensor], list[Any]]:
+class _Temperatures:
+    """As the kernels take them: numbers, where they lie on the CPU, else where they are, and the host is not asked.
+
+    `by_pointer` makes that choice by itself: the interpreter's tensors all lie on the CPU.
+    """
+
+    def __init__(self, temperatures: Tensor, by_pointer: bool | None) -> None:
+        if by_pointer is None:
+            by_pointer = temperatures.device.type != "cpu"
+        self.at = temperatures if by_pointer else None
+        numbers: list[float] = [1.0, 1.0] if by_pointer else temperatures.tolist()
+        self.channel, self.spatial = numbers
+        self.scale = LOG2_E / self.spatial
+
+
+def _attend(networks: list[_Network], temperatures: _Temperatures, maps: bool) -> tuple[list[Tensor], list[Any]]:
     """stats of each network (A is its first part) and, if `maps`, the maps by themselves: three launches for both."""
     from . import triton_kernels as kernels
 
-    scale = LOG2_E / spatial_t
+    scale, at = temperatures.scale, temperatures.at
     s, t = networks[0], networks[-1]
     both = len(networks) == 2
     partial = [x.features.new_empty([x.samples, x.splits, 3, x.channels], dtype=x.dtype) for x in networks]
@@ -154,19 +169,20 @@ def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: 
     launch(
         kernels.row_stats_kernel, sum(x.stats_programs for x in networks), max(x.config.stats.warps for x in networks),
         s.features, t.features if both else None, partial[0], partial[-1] if both else None, s.stats_programs,
-        scale, s.channels, s.positions, s.width, *s.strides, s.splits, s.span,
+        scale, at, s.channels, s.positions, s.width, *s.strides, s.splits, s.span,
         t.channels, t.positions, t.width, *t.strides, t.splits, t.span,
         **s.constants(s.config.stats, "S"), **t.constants(t.config.stats, "T"), BOTH=both)  # fmt: skip
     launch(
         kernels.channel_weights_kernel, sum(x.samples for x in networks), 4,
-        partial[0], partial[-1] if both else None, stats[0], stats[-1] if both else None, s.samples, channel_t,
-        scale, s.row, s.channels, s.positions, s.splits, t.row, t.channels, t.positions, t.splits,
+        partial[0], partial[-1] if both else None, stats[0], stats[-1] if both else None, s.samples,
+        temperatures.channel, scale, at,
+        s.row, s.channels, s.positions, s.splits, t.row, t.channels, t.positions, t.splits,
         BLOCK_S=max(16, next_power_of_2(s.channels)), ACC_S=s.acc(), BLOCK_T=max(16, next_power_of_2(t.channels)),
         ACC_T=t.acc(), BOTH=both)  # fmt: skip
     launch(
         kernels.maps_kernel, sum(x.maps_programs for x in networks), max(x.config.maps.warps for x in networks),
         s.features, t.features if both else None, stats[0], stats[-1] if both else None, out[0],
-        out[-1] if both else None, s.maps_programs, scale,
+        out[-1] if both else None, s.maps_programs, scale, at,
         s.row, s.channels, s.positions, s.width, *s.strides, t.row, t.channels, t.positions, t.width, *t.strides,
         **s.constants(s.config.maps, "S"), **t.constants(t.config.maps, "T"), BOTH=both)  # fmt: skip
     return stats, out
@@ -175,18 +191,16 @@ def _attend(networks: list[_Network], channel_t: float, spatial_t: float, maps: 
 def forward(
     student: Tensor,  # (N, C, H, W)
     teacher: Tensor,  # (N, C', H', W')
-    channel_temperature: float,
-    spatial_temperature: float,
+    temperatures: Tensor,  # (2,) float64: channel, spatial
     reduction: int,
     needs_grad: bool,
     configs: tuple[Config, Config] | None = None,
+    by_pointer: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op: loss, grad_map, stats (docs/ops.md). `configs` replaces the table's choice for the two networks."""
     from . import triton_kernels as kernels
 
-    loss, grad_map, stats = _fake_cafd(
-        student, teacher, channel_temperature, spatial_temperature, reduction, needs_grad
-    )
+    loss, grad_map, stats = _fake_cafd(student, teacher, temperatures, reduction, needs_grad)
     samples = student.shape[0]
     if samples == 0:
         return loss.zero_(), grad_map, stats
@@ -196,7 +210,7 @@ def forward(
     with on_device(student):
         s = _Network(student, configs[0] if configs else None)
         t = _Network(teacher, configs[1] if configs else None)
-        (stats, stats_t), maps = _attend([s, t], channel_temperature, spatial_temperature, maps=not same)
+        (stats, stats_t), maps = _attend([s, t], _Temperatures(temperatures, by_pointer), maps=not same)
         map_s, map_t, row_s, row_t = stats, stats_t, s.row, t.row
         positions, pooled_grad = s.positions, grad_map if needs_grad else None
         if not same:  # the maps are tiny: pooled in float64 by matrix products, both ways in a fixed order
@@ -225,18 +239,18 @@ def forward(
     return loss, grad_map, stats
 
 
-def map_forward(features: Tensor, channel_temperature: float, spatial_temperature: float,
-                config: Config | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+def map_forward(features: Tensor, temperatures: Tensor, config: Config | None = None,
+                by_pointer: bool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op attention_map: map, stats."""
     if features.shape[0] == 0:
-        return _fake_map(features, channel_temperature, spatial_temperature)
+        return _fake_map(features, temperatures)
     with on_device(features):
-        stats, maps = _attend([_Network(features, config)], channel_temperature, spatial_temperature, maps=True)
+        stats, maps = _attend([_Network(features, config)], _Temperatures(temperatures, by_pointer), maps=True)
     return maps[0], stats[0]
 
 
-def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temperature: float,
-                 spatial_temperature: float, config: Config | None = None) -> Tensor:  # fmt: skip
+def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor,
+                 config: Config | None = None, by_pointer: bool | None = None) -> Tensor:  # fmt: skip
     """The op attention_map_backward: the gradient of the features from that of the map."""
     from . import triton_kernels as kernels
 
@@ -245,7 +259,7 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
         return grad
     x, g = _Network(features, config), _Network(grad, config)
     grad_map = grad_map.contiguous()
-    scale = LOG2_E / spatial_temperature
+    t = _Temperatures(temperatures, by_pointer)
     with on_device(features):
         if x.adjacent and g.adjacent and x.positions <= LONGEST_ROW:
             block = max(16, next_power_of_2(x.positions))
@@ -253,7 +267,7 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
             launch(
                 kernels.row_backward_kernel, x.samples * groups, max(1, min(16, block // 1024)),
                 features, grad_map, stats, grad, x.row, x.channels, x.positions, *x.strides[:2], *g.strides[:2], groups,
-                channel_temperature, spatial_temperature, scale, ROWS=x.config.rows, BLOCK=block,
+                t.channel, t.spatial, t.scale, t.at, ROWS=x.config.rows, BLOCK=block,
                 ACC=x.acc())  # fmt: skip
             return grad
         partial = stats.new_empty([x.samples, x.splits, x.channels])
@@ -268,18 +282,18 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_temp
         launch(
             kernels.rho_kernel, x.stats_programs, tile.warps,
             features, grad_map, stats, partial, x.row, x.channels, x.positions, x.width, *x.strides, x.splits, x.span,
-            scale, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll, FLAT=x.flat,
+            t.scale, t.at, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll, FLAT=x.flat,
             ACC=acc)  # fmt: skip
         launch(
             kernels.channel_gradient_kernel, x.samples, 4,
-            partial, stats, factors, x.row, x.channels, x.positions, x.splits, channel_temperature,
+            partial, stats, factors, x.row, x.channels, x.positions, x.splits, t.channel, t.at,
             BLOCK=max(16, next_power_of_2(x.channels)), ACC=acc)  # fmt: skip
         tile = x.config.write
         blocks = -(-x.positions // tile.positions)
         launch(
             kernels.write_kernel, x.samples * -(-x.channels // tile.channels) * blocks, tile.warps,
             features, grad_map, stats, factors, grad, x.row, x.channels, x.positions, x.width, *x.strides, *g.strides,
-            blocks, spatial_temperature, scale, CHANNELS=tile.channels, POSITIONS=tile.positions, FLAT=x.flat,
+            blocks, t.spatial, t.scale, t.at, CHANNELS=tile.channels, POSITIONS=tile.positions, FLAT=x.flat,
             GRAD_FLAT=g.flat, ACC=acc)  # fmt: skip
     return grad
 
@@ -296,40 +310,39 @@ def _fake_stats(x: Tensor) -> Tensor:
     return x.new_empty([n, stats_row(c, h * w)], dtype=_acc(x))
 
 
-def _fake_cafd(student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int,
+def _fake_cafd(student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int,
                needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, _, h, w = student.shape
     loss = student.new_empty([n] if reduction == 0 else [], dtype=torch.promote_types(_acc(student), _acc(teacher)))
     return loss, student.new_empty([n, h, w] if needs_grad else [0], dtype=_acc(student)), _fake_stats(student)
 
 
-def _fake_map(features: Tensor, channel_t: float, spatial_t: float) -> tuple[Tensor, Tensor]:
+def _fake_map(features: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
     n, _, h, w = features.shape
     return features.new_empty([n, h, w], dtype=_acc(features)), _fake_stats(features)
 
 
-def _fake_backward(features: Tensor, grad_map: Tensor, stats: Tensor, channel_t: float, spatial_t: float) -> Tensor:
+def _fake_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor) -> Tensor:
     return torch.empty_like(features)
 
 
 for _name, _arguments, _run, _fake in (
     (
         "cafd_triton",
-        "(Tensor student_features, Tensor teacher_features, float channel_temperature, float spatial_temperature, "
-        "int reduction, bool needs_grad) -> (Tensor loss, Tensor grad_map, Tensor stats)",
+        "(Tensor student_features, Tensor teacher_features, Tensor temperatures, int reduction, bool needs_grad) "
+        "-> (Tensor loss, Tensor grad_map, Tensor stats)",
         forward,
         _fake_cafd,
     ),
     (
         "attention_map_triton",
-        "(Tensor features, float channel_temperature, float spatial_temperature) -> (Tensor map, Tensor stats)",
+        "(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)",
         map_forward,
         _fake_map,
     ),
     (
         "attention_map_backward_triton",
-        "(Tensor features, Tensor grad_map, Tensor stats, float channel_temperature, float spatial_temperature) "
-        "-> Tensor",
+        "(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor",
         map_backward,
         _fake_backward,
     ),
@@ -349,9 +362,10 @@ def cafd(
     student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
 ) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
-    return autograd.call(_cafd, _backward, student, teacher, channel_temperature, spatial_temperature, reduction)
+    temperatures = autograd.packed(channel_temperature, spatial_temperature)
+    return autograd.call(_cafd, _backward, student, teacher, temperatures, reduction)
 
 
 def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
     """A, (N, H, W), differentiable."""
-    return _map(features, channel_temperature, spatial_temperature)[0]
+    return _map(features, autograd.packed(channel_temperature, spatial_temperature))[0]

@@ -7,8 +7,8 @@ adjacent in memory. What the forward pass leaves for the backward pass, `stats`,
 
 with m_c the maximum of channel c, z_c = sum_i exp((F_ci - m_c) / tau), B_i = sum_c w_c r_c P_ci. With D = dloss/dA,
 sum_k w_k rho_k = sum_i A_i D_i and sum_k w_k r_k rho_k = sum_i B_i D_i, so the gradient of a channel needs only its own
-row besides. `scale` is log2(e) / tau, so that exp(x / tau) = exp2(x * scale); the host divides, as a GPU's short
-division may be two units off.
+row besides. `scale` is log2(e) / tau, so that exp(x / tau) = exp2(x * scale), divided in float64, as a GPU's short
+division may be two units off: by the host, or, where there are `temperatures` (channel, spatial), by the kernel.
 """
 
 # mypy: ignore-errors
@@ -17,6 +17,33 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-6)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _temperature(temperatures, WHICH: tl.constexpr):
+    """From device memory, where nobody has looked at it: what the host refuses makes everything NaN."""
+    tau = tl.load(temperatures + WHICH)
+    tau = tl.where(tau > 0, tau, float("nan"))
+    return tl.where(tau < float("inf"), tau, float("nan"))
+
+
+@triton.jit
+def _numbers(temperatures, channel_t, tau, scale):
+    """Channel temperature, spatial temperature and scale, in float64: as they came, or from device memory."""
+    if temperatures is not None:
+        channel_t = _temperature(temperatures, 0)
+        tau = _temperature(temperatures, 1)
+        scale = LOG2_E / tau
+    return channel_t, tau, scale
+
+
+@triton.jit
+def _scale(temperatures, scale):
+    """The last of _numbers."""
+    if temperatures is not None:
+        scale = LOG2_E / _temperature(temperatures, 1)
+    return scale
 
 
 @triton.jit
@@ -79,7 +106,7 @@ def _row_stats(features, partial, program, channels, positions, width, s_n, s_c,
 # What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["programs_s", "splits_s", "splits_t"])
 def row_stats_kernel(
-    student, teacher, partial_s, partial_t, programs_s, scale_: tl.float64,
+    student, teacher, partial_s, partial_t, programs_s, scale_: tl.float64, temperatures,
     channels_s, positions_s, width_s, s_n, s_c, s_h, s_w, splits_s, span_s,
     channels_t, positions_t, width_t, t_n, t_c, t_h, t_w, splits_t, span_t,
     CHANNELS_S: tl.constexpr, POSITIONS_S: tl.constexpr, UNROLL_S: tl.constexpr, FLAT_S: tl.constexpr,
@@ -90,6 +117,7 @@ def row_stats_kernel(
 ):  # fmt: skip
     """Both networks in one launch: the first programs_s programs are the student's."""
     program = tl.program_id(0)
+    scale_ = _scale(temperatures, scale_)
     if BOTH:
         if program >= programs_s:
             _row_stats(teacher, partial_t, program - programs_s, channels_t, positions_t, width_t, t_n, t_c, t_h, t_w,
@@ -142,12 +170,13 @@ def _channel_weights(partial, stats, n, row, channels, positions, splits, channe
 
 @triton.jit(do_not_specialize=["samples", "splits_s", "splits_t"])
 def channel_weights_kernel(
-    partial_s, partial_t, stats_s, stats_t, samples, channel_t_: tl.float64, scale_: tl.float64,
+    partial_s, partial_t, stats_s, stats_t, samples, channel_t_: tl.float64, scale_: tl.float64, temperatures,
     row_s, channels_s, positions_s, splits_s, row_t, channels_t, positions_t, splits_t,
     BLOCK_S: tl.constexpr, ACC_S: tl.constexpr, BLOCK_T: tl.constexpr, ACC_T: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """One program a sample and network."""
     program = tl.program_id(0)
+    channel_t_, _, scale_ = _numbers(temperatures, channel_t_, channel_t_, scale_)
     if BOTH:
         if program >= samples:
             _channel_weights(partial_t, stats_t, program - samples, row_t, channels_t, positions_t, splits_t,
@@ -200,7 +229,7 @@ def _maps(features, stats, map_out, program, row, channels, positions, width, s_
 
 @triton.jit(do_not_specialize=["programs_s"])
 def maps_kernel(
-    student, teacher, stats_s, stats_t, map_s, map_t, programs_s, scale_: tl.float64,
+    student, teacher, stats_s, stats_t, map_s, map_t, programs_s, scale_: tl.float64, temperatures,
     row_s, channels_s, positions_s, width_s, s_n, s_c, s_h, s_w,
     row_t, channels_t, positions_t, width_t, t_n, t_c, t_h, t_w,
     CHANNELS_S: tl.constexpr, POSITIONS_S: tl.constexpr, UNROLL_S: tl.constexpr, FLAT_S: tl.constexpr,
@@ -210,6 +239,7 @@ def maps_kernel(
     BOTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
+    scale_ = _scale(temperatures, scale_)
     if BOTH:
         if program >= programs_s:
             _maps(teacher, stats_t, map_t, program - programs_s, row_t, channels_t, positions_t, width_t, t_n, t_c,
@@ -264,11 +294,12 @@ def kl_kernel(map_s, map_t, loss, grad_map, row_s, row_t, positions, factor_: tl
 
 @triton.jit
 def row_backward_kernel(features, grad_map, stats, grad, row, channels, positions, s_n, s_c, g_n, g_c, groups,
-                        channel_t_: tl.float64, tau_: tl.float64, scale_: tl.float64, ROWS: tl.constexpr,
+                        channel_t_: tl.float64, tau_: tl.float64, scale_: tl.float64, temperatures, ROWS: tl.constexpr,
                         BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """The gradient of ROWS channels whose positions are adjacent: one read of the features, one write."""
     program = tl.program_id(0)
     n = (program // groups).to(tl.int64)
+    channel_t_, tau_, scale_ = _numbers(temperatures, channel_t_, tau_, scale_)
     tau = tl.full([], tau_, ACC)
     channel_t = tl.full([], channel_t_, ACC)
     scale = tl.full([], scale_, ACC)
@@ -318,7 +349,7 @@ def center_kernel(grad_map, stats, centered, row, positions, BLOCK: tl.constexpr
 
 @triton.jit(do_not_specialize=["splits"])
 def rho_kernel(features, grad_map, stats, partial, row, channels, positions, width, s_n, s_c, s_h, s_w, splits, span,
-               scale_: tl.float64, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr,
+               scale_: tl.float64, temperatures, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr,
                FLAT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """partial[n, split, c] = sum over the split's positions of P_ci D_i, for any layout."""
     program = tl.program_id(0)
@@ -326,7 +357,7 @@ def rho_kernel(features, grad_map, stats, partial, row, channels, positions, wid
     channel_blocks = tl.cdiv(channels, CHANNELS)
     c = program // splits % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
     n = (program // splits // channel_blocks).to(tl.int64)
-    scale = tl.full([], scale_, ACC)
+    scale = tl.full([], _scale(temperatures, scale_), ACC)
     numbers = stats + n * row + 2 * positions
     known = c < channels
     m = tl.load(numbers + c, mask=known, other=0.0)
@@ -350,9 +381,10 @@ def rho_kernel(features, grad_map, stats, partial, row, channels, positions, wid
 
 @triton.jit(do_not_specialize=["splits"])
 def channel_gradient_kernel(partial, stats, factors, row, channels, positions, splits, channel_t_: tl.float64,
-                            BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+                            temperatures, BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """factors[n] = rho_c (C) | dloss/dg_c / HW (C). One program a sample."""
     n = tl.program_id(0).to(tl.int64)
+    channel_t_, _, _ = _numbers(temperatures, channel_t_, channel_t_, channel_t_)
     c = tl.arange(0, BLOCK)
     known = c < channels
     rho = tl.zeros([BLOCK], ACC)
@@ -371,7 +403,7 @@ def channel_gradient_kernel(partial, stats, factors, row, channels, positions, s
 
 @triton.jit
 def write_kernel(features, grad_map, stats, factors, grad, row, channels, positions, width, s_n, s_c, s_h, s_w,
-                 g_n, g_c, g_h, g_w, position_blocks, tau_: tl.float64, scale_: tl.float64,
+                 g_n, g_c, g_h, g_w, position_blocks, tau_: tl.float64, scale_: tl.float64, temperatures,
                  CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr,
                  ACC: tl.constexpr):  # fmt: skip
     """The gradient of a tile from the numbers of its channels, for any layout: the last read, and the write."""
@@ -380,6 +412,7 @@ def write_kernel(features, grad_map, stats, factors, grad, row, channels, positi
     n = (program // position_blocks // channel_blocks).to(tl.int64)
     c = program % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
     p = program // channel_blocks % position_blocks * POSITIONS + tl.arange(0, POSITIONS)
+    _, tau_, scale_ = _numbers(temperatures, tau_, tau_, scale_)
     tau = tl.full([], tau_, ACC)
     known = c < channels
     inside = p < positions

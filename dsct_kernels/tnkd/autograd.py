@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..autograd import first_derivative_only
 
-NUM_INPUTS = 12
-REDUCTION = 9  # position of the argument `reduction`, 0 for none
+NUM_INPUTS = 9
+REDUCTION = 6  # position of the argument `reduction`, 0 for none
 InPlaceScale = Callable[[Tensor, Tensor], None]
 
 
@@ -92,11 +92,8 @@ def fake(
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    ce_weight: float,
-    tckd_weight: float,
-    nckd_weight: float,
-    temperature: float,
-    ignore_index: int | None,
+    values: Tensor,
+    ignore_index: Tensor | None,
     reduction: int,
     with_ce: bool,
     needs_grad: bool,
@@ -110,6 +107,24 @@ def fake(
         torch.empty_like(student_logits) if needs_grad else student_logits.new_empty([0]),
         student_logits.new_empty([], dtype=acc),
     )
+
+
+def packed(
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    ce_weight: float,
+    tckd_weight: float,
+    nckd_weight: float,
+    temperature: float,
+    ignore_index: int | None,
+    reduction: int,
+    with_ce: bool,
+) -> tuple[Any, ...]:
+    """reference.tnkd's arguments behind student_logits as the op's: numbers as tensors on the CPU."""
+    values = torch.tensor([ce_weight, tckd_weight, nckd_weight, temperature], dtype=torch.float64, device="cpu")
+    index = None if ignore_index is None else torch.tensor(ignore_index, dtype=torch.int64, device="cpu")
+    return teacher_logits, target, class_weight, values, index, reduction, with_ce
 
 
 def with_labels(

@@ -19,8 +19,10 @@ def decouple(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Ten
     z_target = (logits.masked_fill(~is_target, 0).sum(1, keepdim=True) - top) / temperature
     others = (others - top) / temperature
     lse = others.exp().sum(1, keepdim=True).masked_fill(no_others, 1).log()
-    u = torch.where(no_others, INF, z_target - lse).squeeze(1)
-    return u, others - lse
+    # All classes absent is "no other" too. A sum, not a selection: NaN stays, and the target's gradient.
+    z_target = z_target.masked_fill(no_others & (z_target == -INF), 0)
+    u = z_target + torch.where(no_others, INF, -lse)
+    return u.squeeze(1), others - lse
 
 
 def kl_bernoulli(u_teacher: Tensor, u_student: Tensor) -> Tensor:
@@ -70,11 +72,15 @@ def tnkd(
     u_t, log_q_t = decouple(teacher, is_target, temperature)
     tckd = temperature**2 * kl_bernoulli(u_t, u_s)
     nckd = temperature**2 * kl_categorical(log_q_t, log_q_s)
+    if classes == 2:  # one class beside the target: nothing to compare, not even where the student has it at -inf
+        nckd = nckd.masked_fill(torch.ones_like(valid), 0)
     ce = -F.logsigmoid(decouple(student, is_target, 1.0)[0]) if with_ce else torch.zeros_like(tckd)
     weight = valid.to(acc) if class_weight is None else class_weight.to(acc)[label] * valid
     ce = torch.where(weight == 0, 0, weight * ce)
 
-    bad = torch.where(valid & ~in_range, torch.nan, 1.0).to(acc)  # a bad label is never hidden
+    # Never hidden: a bad label, and a logit that is NaN or +inf.
+    hopeless = ~((student < INF).all(1) & (teacher < INF).all(1) & (in_range | ~valid))
+    bad = torch.where(hopeless, torch.nan, 1.0).to(acc)
     tckd, nckd, ce = (torch.where(valid, part, 0) * bad for part in (tckd, nckd, ce))
     if reduction == 1:
         count = valid.sum().clamp(min=1)
@@ -82,11 +88,12 @@ def tnkd(
         ce = ce / torch.where(weight_sum == 0, 1, weight_sum)
         tckd, nckd = tckd / count, nckd / count
 
-    # A part with weight 0 takes no part: 0 * inf would be NaN.
+    # A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN shows whatever the weights.
     weights_parts = [(w, part) for w, part in ((ce_weight, ce), (tckd_weight, tckd), (nckd_weight, nckd)) if w != 0]
     if not weights_parts:  # nothing is asked for: 0, still with a (zero) gradient
         weights_parts = [(1.0, student.masked_fill(torch.ones_like(is_target), 0).sum(1))]
     loss = sum((w * part for w, part in weights_parts[1:]), start=weights_parts[0][0] * weights_parts[0][1])
+    loss = loss + torch.where(hopeless, torch.nan, 0.0).to(acc)
     parts = torch.stack([part.detach().sum() for part in (ce, tckd, nckd)])
     return (loss if reduction == 0 else loss.sum()), parts
 

@@ -128,22 +128,23 @@ def forward(
     teacher: Tensor,  # (N, K, *spatial)
     target: Tensor | None,  # (N, *spatial)
     class_weight: Tensor | None,  # (K,)
-    ce_weight: float,
-    tckd_weight: float,
-    nckd_weight: float,
-    temperature: float,
-    ignore_index: int | None,
+    values: Tensor,  # (4,) float64: the weights of CE, TCKD and NCKD, the temperature
+    ignore_index: Tensor | None,  # () int64
     reduction: int,
     with_ce: bool,
     needs_grad: bool,
     config: Config | None = None,
+    by_pointer: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice."""
+    """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice.
+
+    Numbers on the CPU are read here and become the kernels' arguments; those on the GPU are read by the kernels, and
+    the host is not asked. `by_pointer` makes that choice for both (the interpreter's tensors all lie on the CPU).
+    """
     from . import triton_kernels as kernels
 
     loss, parts, grad, grad_scale = autograd.fake(
-        student, teacher, target, class_weight, ce_weight, tckd_weight, nckd_weight, temperature, ignore_index,
-        reduction, with_ce, needs_grad)  # fmt: skip
+        student, teacher, target, class_weight, values, ignore_index, reduction, with_ce, needs_grad)  # fmt: skip
     num_classes, num_pixels = student.shape[1], product(student.shape) // student.shape[1]
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
@@ -159,7 +160,7 @@ def forward(
     if folded is None:  # more than PIXEL_RANK dimensions with strides that do not merge: make them merge
         loss, parts, copied, grad_scale = forward(
             student.contiguous(), teacher.contiguous(), None if target is None else target.contiguous(), class_weight,
-            ce_weight, tckd_weight, nckd_weight, temperature, ignore_index, reduction, with_ce, needs_grad, config
+            values, ignore_index, reduction, with_ce, needs_grad, config, by_pointer
         )  # fmt: skip
         return loss, parts, grad.copy_(copied), grad_scale
     sizes, (s, t, y, g, m), rank = folded
@@ -181,7 +182,15 @@ def forward(
     weight = class_weight if weighted else None
     float16 = student.dtype == torch.float16  # whose gradient leaves a power of two to grad_scale
     largest_weight = weight.amax() if float16 and weight is not None else None
-    ignore = ignore_index if has_ignore else 0
+    numbers_at = values if _by_pointer(values, by_pointer) else None
+    ce_weight, tckd_weight, nckd_weight, temperature = [1.0] * 4 if numbers_at is not None else values.tolist()
+    ignore, ignore_at = 0, None
+    if has_ignore:
+        assert ignore_index is not None
+        if _by_pointer(ignore_index, by_pointer):
+            ignore_at = ignore_index
+        else:
+            ignore = int(ignore_index)
     acc = kernels.tl.float64 if loss.dtype == torch.float64 else kernels.tl.float32
     flags: dict[str, Any] = {
         "NONE_": reduction == NONE,
@@ -200,7 +209,7 @@ def forward(
     with on_device(student):
         if counted:
             assert target is not None
-            counts, weights = _count(target, weight, num_classes, ignore, has_ignore, loss)
+            counts, weights = _count(target, weight, num_classes, ignore, ignore_at, has_ignore, loss)
             num_counts = counts.numel()
         launch(
             kernels.tnkd_kernel, programs, config.warps,
@@ -208,7 +217,7 @@ def forward(
             loss if reduction == NONE else None, partial, num_classes, num_pixels, num_counts, programs,
             sizes[1], sizes[2], sizes[3], blocks, student.stride(1), *s, teacher.stride(1), *t,
             grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, 1.0 / temperature, tckd_weight, nckd_weight,
-            ce_weight, ignore,
+            ce_weight, ignore, numbers_at, ignore_at,
             NUM_CLASSES=num_classes if config.resident else 0,
             CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
             CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, RANK=rank, KEEP_CE=config.keep_ce,
@@ -218,18 +227,22 @@ def forward(
         launch(
             kernels.finish_kernel, 1, 8,
             partial, largest_weight, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels,
-            temperature, tckd_weight, nckd_weight, ce_weight, BLOCK=FINISH_BLOCK, **flags)  # fmt: skip
+            temperature, tckd_weight, nckd_weight, ce_weight, numbers_at, BLOCK=FINISH_BLOCK, **flags)  # fmt: skip
     return loss, parts, grad, grad_scale
 
 
-def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore: int | None, has_ignore: bool,
-           like: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def _by_pointer(number: Tensor, by_pointer: bool | None) -> bool:
+    return number.device.type != "cpu" if by_pointer is None else by_pointer
+
+
+def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore: int, ignore_at: Tensor | None,
+           has_ignore: bool, like: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Valid labels, and their class weights added up, in up to COUNT_PROGRAMS partial sums."""
     from . import triton_kernels as kernels
 
     folded = fold(target.shape, [list(target.stride())], PIXEL_RANK)
     if folded is None:
-        return _count(target.contiguous(), class_weight, num_classes, ignore, has_ignore, like)
+        return _count(target.contiguous(), class_weight, num_classes, ignore, ignore_at, has_ignore, like)
     sizes, (strides,), rank = folded
     # where labels lie in one piece its length goes with the batch, and is not to choose the kernel
     block = COUNT_BLOCK if rank == 1 else min(COUNT_BLOCK, max(16, next_power_of_2(sizes[-1])))
@@ -241,7 +254,7 @@ def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore
     launch(
         kernels.count_kernel, programs, 4,
         target, class_weight, counts, weights, sizes[1], sizes[2], sizes[3], blocks, total, num_classes, *strides,
-        ignore, HAS_IGNORE=has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block, RANK=rank,
+        ignore, ignore_at, HAS_IGNORE=has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block, RANK=rank,
         ACC=kernels.tl.float64 if like.dtype == torch.float64 else kernels.tl.float32)  # fmt: skip
     return counts, weights
 
@@ -261,9 +274,9 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
 
 
 LIBRARY.define(
-    "tnkd_triton(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, float ce_weight, "
-    "float tckd_weight, float nckd_weight, float temperature, int? ignore_index, int reduction, bool with_ce, "
-    "bool needs_grad) -> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)",
+    "tnkd_triton(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
+    "Tensor? ignore_index, int reduction, bool with_ce, bool needs_grad) "
+    "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)",
     tags=TAGS,
 )
 LIBRARY.impl("tnkd_triton", forward, "CUDA")
@@ -275,4 +288,4 @@ _op = torch.ops.dsct_kernels.tnkd_triton.default
 
 def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    return autograd.call(_op, scale_in_place, student_logits, *autograd.with_labels(*args))
+    return autograd.call(_op, scale_in_place, student_logits, *autograd.with_labels(*autograd.packed(*args)))

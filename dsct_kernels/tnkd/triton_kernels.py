@@ -88,13 +88,39 @@ def _finite_max(m):
 
 @triton.jit
 def _weighted(weight, part):
-    """A part with weight 0 takes no part: 0 * inf would be NaN."""
-    return tl.where(weight == 0, 0.0, weight * part)
+    """A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN is never hidden."""
+    return tl.where(weight == 0, tl.where(part == part, 0.0, part), weight * part)
+
+
+@triton.jit
+def _numbers(values, tau, over_tau, tckd_weight, nckd_weight, ce_weight):
+    """Temperature, its reciprocal and the three weights, as they came or, where there are `values`, from device memory,
+    in float64, to be rounded once. Nobody has looked at those: what the host refuses makes every loss NaN."""
+    if values is not None:
+        ce_weight = tl.load(values)
+        tckd_weight = tl.load(values + 1)
+        nckd_weight = tl.load(values + 2)
+        tau = tl.load(values + 3)
+        least = tl.minimum(tl.minimum(ce_weight, tckd_weight), nckd_weight)  # drops a NaN, which the sum does not
+        tau = tl.where(tau > 0, tau, float("nan"))
+        tau = tl.where(least >= 0, tau, float("nan"))
+        tau = tl.where(ce_weight + tckd_weight + nckd_weight + tau < float("inf"), tau, float("nan"))
+        over_tau = 1.0 / tau
+    return tau, over_tau, tckd_weight, nckd_weight, ce_weight
+
+
+@triton.jit
+def _ignored(ignore_at, ignore):
+    """ignore_index, as it came or from device memory."""
+    if ignore_at is not None:
+        ignore = tl.load(ignore_at)
+    return ignore
 
 
 @triton.jit
 def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
-           mean_factor, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+           mean_factor, TWO_CLASSES: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr,
+           ACC: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
     top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
@@ -112,9 +138,17 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     log_ratio = _log(ratio, ACC)
     u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - (log_t + log_ratio))
     u_t = tl.where(none_t, float("inf"), (y_t - top_t) * over_tau - log_t)
-    nckd = cross * over_t * over_tau + log_ratio
-    nckd = tl.where(none_s, float("inf"), nckd)
-    nckd = tl.where(none_t, 0.0, nckd)
+    # +inf is no number to learn from, and would pass for an absence of others, which in turn would hide a NaN
+    u_s = tl.where(y_s < float("inf"), u_s, float("nan"))
+    u_t = tl.where(y_t < float("inf"), u_t, float("nan"))
+    if TWO_CLASSES:  # one beside the target: nothing to compare, not even where the student has it at -inf
+        nckd = log_ratio * 0.0
+        nckd_weight = nckd_weight * 0.0
+    else:
+        nckd = cross * over_t * over_tau + log_ratio
+        nckd = tl.where(none_s, float("inf"), nckd)
+        nckd = tl.where(none_t, 0.0, nckd)
+        nckd_weight = tl.where(none_t, 0.0, nckd_weight)  # a teacher without other classes: nothing to learn from it
     # Both seen from the teacher's less likely side (v_t <= 0). With p = sigmoid(v_t) and delta = v_s - v_t,
     # TCKD = softplus(v_s) - softplus(v_t) - p delta = log(1 + p (exp(delta) - 1)) - p delta:
     # the second form near the teacher, where the first would cancel, the first away from it, where nothing overflows.
@@ -178,10 +212,11 @@ def _place(program, blocks, size_1, size_2, RANK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size_1", "size_2", "blocks", "total_blocks", "ignore"])
 def count_kernel(target, class_weight, counts, weights, size_1, size_2, inner, blocks, total_blocks, num_classes,
-                  stride_0, stride_1, stride_2, stride_p, ignore,
+                  stride_0, stride_1, stride_2, stride_p, ignore, ignore_at,
                   HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
                   ACC: tl.constexpr):  # fmt: skip
     """counts[program] = its valid labels, weights[program] = their class weights added up."""
+    ignore = _ignored(ignore_at, ignore)
     count = tl.zeros([BLOCK], tl.int64)
     weight = tl.zeros([BLOCK], ACC)
     for block in range(tl.program_id(0), total_blocks, tl.num_programs(0)):
@@ -283,7 +318,7 @@ def tnkd_kernel(
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
     y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
     tau_: tl.float64, over_tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
-    ce_weight_: tl.float64, ignore,
+    ce_weight_: tl.float64, ignore, values, ignore_at,
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
     UNROLL: tl.constexpr, RESIDENT: tl.constexpr, KEEP_CE: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
     HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
@@ -295,8 +330,11 @@ def tnkd_kernel(
     All that is one number a pixel is kept CLASSES x PIXELS, the same in every row: in the layout of the logits, so that
     nothing moves between threads but the sums over classes.
     """
+    tau_, over_tau_, tckd_weight_, nckd_weight_, ce_weight_ = _numbers(values, tau_, over_tau_, tckd_weight_,
+                                                                       nckd_weight_, ce_weight_)  # fmt: skip
+    ignore = _ignored(ignore_at, ignore)
     tau = tl.full([], tau_, ACC)
-    over_tau = tl.full([], over_tau_, ACC)  # from the host, rounded once: a GPU's short division is off by two units
+    over_tau = tl.full([], over_tau_, ACC)  # from float64, rounded once: a GPU's short division is off by two units
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
     to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(d / tau) = exp2(d * to_2 / tau)
@@ -475,7 +513,7 @@ def tnkd_kernel(
     if RESIDENT:
         ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         if NEEDS_GRAD:
             # 0, but the compiler cannot know: else it keeps a predicate for each logit since the first comparison,
             # packed into registers, which took a third of all instructions
@@ -501,7 +539,7 @@ def tnkd_kernel(
         # ---- second walk: the same tiles, from cache
         _, _, _, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, y_s * 0.0, tau, over_tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         for start in range(0, num_classes, span):
             s_new = ()
             t_new = ()
@@ -529,7 +567,7 @@ def tnkd_kernel(
             g_at += UNROLL * g_step
         ce, tckd, nckd, _, _, _, _ = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
 
     # ---- sums of this block, each pixel once; an ignored pixel's NaN is dropped by selection, never by multiplication
     tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
@@ -550,10 +588,12 @@ def tnkd_kernel(
 @triton.jit(do_not_specialize=["num_programs", "num_counts", "num_pixels"])
 def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_scale, num_programs, num_counts,
                    num_pixels, tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
-                   ce_weight_: tl.float64, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
+                   ce_weight_: tl.float64, values, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
                    HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
                    BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One program: the partial sums in a fixed order, the averages, the weighted loss."""
+    tau_, _, tckd_weight_, nckd_weight_, ce_weight_ = _numbers(values, tau_, tau_, tckd_weight_, nckd_weight_,
+                                                               ce_weight_)  # fmt: skip
     ce = tl.zeros([BLOCK], ACC)
     tckd = tl.zeros([BLOCK], ACC)
     nckd = tl.zeros([BLOCK], ACC)

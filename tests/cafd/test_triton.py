@@ -28,13 +28,21 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def temperatures(channel: float = 1.0, spatial: float = 1.0) -> Tensor:
+    """As the ops take them."""
+    return torch.tensor([channel, spatial], dtype=torch.float64)
+
+
 def check(student: Tensor, teacher: Tensor, config: Config, channel_t: float = 0.7, spatial_t: float = 1.3) -> None:
-    """Loss, map and both gradients of the ops with this launch, by the error rule."""
-    loss, grad_map, stats = triton.forward(student, teacher, channel_t, spatial_t, 1, True, (config, config))
-    grad = triton.map_backward(student, grad_map, stats, channel_t, spatial_t, config)
-    attention, stats = triton.map_forward(student, channel_t, spatial_t, config)
+    """Loss, map and both gradients of the ops with this launch, by the error rule; the bits of the map's backward with
+    the temperatures read by the kernels."""
+    t = temperatures(channel_t, spatial_t)
+    loss, grad_map, stats = triton.forward(student, teacher, t, 1, True, (config, config))
+    grad = triton.map_backward(student, grad_map, stats, t, config)
+    attention, stats = triton.map_forward(student, t, config)
     pull = torch.randn(attention.shape, generator=torch.Generator().manual_seed(3)).to(attention)
-    map_grad = triton.map_backward(student, pull, stats, channel_t, spatial_t, config)
+    map_grad = triton.map_backward(student, pull, stats, t, config)
+    assert torch.equal(map_grad, triton.map_backward(student, pull, stats, t, config, by_pointer=True))
     expected = []
     for dtype in (torch.promote_types(student.dtype, torch.float32), torch.float64):
         leaf = student.detach().to(dtype).requires_grad_()
@@ -66,12 +74,41 @@ def test_every_launch_gives_the_same_numbers(device, config, layout):
 def test_the_two_backward_paths_agree(device, monkeypatch):
     """Rows too long for one program take four launches; they are forced here onto a short one."""
     student, teacher = features(device, (2, 6, 4, 4))
-    arguments = (student, *triton.forward(student, teacher, 1.0, 1.0, 1, True)[1:], 1.0, 1.0)
+    arguments = (student, *triton.forward(student, teacher, temperatures(), 1, True)[1:], temperatures())
     one_launch = triton.map_backward(*arguments)
     monkeypatch.setattr(triton, "LONGEST_ROW", 8)
     four_launches = triton.map_backward(*arguments)
     torch.testing.assert_close(one_launch, four_launches, rtol=1e-5, atol=1e-9)
     assert not torch.equal(one_launch, torch.zeros_like(one_launch))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("student_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("numbers", [(1.0, 1.0), (0.1, 3.0), (5.0, 0.03)], ids=str)
+def test_temperatures_that_the_kernels_read_give_the_bits_of_numbers_among_their_arguments(
+    device, layout, student_dtype, numbers, monkeypatch
+):
+    student, teacher = features(device, (2, 5, 3, 7), student_dtype)[0], features(device, (2, 4, 3, 4))[1]
+    student, t = strided_copy(student, layout), temperatures(*numbers)
+    for longest in (triton.LONGEST_ROW, 8):  # the backward in one launch, and in four
+        monkeypatch.setattr(triton, "LONGEST_ROW", longest)
+        results = []
+        for by_pointer in (False, True):
+            loss, grad_map, stats = triton.forward(student, teacher, t, 1, True, None, by_pointer)
+            attention, _ = triton.map_forward(student, t, None, by_pointer)
+            grad = triton.map_backward(student, grad_map, stats, t, None, by_pointer)
+            results.append((loss, grad_map, stats, attention, grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
+def test_temperatures_that_nobody_could_refuse_make_everything_nan(device, which, bad):
+    student, teacher = features(device, (2, 5, 3, 7))
+    t = temperatures()
+    t[which] = bad
+    assert triton.forward(student, teacher, t, 0, False, None, True)[0].isnan().all()
+    assert triton.map_forward(student, t, None, True)[0].isnan().all()
 
 
 @pytest.mark.parametrize("programs", [1, 64])
@@ -99,9 +136,9 @@ def test_everything_is_written(device, layout):
     torch.use_deterministic_algorithms(True)
     try:
         for reduction in (0, 1, 2):
-            results = triton.forward(student, teacher[:, :, :2], 1.0, 1.0, reduction, True)
+            results = triton.forward(student, teacher[:, :, :2], temperatures(), reduction, True)
             assert all(result.isfinite().all() for result in results)
-        assert triton.map_backward(student, results[1], results[2], 1.0, 1.0).isfinite().all()
+        assert triton.map_backward(student, results[1], results[2], temperatures()).isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
 

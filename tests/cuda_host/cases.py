@@ -1,6 +1,7 @@
 """The cases that the CUDA kernels run on the host, and what the reference says to each."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class TnkdCase:
     temperature: float = 2.0
     scale: float = 2.0
     needs_grad: bool = True
+    on_device: str = ""  # which of "values" and "ignore_index" the kernels read from the device's memory
     shared_bytes: int = 232_448  # the most that a block of this device may have: sm_90's
     logits: Any = None  # (student, teacher, target) -> None, edits them in place
     why: str = ""
@@ -95,6 +97,11 @@ class TnkdCase:
         numbers = {"ce_weight": ce, "tckd_weight": tckd, "nckd_weight": nckd, "temperature": temperature,
                    "reduction": reduction, "with_ce": with_ce, "shared_bytes": self.shared_bytes}  # fmt: skip
         numbers |= {} if ignore_index is None else {"ignore_index": ignore_index}
+        if "values" in self.on_device:  # and the numbers that the host would use are none
+            tensors["values"] = torch.tensor([ce, tckd, nckd, temperature], dtype=torch.float64)
+            numbers |= dict.fromkeys(("ce_weight", "tckd_weight", "nckd_weight", "temperature"), float("nan"))
+        if "ignore_index" in self.on_device:
+            tensors["ignore_index"] = torch.tensor(numbers.pop("ignore_index"))
         return Case("tnkd", tensors, outputs, numbers)
 
     def check(self, kernel: str, got: dict[str, Tensor]) -> None:
@@ -158,6 +165,30 @@ def one_class_left(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     student[:, 1:] = teacher[:, 1:] = -float("inf")
 
 
+def certain_teacher(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
+    """Its other classes are all absent, at most pixels, for which NCKD has nothing to say."""
+    k = student.shape[1]
+    label = (teacher.argmax(1) if target is None else target.long().clamp(max=k - 1)).unsqueeze(1)
+    certain = torch.ones_like(teacher, dtype=torch.bool).scatter_(1, label, False)
+    certain.flatten(2)[..., ::3] = False
+    teacher.masked_fill_(certain, -float("inf"))
+
+
+def certain_teacher_lacks_the_target(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    certain_teacher(student, teacher, target)
+    teacher.flatten(2)[:, :, 1::6] = -float("inf")
+    student.flatten(2)[:, 0, 4::6] = -float("inf")
+
+
+def infinite_target(network: int) -> Any:
+    def edit(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+        certain_teacher(student, teacher, target)
+        target.view(-1)[3] = 1
+        (student, teacher)[network].flatten(2)[0, 1, 3] = float("inf")
+
+    return edit
+
+
 def all_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     target.fill_(255)
 
@@ -218,6 +249,20 @@ TNKD = [
       for kernel, shape, layout in ((WHOLE, (1, 6, 8, 8), "contiguous"), (STAGED, (1, 150, 8, 8), "contiguous"),
                                     (ANY, (1, 19, 8, 8), "sliced"))
       for away in (-40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0)),
+    *(TnkdCase(kernel, (2, k, 4, 8), dtype, layout=layout, label=label, logits=certain_teacher, temperature=t,
+               reduction=r, with_ce=t != 1.5, why="a certain teacher")
+      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "contiguous"),
+                                (STAGED, 150, "contiguous"), (STAGED, 6, "channels_last"), (ANY, 2, "sliced"),
+                                (ANY, 6, "sliced"))
+      for dtype in DTYPES for label, t, r in ((torch.uint8, 2.0, 1), (None, 1.5, 2), (torch.int64, 1.0, 0))),
+    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, logits=certain_teacher),
+    *(TnkdCase(kernel, (1, k, 4, 8), layout=layout, logits=edit, ignore_index=None, needs_grad=grad, with_ce=False,
+               weights=weights)
+      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"),
+                                (ANY, 6, "sliced"))
+      for edit, grad in ((certain_teacher_lacks_the_target, True), (infinite_target(0), False),
+                         (infinite_target(1), False))
+      for weights in ((0.0, 1.0, 2.0), (0.0, 0.0, 1.0))),
     *(TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)),
     *(TnkdCase(kernel, (1, k, 4, 16), torch.float16, layout=layout, reduction=r, temperature=t, weights=weights,
@@ -268,6 +313,30 @@ TNKD = [
 ]  # fmt: skip
 
 
+# The numbers in device memory: every kernel and dtype, and what is compiled or chosen otherwise for numbers elsewhere.
+LAYOUTS_OF_KERNELS = ((WHOLE, (2, 6, 4, 8), "contiguous"), (STAGED, (2, 19, 5, 8), "contiguous"),
+                      (STAGED, (2, 6, 4, 8), "channels_last"), (ANY, (2, 6, 3, 7), "sliced"))  # fmt: skip
+ON_DEVICE = [
+    *(TnkdCase(kernel, shape, dtype, layout=layout, temperature=t, reduction=r, with_ce=ce, weighted=weighted,
+               on_device=where)
+      for kernel, shape, layout in LAYOUTS_OF_KERNELS for dtype in DTYPES
+      for where, t, r, ce, weighted in (("values ignore_index", 1.0, 1, True, True), ("values", 2.0, 0, True, False),
+                                        ("values", 0.01, 2, False, False), ("ignore_index", 3.0, 1, False, False))),
+    *(TnkdCase(kernel, shape, layout=layout, label=label, ignore_index=i, on_device="ignore_index", weighted=True)
+      for kernel, shape, layout in LAYOUTS_OF_KERNELS
+      for label, i in ((torch.uint8, 0), (torch.int8, -1), (torch.int16, -100), (torch.int32, 255),
+                       (torch.int64, -100))),
+    *(TnkdCase(WHOLE, (2, 6, 4, 8), label=torch.int64, ignore_index=i, on_device="ignore_index",
+               why="an index that no narrow label may hold") for i in (2**40, 2**32 + 1, -(2**40))),
+    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, temperature=0.5, weighted=True, on_device="values ignore_index"),
+    *(TnkdCase(kernel, shape, layout=layout, logits=student_lacks, weights=(0.0, 0.0, 0.0), needs_grad=False,
+               reduction=r, on_device="values", why="weights that turn out 0 take no part: 0 * inf is 0")
+      for kernel, shape, layout in LAYOUTS_OF_KERNELS for r in (0, 1)),
+    *(TnkdCase(kernel, (2, 2, 4, 8), layout=layout, label=None, logits=ties, on_device="values")
+      for kernel, layout in ((WHOLE, "contiguous"), (STAGED, "channels_last"), (ANY, "sliced"))),
+]  # fmt: skip
+
+
 @dataclass
 class CafdCase:
     """Shapes, dtypes and layouts of one call of cafd, or (teacher None) of attention_map and its backward."""
@@ -285,6 +354,7 @@ class CafdCase:
     scale: float = 1.0
     fill: float | None = None
     near: float | None = None  # the teacher is the student, and so much noise
+    on_device: bool = False  # the kernels read the temperatures from the device's memory
     why: str = ""
 
     def case(self) -> Case:
@@ -301,12 +371,16 @@ class CafdCase:
         self.student = make(self.shape, self.dtype, self.layout)
         n, _, h, w = self.shape
         numbers = {"channel_temperature": self.channel_temperature, "spatial_temperature": self.spatial_temperature}
+        more = {}
+        if self.on_device:  # and the numbers that the host would use are none
+            more["temperatures"] = torch.tensor([*numbers.values()], dtype=torch.float64)
+            numbers = dict.fromkeys(numbers, float("nan"))
         acc = acc_of(self.student)
         outputs = {"grad": torch.empty_like(self.student)}
         if self.teacher is None:
             self.map_grad = torch.randn(n, h, w, dtype=acc)
             outputs["map"] = torch.empty(n, h, w, dtype=acc)
-            return Case("map", {"features": self.student, "map_grad": self.map_grad}, outputs, numbers)
+            return Case("map", {"features": self.student, "map_grad": self.map_grad} | more, outputs, numbers)
         self.teacher_features = make(self.teacher, self.teacher_dtype or self.dtype, self.teacher_layout or self.layout)
         if self.near is not None:
             self.teacher_features = (self.student + self.near * self.teacher_features).to(self.teacher_features.dtype)
@@ -314,7 +388,7 @@ class CafdCase:
         outputs["loss"] = torch.empty([n] if self.reduction == 0 else [], dtype=acc_both)
         outputs["grad_map"] = torch.empty(n, h, w, dtype=acc)
         numbers["reduction"] = self.reduction
-        return Case("cafd", {"student": self.student, "teacher": self.teacher_features}, outputs, numbers)
+        return Case("cafd", {"student": self.student, "teacher": self.teacher_features} | more, outputs, numbers)
 
     def check(self, kernels: str, got: dict[str, Tensor]) -> None:
         assert kernels == self.kernels, self
@@ -380,6 +454,23 @@ CAFD = [
     CafdCase("rows rows", (2, 70, 2, 4), spatial_temperature=0.5, why="shares of channels"),
 ]  # fmt: skip
 
+# Every kernel, either accumulation dtype, and networks that do not share their launches.
+CAFD_ON_DEVICE = [
+    partial(CafdCase, *case, on_device=True) for case in (
+        ("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
+        ("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), torch.bfloat16),
+        ("columns columns columns", (2, 24, 3, 5), (2, 40, 3, 5), torch.float16, None, "channels_last"),
+        ("rows columns rows", (2, 3, 4, 4), (2, 300, 4, 4), torch.float32, None, "contiguous", "channels_last"),
+        ("any any any", (2, 5, 3, 5), (2, 3, 3, 5), torch.float32, None, "sliced"),
+        ("any any any", (2, 4, 4, 4), (2, 6, 4, 4), torch.float64),
+        ("rows any rows", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.float64),
+        ("any rows any", (2, 4, 4, 4), (2, 6, 2, 8), torch.float64, torch.float32),
+        ("rows rows", (1, 3, 64, 32)),
+        ("columns columns", (1, 24, 20, 20), None, torch.bfloat16, None, "channels_last"),
+        ("any any", (1, 3, 7, 5), None, torch.float64),
+    )
+]  # fmt: skip
+
 # For ThreadSanitizer, whose threads are slow: every kernel and every barrier once.
 SMALL_TNKD = [
     TnkdCase(WHOLE, (2, 5, 4, 8), weighted=True),
@@ -389,10 +480,12 @@ SMALL_TNKD = [
     TnkdCase(STAGED, (1, 150, 10, 20), why="many threads a pixel"),
     TnkdCase(STAGED, (1, 19, 5, 7), layout="channels_last", label=None, logits=ties),
     TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", reduction=0),
+    TnkdCase(STAGED, (1, 19, 5, 7), on_device="values ignore_index"),
 ]
 SMALL_CAFD = [
     CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
     CafdCase("rows rows", (1, 3, 32, 96), why="several warps a row"),
     CafdCase("columns columns columns", (1, 24, 3, 5), (1, 40, 3, 5), torch.bfloat16, layout="channels_last"),
     CafdCase("any any any", (1, 3, 7, 5), (1, 3, 5, 7), why="pooled"),
+    CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), on_device=True),
 ]

@@ -128,6 +128,9 @@ void run_tnkd(const Case& c) {
   args.nckd_weight = c.numbers.at("nckd_weight"), args.temperature = c.numbers.at("temperature");
   args.has_ignore_index = c.numbers.count("ignore_index") > 0;
   if (args.has_ignore_index) args.ignore_index = static_cast<int64_t>(c.numbers.at("ignore_index"));
+  args.values = static_cast<const double*>(c.data("values"));
+  args.ignore_index_value = static_cast<const int64_t*>(c.data("ignore_index"));
+  if (args.ignore_index_value != nullptr) args.has_ignore_index = true;
   args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
   set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
             teacher.stride.data(), target == nullptr ? nullptr : target->stride.data(),
@@ -151,6 +154,11 @@ void run_scale(const Case& c) {
 #endif
 
 #ifndef WITHOUT_CAFD
+Temperatures temperatures_of(const Case& c) {
+  return {c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
+          static_cast<const double*>(c.data("temperatures"))};
+}
+
 Features features_of(const Tensor& tensor) {
   return make_features(tensor.data(), dtype_of(tensor.dtype), tensor.size.data(), tensor.stride.data());
 }
@@ -176,9 +184,8 @@ void run_backward(const Case& c, const std::string& name, const Buffer& stats, c
   const Features f = features_of(*c.find(name)), out = features_of(*c.find("grad"));
   const CafdPlan plan = cafd_plan(f, &out, device_of(c));
   Buffer workspace(backward_workspace(f, plan) * sizeof(A));
-  backward_run<A>(f, out, plan, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
-                  static_cast<A*>(stats.data), static_cast<const A*>(grad_map), static_cast<A*>(workspace.data),
-                  device_of(c), nullptr);
+  backward_run<A>(f, out, plan, temperatures_of(c), static_cast<A*>(stats.data), static_cast<const A*>(grad_map),
+                  static_cast<A*>(workspace.data), device_of(c), nullptr);
   std::cout << layout_name(plan.layout) << "\n";
   c.write("grad");
 }
@@ -203,8 +210,8 @@ void run_cafd(const Case& c) {
   comparison.samples = s.samples;
   comparison.loss = none ? nullptr : static_cast<A*>(c.data("loss"));
   comparison.ticket = static_cast<unsigned*>(ticket.data);
-  cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, c.numbers.at("channel_temperature"),
-           c.numbers.at("spatial_temperature"), static_cast<SA*>(c.data("grad_map")), device_of(c), nullptr);
+  cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, temperatures_of(c),
+           static_cast<SA*>(c.data("grad_map")), device_of(c), nullptr);
   c.write("loss"), c.write("grad_map");
   run_backward<SA>(c, "student", s_run.stats, c.data("grad_map"));
 }
@@ -212,8 +219,7 @@ void run_cafd(const Case& c) {
 template <typename A>
 void run_attention_map(const Case& c) {
   const Prepared<A> run(c, "features", static_cast<A*>(c.data("map")));
-  maps_run(&run.network, 1, run.plan.layout, c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
-           nullptr, device_of(c), nullptr);
+  maps_run(&run.network, 1, run.plan.layout, temperatures_of(c), nullptr, device_of(c), nullptr);
   c.write("map");
   run_backward<A>(c, "features", run.stats, c.data("map_grad"));
 }

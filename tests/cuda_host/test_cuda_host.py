@@ -10,12 +10,26 @@ or LLVM IR, not packaged). compute-sanitizer needs a GPU.
 """
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from .cases import ANY, CAFD, SMALL_CAFD, SMALL_TNKD, STAGED, TNKD, CafdCase, TnkdCase
+from .cases import (
+    ANY,
+    CAFD,
+    CAFD_ON_DEVICE,
+    LAYOUTS_OF_KERNELS,
+    ON_DEVICE,
+    SMALL_CAFD,
+    SMALL_TNKD,
+    STAGED,
+    TNKD,
+    CafdCase,
+    TnkdCase,
+)
 from .harness import ROOT, Case, build, run, run_raw
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -41,8 +55,65 @@ def test_tnkd(plain: Path, folder: Path) -> None:
     check_all(plain, folder / "tnkd", TNKD)
 
 
+def test_tnkd_with_its_numbers_in_device_memory(plain: Path, folder: Path) -> None:
+    check_all(plain, folder / "on_device", ON_DEVICE)
+
+
+def test_numbers_in_device_memory_that_the_host_would_refuse_make_the_loss_nan(plain: Path, folder: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    good, cases = (0.5, 1.0, 2.0), []
+    for kernel, shape, layout in LAYOUTS_OF_KERNELS:
+        case = partial(TnkdCase, kernel, shape, layout=layout, on_device="values")
+        cases += [case(temperature=t, reduction=r) for t in (0.0, -1.0, nan, inf) for r in (0, 1)]
+        for i in range(3):
+            cases += [case(weights=(*good[:i], w, *good[i + 1 :]), with_ce=i == 0) for w in (-1.0, nan, inf, -inf)]
+    for case, (_, got) in zip(cases, run(plain, [case.case() for case in cases], folder / "refused"), strict=True):
+        loss = got["loss_map"] if case.reduction == 0 else got["loss"]
+        assert loss.isnan().all(), case
+
+
+def test_numbers_in_device_memory_give_the_bits_of_numbers_where_no_other_kernel_is_chosen_for_them(
+    plain: Path, folder: Path
+) -> None:
+    cases = [
+        TnkdCase(kernel, shape, dtype, layout=layout, temperature=t, with_ce=ce, weighted=ce, on_device=where)
+        for kernel, shape, layout in LAYOUTS_OF_KERNELS
+        for dtype in (torch.float32, torch.float16)
+        for t, ce in ((3.0, True), (0.3, True), (2.0, False))
+        for where in ("", "values", "ignore_index", "values ignore_index")
+    ]
+    results = [got for _, got in run(plain, [case.case() for case in cases], folder / "bits")]
+    for case, got, host in zip(cases, results, (r for r in results[::4] for _ in range(4)), strict=True):
+        for name, value in got.items():
+            assert torch.equal(value, host[name]), (name, case)
+
+
 def test_cafd(plain: Path, folder: Path) -> None:
     check_all(plain, folder / "cafd", CAFD)
+
+
+TEMPERATURES = [(1.0, 1.0), (0.1, 0.5), (3.0, 0.05)]
+
+
+@pytest.mark.parametrize("channel,spatial", TEMPERATURES)
+def test_cafd_with_its_temperatures_in_device_memory(plain: Path, folder: Path, channel: float, spatial: float) -> None:
+    """Within the error rule of the reference, and the bits of the temperatures as numbers."""
+    cases = [case(channel_temperature=channel, spatial_temperature=spatial) for case in CAFD_ON_DEVICE]
+    check_all(plain, folder / "cafd_on_device", cases)
+    host = [replace(case, on_device=False) for case in cases]
+    results = [run(plain, [case.case() for case in each], folder / "cafd_bits") for each in (cases, host)]
+    for case, (_, got), (_, wanted) in zip(cases, *results, strict=True):
+        assert all(torch.equal(value, wanted[name]) for name, value in got.items()), case
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperatures_in_device_memory_that_the_host_would_refuse_make_everything_nan(
+    plain: Path, folder: Path, bad: float
+) -> None:
+    cases = [case(channel_temperature=bad) for case in CAFD_ON_DEVICE]
+    cases += [case(spatial_temperature=bad, reduction=0) for case in CAFD_ON_DEVICE]
+    for case, (_, got) in zip(cases, run(plain, [c.case() for c in cases], folder / "cafd_refused"), strict=True):
+        assert got["loss" if "loss" in got else "map"].isnan().all(), case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -67,7 +138,9 @@ def test_no_overrun(folder: Path) -> None:
     """AddressSanitizer over every case."""
     driver = build(folder, "address")
     check_all(driver, folder / "overrun_tnkd", TNKD)
+    check_all(driver, folder / "overrun_on_device", ON_DEVICE)
     check_all(driver, folder / "overrun_cafd", CAFD)
+    check_all(driver, folder / "overrun_cafd_on_device", [case() for case in CAFD_ON_DEVICE])
 
 
 # What is broken, and what is put in its place: the sanitizer has to find each of them.

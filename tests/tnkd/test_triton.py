@@ -31,6 +31,19 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def values(*numbers: float) -> Tensor:
+    """The weights of CE, TCKD and NCKD and the temperature as the op takes them."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def op(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, ce: float, tckd: float,
+       nckd: float, temperature: float, ignore_index: int | None, *rest: object, **options: object):  # fmt: skip
+    """The op, of plain numbers."""
+    index = None if ignore_index is None else torch.tensor(ignore_index)
+    numbers = values(ce, tckd, nckd, temperature)
+    return triton.forward(student, teacher, target, weight, numbers, index, *rest, **options)
+
+
 def truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
           numbers: tuple[float, ...], ignore_index: int | None, reduction: int, with_ce: bool):  # fmt: skip
     """(loss, parts, gradient) of the reference, computed in dtype."""
@@ -46,9 +59,10 @@ def truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor |
 def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None = None,
           numbers: tuple[float, ...] = (0.7, 1.0, 2.0, 1.5), ignore_index: int | None = 255, reduction: int = 1,
           with_ce: bool = True, config: Config | None = None) -> None:  # fmt: skip
-    """The op itself, with this launch, by the error rule; and the same without a gradient."""
+    """The op itself, with this launch, by the error rule; and the same without a gradient, and with its numbers read
+    by the kernels."""
     arguments = (student, teacher, target, weight, *numbers, ignore_index, reduction, with_ce)
-    loss, parts, grad, scale = triton.forward(*arguments, True, config)
+    loss, parts, grad, scale = op(*arguments, True, config)
     rest = (student, teacher, target, weight, numbers, ignore_index, reduction, with_ce)
     own = truth(torch.promote_types(student.dtype, torch.float32), *rest)
     exact = truth(torch.float64, *rest)
@@ -56,8 +70,52 @@ def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tenso
     assert_as_good_as_reference(parts, own[1], exact[1], "parts")
     product = grad.to(scale.dtype) * scale
     assert_as_good_as_reference(product.to(student.dtype), own[2].to(student.dtype), exact[2], "gradient")
-    alone = triton.forward(*arguments, False, config)
-    assert torch.equal(alone[0], loss) and torch.equal(alone[1], parts) and alone[2].shape == (0,)
+    alone = op(*arguments, False, config, by_pointer=True)
+    for got, same in ((alone[0], loss), (alone[1], parts)):
+        torch.testing.assert_close(got, same, rtol=0, atol=0, equal_nan=True)
+    assert alone[2].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("numbers", [(0.7, 1.0, 2.0, 1.0), (0.3, 0.5, 0.0, 0.01), (0.0, 1.0, 2.0, 2.0)], ids=str)
+@pytest.mark.parametrize("ignore_index", [255, 0, -100, 2**40, None])
+def test_numbers_that_the_kernels_read_give_the_bits_of_numbers_among_their_arguments(
+    device, dtype, numbers, ignore_index
+):
+    student, teacher, target = problem(device, (2, 5, 3, 4), dtype)
+    if ignore_index is not None:
+        target[:, 1] = ignore_index
+    weight = torch.rand(5, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    for layout, config in (("contiguous", None), ("channels_last", CONFIGS[6])):
+        rest = (strided_copy(student, layout), strided_copy(teacher, layout), target, weight, *numbers, ignore_index)
+        for reduction in (0, 1, 2):
+            either = (op(*rest, reduction, True, True, config, by_pointer=by_pointer) for by_pointer in (False, True))
+            assert all(torch.equal(a, b) for a, b in zip(*either, strict=True))
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), -1.0, 0.0])
+def test_numbers_that_nobody_could_refuse_make_every_loss_nan(device, reduction, which, bad):
+    student, teacher, target = problem(device, (1, 4, 2, 3))
+    target[0, 0, 0] = 255
+    numbers = [0.7, 1.0, 2.0, 1.5]
+    numbers[which] = bad
+    loss = op(student, teacher, target, None, *numbers, 255, reduction, True, False, by_pointer=True)[0]
+    if bad == 0 and which != 3:  # a weight may be 0
+        assert loss.isfinite().all()
+    else:
+        assert loss.isnan().all()
+
+
+def test_a_weight_that_turns_out_to_be_0_takes_no_part(device):
+    """0 * inf is 0: neither the infinite cross-entropy nor the infinite divergence shows."""
+    student, teacher, target = problem(device, (1, 4, 2, 3))
+    student[0, int(target[0, 0, 0]), 0, 0] = float("-inf")
+    for reduction in (0, 1, 2):
+        rest = (None, 0.0, 0.0, 2.0, 1.5, 255, reduction, True, False)
+        assert op(student, teacher, target, *rest, by_pointer=True)[0].isfinite().all()
+        assert op(student, teacher, target, None, 0.7, *rest[2:], by_pointer=True)[0].isinf().any()
 
 
 # One class a chunk; chunks that end within the classes and after them; one chunk; more than the tensor;
@@ -99,12 +157,12 @@ def test_edge_cases_hold_in_both_kinds_of_launch(device, config):
     student[0, :, 0] = 1.0
     check(student, teacher, None, config=config)
     student[0, (target[0, 2, 0] + 1) % 5, 2, 0] = float("-inf")  # the teacher has mass there
-    loss, _, grad, _ = triton.forward(
+    loss, _, grad, _ = op(
         student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config
     )  # fmt: skip
     assert loss == float("inf") and grad.isfinite().all()
     target[0, 2, 5] = 5
-    _, _, grad, _ = triton.forward(student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config)
+    _, _, grad, _ = op(student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config)
     assert grad[0, :, 2, 5].isnan().all() and grad[0, :, 2, :5].isfinite().all()
 
 
@@ -121,12 +179,12 @@ def test_float16_keeps_a_power_of_two_out_of_the_gradient(device):
     student, teacher, target = problem(device, (2, 4, 3, 5), torch.float16)
     target[0, 0] = 255
     arguments = (teacher, target, None, 0.3, 1.0, 2.0, 2.0, 255)
-    mean, total = (triton.forward(student, *arguments, r, True, True) for r in (1, 2))
+    mean, total = (op(student, *arguments, r, True, True) for r in (1, 2))
     for _, _, grad, scale in (mean, total):
         assert math.log2(scale.item()).is_integer()  # nothing rounds twice
         assert 2**10 < grad.abs().max() < 2**15
     torch.testing.assert_close(mean[2].float() * mean[3] * 25, total[2].float() * total[3], rtol=2e-3, atol=1e-6)
-    folded = triton.forward(student.float(), *arguments, 1, True, True)
+    folded = op(student.float(), *arguments, 1, True, True)
     assert folded[3] == 1
     torch.testing.assert_close(mean[2].float() * mean[3], folded[2], rtol=1e-3, atol=1e-6)
 
@@ -144,7 +202,7 @@ def test_small_float16_gradients_survive_until_they_are_scaled(device, reduction
         numbers, with_ce = (ce or 0.0, tckd, nckd, temperature), ce is not None
         rest = (student, teacher, target, weight, numbers, 255, reduction, with_ce)
         *_, exact = truth(torch.float64, *rest)
-        *_, grad, outside = triton.forward(
+        *_, grad, outside = op(
             student, teacher, target, weight, *numbers, 255, reduction, with_ce, True
         )  # fmt: skip
         assert grad.isfinite().all()
@@ -155,14 +213,14 @@ def test_small_float16_gradients_survive_until_they_are_scaled(device, reduction
 def test_float16_without_anything_to_scale(device, reduction):
     """Nothing valid, no term asked for, a weight that is not finite: no bound, and no 0 / 0."""
     student, teacher, target = problem(device, (1, 4, 3, 5), torch.float16)
-    none = triton.forward(student, teacher, torch.full_like(target, 255), None, 1.0, 1.0, 2.0, 2.0, 255, reduction,
+    none = op(student, teacher, torch.full_like(target, 255), None, 1.0, 1.0, 2.0, 2.0, 255, reduction,
                           True, True)  # fmt: skip
-    nothing = triton.forward(student, teacher, target, None, 0.0, 0.0, 0.0, 2.0, 255, reduction, True, True)
+    nothing = op(student, teacher, target, None, 0.0, 0.0, 0.0, 2.0, 255, reduction, True, True)
     for _, _, grad, scale in (none, nothing):
         assert (grad == 0).all() and scale.isfinite() and scale > 0
     infinite = torch.tensor([1.0, 1.0, 1.0, float("inf")], device=device)
     target.clamp_(max=2)
-    *_, grad, scale = triton.forward(student, teacher, target, infinite, 1.0, 1.0, 2.0, 2.0, 255, reduction, True, True)
+    *_, grad, scale = op(student, teacher, target, infinite, 1.0, 1.0, 2.0, 2.0, 255, reduction, True, True)
     assert grad.isfinite().all() and scale == 1
 
 
@@ -186,7 +244,7 @@ def test_everything_is_written(device, layout):
     torch.use_deterministic_algorithms(True)
     try:
         for reduction in (0, 1, 2):
-            results = triton.forward(student, teacher, target, None, 1.0, 1.0, 1.0, 1.0, 255, reduction, True, True)
+            results = op(student, teacher, target, None, 1.0, 1.0, 1.0, 1.0, 255, reduction, True, True)
             assert all(result.isfinite().all() for result in results)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -378,10 +436,10 @@ def test_more_than_2_to_the_31_elements(shape):
     student = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
     teacher = torch.empty_like(student).normal_()
     target = torch.randint(0, shape[1], (shape[0], *shape[2:]), dtype=torch.uint8, device="cuda")
-    _, _, grad, _ = triton.forward(student, teacher, target, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
+    _, _, grad, _ = op(student, teacher, target, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
     last = (slice(-1, None), slice(None), slice(-3, None))
     part = (student[last], teacher[last], target[-1:, -3:])
-    small = triton.forward(*part, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
+    small = op(*part, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
     torch.testing.assert_close(grad[last], small[2])
 
 
@@ -400,7 +458,7 @@ def test_the_last_of_more_than_2_to_the_31_pixels(device, monkeypatch):
     logits[..., -300:], target[..., -300:] = torch.randn(1, 2, 300), torch.randint(0, 2, (1, 300))
     launches = []
     monkeypatch.setattr(triton, "launch", lambda *args, **constants: launches.append((args, constants)))
-    triton.forward(logits, logits, target, None, 1.0, 1.0, 2.0, 2.0, 255, 1, True, False)
+    op(logits, logits, target, None, 1.0, 1.0, 2.0, 2.0, 255, 1, True, False)
     (count, count_constants), (walk, constants), _ = launches
 
     last = -1
