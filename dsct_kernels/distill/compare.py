@@ -36,6 +36,7 @@ from . import check as settings_check
 from .config import DEFAULTS, Config, flag
 from .files import DataError, replace_file
 from .loop import classes_of, load_pixels, load_tiles, schedule, seed_everything, window_starts
+
 FOLDS = 3
 TEACHER_PRESETS = ("efficientnet-lite0", *models.PRESETS)
 
