@@ -1,13 +1,47 @@
-"""What the autograd of both losses shares: one rule for second derivatives."""
+"""What the autograd of both losses shares: one rule for second derivatives, compiled or not."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+LIBRARY = torch.library.Library("dsct_kernels", "FRAGMENT")
+LIBRARY.define("upstream(Tensor grad_output, Tensor student) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
-def first_derivative_only(grad: Tensor, name: str) -> Tensor:
-    """`grad`; under create_graph=True, `grad` with an error in its graph instead of a silently missing term."""
+
+@torch.library.impl(LIBRARY, "upstream", "CompositeExplicitAutograd")
+def _upstream(grad_output: Tensor, student: Tensor) -> Tensor:
+    """A copy of the small grad_output. Only that a compiled backward holds on to `student` matters: a graph that was
+    asked for a second derivative then sees where it would have to go, and torch.compile refuses instead of giving None.
+    """
+    return grad_output.clone()
+
+
+@torch.library.register_fake("dsct_kernels::upstream", lib=LIBRARY)
+def _(grad_output: Tensor, student: Tensor) -> Tensor:
+    return torch.empty_like(grad_output)
+
+
+class _FirstOnly(torch.autograd.Function):
+    """`grad`, connected to what it is a gradient of, so that differentiating it again meets an error, never a gap."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor, name: str) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(
+            f"{ctx.name} has a first derivative only: its gradient was differentiated again (create_graph=True)"
+        )
+
+
+def first_derivative_only(grad: Tensor, anchor: Tensor, name: str) -> Tensor:
+    """`grad`; under create_graph=True with an error in its graph instead of a silently missing term.
+
+    anchor: any tensor whose graph leads to what was differentiated.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grad
-    message = f"{name} has a first derivative only: its gradient was differentiated again (create_graph=True)"
-    error = torch._C._functions.DelayedError(message.encode(), 1)
-    return error(grad.detach().requires_grad_())
+    return _FirstOnly.apply(grad, anchor, name)

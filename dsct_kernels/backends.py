@@ -127,6 +127,11 @@ def default_backend() -> str:
     return name
 
 
+def known(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def choose(backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType, *tensors: Tensor) -> ModuleType:
     """The module that serves these tensors: a backend that is named serves or raises; "auto" falls back."""
     if backend == "auto":

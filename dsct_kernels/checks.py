@@ -5,6 +5,8 @@ import os
 import torch
 from torch import Tensor
 
+from .values import DEFAULT_IGNORE_INDEX, readable
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -19,6 +21,12 @@ def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {str(x.dtype).removeprefix('torch.')}")
+    if not torch.compiler.is_compiling() and type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: DTensor is not supported, since the mean of shards is not the mean over the valid pixels of "
+            "all; expected a Tensor: pass .to_local() of logits sharded along the batch with reduction='sum', and "
+            "divide by the number of valid pixels summed over the shards"
+        )
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {str(x.layout).removeprefix('torch.')}")
 
@@ -28,23 +36,6 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {x.device}")
 
 
-def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-
-
-def positive(name: str, value: float) -> None:
-    number(name, value)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
-
-
-def weight(name: str, value: float) -> None:
-    number(name, value)
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-
-
 def reduction(value: object) -> int:
     """0, 1 or 2 for "none", "mean" or "sum", as the ops take it."""
     if not isinstance(value, str) or value not in REDUCTIONS:
@@ -52,11 +43,13 @@ def reduction(value: object) -> int:
     return REDUCTIONS[value]
 
 
-def ignore_index(value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"ignore_index: expected an int or None, got {type(value).__name__}")
-    if value is not None and not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index: expected a number that int64 holds, got {value}")
+def ignore_index_is_no_class(value: object, classes: int, target: Tensor | None) -> None:
+    """With more than 255 classes the default, 255, is one of them: nobody asked for it to be left out."""
+    if value is DEFAULT_IGNORE_INDEX and target is not None and classes > DEFAULT_IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index: with {classes} classes the default, 255, is a class; expected it to be given: a label to "
+            "ignore (255 is obeyed), or None to ignore nothing"
+        )
 
 
 def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
@@ -79,9 +72,9 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
     else:
         tensor("target", target, LABELS)
         if target.dim() != len(s) - 1 or target.shape[0] != s[0]:
-            expected = (s[0], *["size"] * (len(s) - 2))
+            expected = ", ".join([str(s[0]), *["any"] * (len(s) - 2)]) + ("," if len(s) == 2 else "")
             raise ValueError(
-                f"target: expected shape {expected} to go with student_logits {tuple(s)}, got {tuple(target.shape)}"
+                f"target: expected shape ({expected}) to go with student_logits {tuple(s)}, got {tuple(target.shape)}"
             )
         same_device("target", target, "student_logits", student_logits)
         size = list(target.shape[1:])
@@ -100,7 +93,7 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
     return size
 
 
-def labels(target: Tensor, classes: int, ignored: int | None) -> None:
+def labels(target: Tensor, classes: int, ignored: int | Tensor | None) -> None:
     """Raises for the first label outside [0, classes) that is not ignored. Reads the labels: waits for a GPU."""
     target = target.long()  # an int8 tensor compared with the number 255 would find it equal to -1
     bad = (target < 0) | (target >= classes)
@@ -126,11 +119,12 @@ def class_weights(value: Tensor | None, student_logits: Tensor) -> None:
     if value.dim() != 1 or value.shape[0] != student_logits.shape[1]:
         raise ValueError(f"class_weight: expected shape ({student_logits.shape[1]},), got {tuple(value.shape)}")
     same_device("class_weight", value, "student_logits", student_logits)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        no_negative_class_weight(value)
+    no_negative_class_weight(value)
 
 
 def no_negative_class_weight(value: Tensor) -> None:
+    if not readable(value):
+        return
     negative = value < 0
     if negative.any():
         k = int(negative.nonzero()[0])

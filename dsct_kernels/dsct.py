@@ -1,13 +1,16 @@
 """The DSCT objective: cross-entropy, TNKD and CAFD, joined. Cross-entropy shares TNKD's pass over the logits."""
 
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import checks
+from . import backends, checks, values
 from .cafd.loss import Features, cafd_loss
 from .tnkd.loss import logit_loss
+from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
+
+NO_MAP = "reduction: expected 'mean' or 'sum', got 'none': a map and a vector do not add up"
 
 
 class DSCTLosses(NamedTuple):
@@ -30,16 +33,17 @@ def dsct_loss(
     student_features: Features | None = None,
     teacher_features: Features | None = None,
     *,
-    ce_weight: float = 1.0,
-    tnkd_weight: float = 1.0,
-    cafd_weight: float = 1.0,
+    ce_weight: Number = 1.0,
+    tnkd_weight: Number = 1.0,
+    cafd_weight: Number = 1.0,
     class_weight: Tensor | None = None,
-    alpha: float = 1.0,
-    beta: float = 2.0,
-    temperature: float = 2.0,
-    ignore_index: int | None = 255,
-    channel_temperature: float = 1.0,
-    spatial_temperature: float = 1.0,
+    alpha: Number = 1.0,
+    beta: Number = 2.0,
+    temperature: Number = 2.0,
+    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+    channel_temperature: Number = 1.0,
+    spatial_temperature: Number = 1.0,
+    align_corners: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> DSCTLosses:
@@ -49,7 +53,9 @@ def dsct_loss(
         student_logits, teacher_logits, target: as for `tnkd_loss`. With target None, cross-entropy too learns from the
             teacher's argmax.
         student_features, teacher_features: as for `cafd_loss`; both None leaves CAFD out.
-        ce_weight, tnkd_weight, cafd_weight: >= 0. A cross-entropy or CAFD of weight 0 is not computed, and reported 0.
+        ce_weight, tnkd_weight, cafd_weight: >= 0; numbers or 0-d tensors that may change at every step, as alpha,
+            beta and the temperatures may (see `tnkd_loss`). A cross-entropy or CAFD of weight 0 is not computed, and
+            reported 0, where the number is known beforehand: not in a compiled graph, which serves every value.
         class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
         reduction: "mean" or "sum", of every part; "none" is refused, since a map and a vector do not add up.
         alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the
@@ -72,16 +78,10 @@ def dsct_loss(
         >>> bool(torch.allclose(losses.total, losses.ce + losses.tckd + 2 * losses.nckd))
         True
     """
-    for name, value in (
-        ("ce_weight", ce_weight),
-        ("tnkd_weight", tnkd_weight),
-        ("cafd_weight", cafd_weight),
-        ("alpha", alpha),
-        ("beta", beta),
-    ):
-        checks.weight(name, value)
+    ce_weight, tnkd_weight = weight("ce_weight", ce_weight), weight("tnkd_weight", tnkd_weight)
+    cafd_weight, alpha, beta = weight("cafd_weight", cafd_weight), weight("alpha", alpha), weight("beta", beta)
     if reduction == "none":
-        raise ValueError("reduction: expected 'mean' or 'sum', got 'none': a map and a vector do not add up")
+        raise ValueError(NO_MAP)
     if (student_features is None) != (teacher_features is None):
         missing = "student_features" if student_features is None else "teacher_features"
         raise ValueError(f"{missing}: expected features, as the other network's were given, got None")
@@ -90,6 +90,8 @@ def dsct_loss(
         checks.class_weights(class_weight, student_logits)
         acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
         class_weight = class_weight.detach().to(acc).contiguous()
+        if class_weight.device.type != "cpu":  # where nobody looks at them, a negative one makes the loss NaN
+            class_weight = torch.where(class_weight < 0, torch.nan, class_weight)
     total, parts = logit_loss(
         student_logits,
         teacher_logits,
@@ -100,12 +102,13 @@ def dsct_loss(
         tnkd_weight * beta,
         temperature,
         ignore_index,
+        align_corners,
         reduction,
-        ce_weight != 0,
+        not values.known_zero(ce_weight),
         backend,
     )
     ce, tckd, nckd = parts.unbind()
-    if student_features is None or teacher_features is None or cafd_weight == 0:
+    if student_features is None or teacher_features is None or values.known_zero(cafd_weight):
         return DSCTLosses(total, ce, tckd, nckd, torch.zeros_like(ce))
     cafd = cafd_loss(
         student_features,
@@ -115,25 +118,11 @@ def dsct_loss(
         reduction=reduction,
         backend=backend,
     )
-    return DSCTLosses(total + cafd_weight * cafd, ce, tckd, nckd, cafd.detach())
+    (cafd_weight,) = values.as_scalars((cafd_weight,), cafd.device, cafd.dtype)
+    return DSCTLosses(total + values.weighted(values.sound(cafd_weight), cafd), ce, tckd, nckd, cafd.detach())
 
 
-_KEYWORDS = (
-    "ce_weight",
-    "tnkd_weight",
-    "cafd_weight",
-    "alpha",
-    "beta",
-    "temperature",
-    "ignore_index",
-    "channel_temperature",
-    "spatial_temperature",
-    "reduction",
-    "backend",
-)
-
-
-class DSCTLoss(nn.Module):
+class DSCTLoss(ValueModule):
     """`dsct_loss` as a module: the keywords are given once; `class_weight` is a buffer and moves with the module.
 
     Example:
@@ -145,20 +134,32 @@ class DSCTLoss(nn.Module):
     """
 
     class_weight: Tensor | None
+    VALUES: ClassVar = {
+        "ce_weight": weight,
+        "tnkd_weight": weight,
+        "cafd_weight": weight,
+        "alpha": weight,
+        "beta": weight,
+        "temperature": positive,
+        "ignore_index": label_value,
+        "channel_temperature": positive,
+        "spatial_temperature": positive,
+    }
 
     def __init__(
         self,
         *,
-        ce_weight: float = 1.0,
-        tnkd_weight: float = 1.0,
-        cafd_weight: float = 1.0,
+        ce_weight: Number = 1.0,
+        tnkd_weight: Number = 1.0,
+        cafd_weight: Number = 1.0,
         class_weight: Tensor | None = None,
-        alpha: float = 1.0,
-        beta: float = 2.0,
-        temperature: float = 2.0,
-        ignore_index: int | None = 255,
-        channel_temperature: float = 1.0,
-        spatial_temperature: float = 1.0,
+        alpha: Number = 1.0,
+        beta: Number = 2.0,
+        temperature: Number = 2.0,
+        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+        channel_temperature: Number = 1.0,
+        spatial_temperature: Number = 1.0,
+        align_corners: bool = False,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
@@ -167,17 +168,14 @@ class DSCTLoss(nn.Module):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.ignore_index = ignore_index
         self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature
-        self.reduction, self.backend = reduction, backend
+        self.align_corners, self.reduction, self.backend = align_corners, reduction, backend
+        if checks.reduction(reduction) == 0:
+            raise ValueError(NO_MAP)
+        backends.known(backend)
         if class_weight is not None:
             checks.tensor("class_weight", class_weight, checks.FLOATS)
             checks.no_negative_class_weight(class_weight)
         self.register_buffer("class_weight", class_weight)
-        # One pixel through the objective now, so that a bad keyword fails here and not in the first step.
-        logits, features = torch.zeros(1, 2), torch.zeros(1, 1, 1, 1)
-        dsct_loss(logits, logits, None, features, features, **{**self._keywords(), "backend": "reference"})
-
-    def _keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _KEYWORDS}
 
     def forward(
         self,
@@ -195,8 +193,14 @@ class DSCTLoss(nn.Module):
             student_features,
             teacher_features,
             class_weight=self.class_weight,
-            **self._keywords(),
+            **self.values(),
+            align_corners=self.align_corners,
+            reduction=self.reduction,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items())
+        shown = {name: getattr(self, name) for name in (*self.VALUES, "align_corners", "reduction", "backend")}
+        if self.class_weight is not None:
+            shown["class_weight"] = f"({len(self.class_weight)},)"
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

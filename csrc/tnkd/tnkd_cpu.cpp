@@ -97,6 +97,12 @@ void check(const Tensor& student, const Tensor& teacher, const std::optional<Ten
         !class_weight->is_contiguous() || !class_weight->is_cpu())
       fail("class_weight: expected a contiguous (" + std::to_string(sizes[1]) +
            ",) tensor on cpu in the accumulation dtype, got shape " + shape(class_weight->sizes()));
+    for (int64_t k = 0; k < sizes[1]; k++) {
+      const double weight = acc == ScalarType::Double ? static_cast<const double*>(class_weight->const_data_ptr())[k]
+                                                      : static_cast<const float*>(class_weight->const_data_ptr())[k];
+      if (weight < 0)
+        fail("class_weight: expected numbers >= 0, got " + std::to_string(weight) + " for class " + std::to_string(k));
+    }
   }
   if (reduction < 0 || reduction > 2) fail("reduction: expected 0, 1 or 2, got " + std::to_string(reduction));
 }
@@ -325,9 +331,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   const double ce_weight = numbers[0], tckd_weight = numbers[1], nckd_weight = numbers[2], temperature = numbers[3];
   if (!(temperature > 0 && std::isfinite(temperature)))
     fail("temperature: expected a finite number > 0, got " + std::to_string(temperature));
-  for (double weight : {ce_weight, tckd_weight, nckd_weight})
-    if (!(weight >= 0 && std::isfinite(weight)))
-      fail("values: expected finite weights >= 0, got " + std::to_string(weight));
+  const char* names[] = {"ce_weight", "alpha", "beta"};  // the latter two times dsct_loss's tnkd_weight
+  for (int i = 0; i < 3; i++)
+    if (!(numbers[i] >= 0 && std::isfinite(numbers[i])))
+      fail(std::string(names[i]) + ": expected a finite number >= 0, got " + std::to_string(numbers[i]));
 
   TnkdArgs args = {};
   args.classes = student_logits.size(1);

@@ -1336,7 +1336,14 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& d
 }
 
 // --------------------------------------------------------------------------------------------------- backward's factor
-// grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written.
+// grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written. 0 stays 0
+// whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
+template <typename A, typename T>
+DSCT_DEVICE T times(T value, A by) {
+  const A wide = static_cast<A>(value);
+  return wide == 0 ? value : static_cast<T>(wide * by);
+}
+
 template <typename T, typename A>
 __global__ void scale_in_place(T* grad, const A* factor, int64_t count, bool packs) {
   const A by = *factor;
@@ -1347,12 +1354,12 @@ __global__ void scale_in_place(T* grad, const A* factor, int64_t count, bool pac
     for (int64_t i = first; i < count / Pack<T>::kSize; i += step) {
       Pack<T> pack = load_pack(grad + i * Pack<T>::kSize);
 #pragma unroll
-      for (int v = 0; v < Pack<T>::kSize; ++v) pack.lane[v] = static_cast<T>(static_cast<A>(pack.lane[v]) * by);
+      for (int v = 0; v < Pack<T>::kSize; ++v) pack.lane[v] = times(pack.lane[v], by);
       store_pack(grad + i * Pack<T>::kSize, pack);
     }
   }
   const int64_t done = packs ? count / Pack<T>::kSize * Pack<T>::kSize : 0;
-  for (int64_t i = done + first; i < count; i += step) grad[i] = static_cast<T>(static_cast<A>(grad[i]) * by);
+  for (int64_t i = done + first; i < count; i += step) grad[i] = times(grad[i], by);
 }
 
 template <typename T, typename A>

@@ -18,18 +18,18 @@ Op = Callable[..., Any]
 def _cafd_backward(ctx: Any, backward_op: Op, grad_output: Tensor | None) -> Tensor | None:
     if grad_output is None:
         return None
-    features, grad_map, stats = ctx.saved_tensors
+    features, grad_map, stats, temperatures = ctx.saved_tensors
     factor = grad_output if grad_output.dim() == 0 else grad_output.view(-1, 1, 1)
     grad_map = (grad_map * factor).to(grad_map.dtype)  # a float64 teacher makes the loss and its gradient float64
-    return first_derivative_only(backward_op(features, grad_map, stats, ctx.temperatures), "cafd_loss")
+    return first_derivative_only(backward_op(features, grad_map, stats, temperatures), features, "cafd_loss")
 
 
 def _map_backward(ctx: Any, backward_op: Op, grad_map: Tensor | None) -> Tensor | None:
     if grad_map is None:
         return None
-    features, stats = ctx.saved_tensors
-    grad = backward_op(features, grad_map.contiguous(), stats, ctx.temperatures)
-    return first_derivative_only(grad, "channel_attention_map")
+    features, stats, temperatures = ctx.saved_tensors
+    grad = backward_op(features, grad_map.contiguous(), stats, temperatures)
+    return first_derivative_only(grad, features, "channel_attention_map")
 
 
 class EagerCAFD(torch.autograd.Function):
@@ -47,8 +47,8 @@ class EagerCAFD(torch.autograd.Function):
     ) -> Tensor:
         loss, grad_map, stats = op(student, teacher, temperatures, reduction, True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, grad_map, stats)
-        ctx.temperatures, ctx.backward_op = temperatures, backward_op
+        ctx.save_for_backward(student, grad_map, stats, temperatures)
+        ctx.backward_op = backward_op
         return loss
 
     @staticmethod
@@ -63,8 +63,7 @@ def register(cafd: str, attention_map: str, attention_map_backward: Op) -> None:
         _, grad_map, stats = output
         ctx.mark_non_differentiable(grad_map, stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], grad_map, stats)
-        ctx.temperatures = inputs[2]
+        ctx.save_for_backward(inputs[0], grad_map, stats, inputs[2])
 
     def cafd_backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _cafd_backward(ctx, attention_map_backward, grad_output), None, None, None, None
@@ -73,8 +72,7 @@ def register(cafd: str, attention_map: str, attention_map_backward: Op) -> None:
         _, stats = output
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], stats)
-        ctx.temperatures = inputs[1]
+        ctx.save_for_backward(inputs[0], stats, inputs[1])
 
     def map_backward(ctx: Any, grad_map: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _map_backward(ctx, attention_map_backward, grad_map), None
@@ -83,16 +81,9 @@ def register(cafd: str, attention_map: str, attention_map_backward: Op) -> None:
     torch.library.register_autograd(attention_map, map_backward, setup_context=map_context)
 
 
-def call(
-    op: Op, backward_op: Op, student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int
-) -> Tensor:
+def call(op: Op, backward_op: Op, student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int) -> Tensor:
     """The loss of one stage, differentiable in `student`."""
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if needs_grad and not torch.compiler.is_compiling():
         return EagerCAFD.apply(op, backward_op, student, teacher, temperatures, reduction)
     return op(student, teacher, temperatures, reduction, needs_grad)[0]
-
-
-def packed(channel_temperature: float, spatial_temperature: float) -> Tensor:
-    """The temperatures as the ops take them, on the CPU."""
-    return torch.tensor([channel_temperature, spatial_temperature], dtype=torch.float64, device="cpu")

@@ -1,22 +1,24 @@
 """CAFD, channel-weighted attention-guided feature distillation: the public functions and the module."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, values
+from ..values import Number, ValueModule, positive
 from . import native, reference, triton
 
-Features = Tensor | Sequence[Tensor]
+Features = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 
 
 def cafd_loss(
     student_features: Features,
     teacher_features: Features,
     *,
-    channel_temperature: float = 1.0,
-    spatial_temperature: float = 1.0,
+    channel_temperature: Number = 1.0,
+    spatial_temperature: Number = 1.0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -30,10 +32,12 @@ def cafd_loss(
     2011.13256) and attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928); the formula is this project's.
 
     Args:
-        student_features: (N, C, H, W), or a sequence of them, one per stage; float16, bfloat16, float32 or float64, any
-            strides. Transformer tokens (N, L, C) fit as ``tokens.transpose(1, 2).unflatten(2, (H, W))``, read in place.
+        student_features: (N, C, H, W), or an iterable of them, one per stage, or a mapping (two mappings of the same
+            keys go together by key); float16, bfloat16, float32 or float64, any strides. Transformer tokens (N, L, C)
+            fit as ``tokens.transpose(1, 2).unflatten(2, (H, W))``, read in place.
         teacher_features: the same N and number of stages; may differ in C, H, W, dtype and strides. Gets no gradient.
-        channel_temperature: > 0, divides the channels' relative strength before its softmax.
+        channel_temperature: > 0, divides the channels' relative strength before its softmax. Both temperatures are
+            numbers or 0-d tensors, and may change at every step (see `tnkd_loss`).
         spatial_temperature: > 0, divides the features before the softmax over positions.
         reduction: "mean" over the batch, "sum", or "none" for (N,). Stages are averaged.
         backend: "auto", "reference", "native" or "triton"; DSCT_KERNELS_BACKEND sets what "auto" means.
@@ -54,10 +58,12 @@ def cafd_loss(
         >>> student.grad.shape
         torch.Size([2, 64, 32, 32])
     """
-    _check_temperatures(channel_temperature, spatial_temperature)
+    temperatures = _temperatures(channel_temperature, spatial_temperature)
     reduce = checks.reduction(reduction)
+    _same_keys(student_features, teacher_features)
     students = _stages("student_features", student_features)
-    teachers = _stages("teacher_features", teacher_features)
+    order = list(student_features) if isinstance(student_features, Mapping) else None
+    teachers = _stages("teacher_features", teacher_features, order)
     if len(students) != len(teachers):
         stages = f"{len(students)} stages as in student_features"
         raise ValueError(f"teacher_features: expected {stages}, got {len(teachers)}")
@@ -68,18 +74,15 @@ def cafd_loss(
                 f"beside {tuple(s.shape)} in stage {i}"
             )
         checks.same_device("teacher_features", t, "student_features", s)
-    losses = [
-        _choose(backend, s, t).cafd(s, t.detach(), channel_temperature, spatial_temperature, reduce)
-        for s, t in zip(students, teachers)
-    ]
+    losses = [_choose(backend, s, t).cafd(s, t.detach(), *temperatures, reduce) for s, t in zip(students, teachers)]
     return losses[0] if len(losses) == 1 else sum(losses[1:], start=losses[0]) / len(losses)
 
 
 def channel_attention_map(
     features: Tensor,
     *,
-    channel_temperature: float = 1.0,
-    spatial_temperature: float = 1.0,
+    channel_temperature: Number = 1.0,
+    spatial_temperature: Number = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     r"""The attention map that CAFD compares: where the channels look, each weighted by how strongly it speaks.
@@ -107,34 +110,58 @@ def channel_attention_map(
         tensor([[[0.2500, 0.2500],
                  [0.2500, 0.2500]]])
     """
-    _check_temperatures(channel_temperature, spatial_temperature)
+    temperatures = _temperatures(channel_temperature, spatial_temperature)
     checks.features("features", features)
-    return _choose(backend, features).attention_map(features, channel_temperature, spatial_temperature)
+    return _choose(backend, features).attention_map(features, *temperatures)
 
 
-def _check_temperatures(channel_temperature: float, spatial_temperature: float) -> None:
-    checks.positive("channel_temperature", channel_temperature)
-    checks.positive("spatial_temperature", spatial_temperature)
+def _temperatures(channel_temperature: Number, spatial_temperature: Number) -> tuple[Number, Number]:
+    return (
+        values.positive("channel_temperature", channel_temperature),
+        values.positive("spatial_temperature", spatial_temperature),
+    )
 
 
-def _stages(name: str, features: Features) -> list[Tensor]:
+def _same_keys(student_features: Features, teacher_features: Features) -> None:
+    """Two mappings go together by their keys, in whatever order they come."""
+    if isinstance(student_features, Mapping) and isinstance(teacher_features, Mapping):
+        ours, theirs = set(student_features), set(teacher_features)
+        if ours != theirs:
+            raise ValueError(
+                f"teacher_features: expected the keys of student_features, {sorted(map(str, ours))}, "
+                f"got {sorted(map(str, theirs))}"
+            )
+    elif isinstance(student_features, Mapping) or isinstance(teacher_features, Mapping):
+        one = "student_features" if isinstance(student_features, Mapping) else "teacher_features"
+        raise TypeError(f"{one}: got a mapping beside features without keys; expected both to be mappings, or neither")
+
+
+def _stages(name: str, features: Features, order: Iterable[str] | None = None) -> list[Tensor]:
     if isinstance(features, Tensor):
         checks.features(name, features)
         return [features]
-    if not isinstance(features, (list, tuple)):
-        raise TypeError(f"{name}: expected a Tensor or a list or tuple of Tensors, got {type(features).__name__}")
-    if not features:
+    if isinstance(features, Mapping):
+        stages = {key: features[key] for key in (features if order is None else order)}
+        for key, stage in stages.items():
+            checks.features(f"{name}[{key!r}]", stage)
+    elif isinstance(features, Iterable) and not isinstance(features, (str, bytes)):
+        stages = dict(enumerate(features))
+        for i, stage in stages.items():
+            checks.features(f"{name}[{i}]", stage)
+    else:
+        raise TypeError(
+            f"{name}: expected a Tensor, an iterable of Tensors or a mapping to Tensors, got {type(features).__name__}"
+        )
+    if not stages:
         raise ValueError(f"{name}: expected at least one stage, got an empty {type(features).__name__}")
-    for i, stage in enumerate(features):
-        checks.features(f"{name}[{i}]", stage)
-    return list(features)
+    return list(stages.values())
 
 
 def _choose(backend: str, *tensors: Tensor) -> ModuleType:
     return backends.choose(backend, reference, native, triton, *tensors)
 
 
-class CAFDLoss(nn.Module):
+class CAFDLoss(ValueModule):
     """`cafd_loss` as a module: the keywords are given once. It has no parameters.
 
     Example:
@@ -144,16 +171,17 @@ class CAFDLoss(nn.Module):
         torch.Size([3])
     """
 
+    VALUES: ClassVar = {"channel_temperature": positive, "spatial_temperature": positive}
+
     def __init__(
         self,
         *,
-        channel_temperature: float = 1.0,
-        spatial_temperature: float = 1.0,
+        channel_temperature: Number = 1.0,
+        spatial_temperature: Number = 1.0,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_temperatures(channel_temperature, spatial_temperature)
         checks.reduction(reduction)
         self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature
         self.reduction, self.backend = reduction, backend
@@ -163,8 +191,7 @@ class CAFDLoss(nn.Module):
         return cafd_loss(
             student_features,
             teacher_features,
-            channel_temperature=self.channel_temperature,
-            spatial_temperature=self.spatial_temperature,
+            **self.values(),
             reduction=self.reduction,
             backend=self.backend,
         )

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from .. import values
 from ..backends import NATIVE_MISSING
 from ..backends import why_not_native as why_not
+from ..values import Number
 from . import autograd
 
 __all__ = ["attention_map", "cafd", "why_not"]
@@ -45,12 +47,13 @@ if NATIVE_MISSING is None:
 
 
 def cafd(
-    student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
+    student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
 ) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
-    return autograd.call(_cafd, _backward, student, teacher, autograd.packed(channel_temperature, spatial_temperature), reduction)
+    temperatures = values.packed((channel_temperature, spatial_temperature), student.device)
+    return autograd.call(_cafd, _backward, student, teacher, temperatures, reduction)
 
 
-def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
+def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
     """A, (N, H, W), differentiable."""
-    return _map(features, autograd.packed(channel_temperature, spatial_temperature))[0]
+    return _map(features, values.packed((channel_temperature, spatial_temperature), features.device))[0]

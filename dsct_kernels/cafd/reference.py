@@ -7,13 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import values
+from ..values import Number
+
 EPS = 1e-6
 
 
-def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
+def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
     """A, (N, H, W): where the channels look, each weighted by how strongly it speaks."""
     n, _, h, w = features.shape
     f = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32).flatten(2)
+    numbers = values.as_scalars((channel_temperature, spatial_temperature), f.device, f.dtype)
+    channel_temperature, spatial_temperature = (values.sound(t, positive=True) for t in numbers)
     p = (f / spatial_temperature).softmax(-1)  # P_{c,i}
     g = f.abs().mean(-1)  # g_c
     g_mean = g.mean(-1, keepdim=True)
@@ -56,8 +61,8 @@ def map_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
 def cafd(
     student_features: Tensor,
     teacher_features: Tensor,
-    channel_temperature: float,
-    spatial_temperature: float,
+    channel_temperature: Number,
+    spatial_temperature: Number,
     reduction: int,
 ) -> Tensor:
     """The CAFD loss of one stage: () for mean (1) and sum (2), (N,) for none (0); differentiable in the student."""

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import values
 from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
+from ..values import Number
 from . import autograd
 from .reference import pooling
 
@@ -359,13 +361,13 @@ autograd.register("dsct_kernels::cafd_triton", "dsct_kernels::attention_map_trit
 
 
 def cafd(
-    student: Tensor, teacher: Tensor, channel_temperature: float, spatial_temperature: float, reduction: int
+    student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
 ) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
-    temperatures = autograd.packed(channel_temperature, spatial_temperature)
+    temperatures = values.packed((channel_temperature, spatial_temperature), student.device)
     return autograd.call(_cafd, _backward, student, teacher, temperatures, reduction)
 
 
-def attention_map(features: Tensor, channel_temperature: float, spatial_temperature: float) -> Tensor:
+def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
     """A, (N, H, W), differentiable."""
-    return _map(features, autograd.packed(channel_temperature, spatial_temperature))[0]
+    return _map(features, values.packed((channel_temperature, spatial_temperature), features.device))[0]

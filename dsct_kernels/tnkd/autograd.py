@@ -3,39 +3,45 @@
 Every backend's op has the arguments and results of `dsct_kernels::tnkd` (docs/ops.md), so one rule serves them all.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import values
 from ..autograd import first_derivative_only
+from ..values import Number
 
 NUM_INPUTS = 9
 REDUCTION = 6  # position of the argument `reduction`, 0 for none
 InPlaceScale = Callable[[Tensor, Tensor], None]
 
 
-def scaled(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, per_pixel: bool) -> Tensor:
-    """grad * (grad_scale * grad_output) as a new tensor, the product taken in float32 or better."""
-    factor = (grad_output.unsqueeze(1) if per_pixel else grad_output) * grad_scale
-    return (grad.to(grad_scale.dtype) * factor).to(grad.dtype)
+def scaled(grad: Tensor, factor: Tensor, per_pixel: bool) -> Tensor:
+    """grad * factor as a new tensor, the product taken in float32 or better; 0 stays 0, whatever the factor is."""
+    wide = grad.to(factor.dtype)
+    product = wide * (factor.unsqueeze(1) if per_pixel else factor)
+    return torch.where(wide == 0, 0, product).to(grad.dtype)
 
 
-def handed_over(grad: Tensor, grad_scale: Tensor, grad_output: Tensor, scale_: InPlaceScale, keep: bool) -> Tensor:
-    """The same for a scalar grad_output, without a second tensor of its size where `grad` need not be kept.
+def handed_over(grad: Tensor, factor: Tensor, scale_: InPlaceScale, keep: bool) -> Tensor:
+    """The same for a scalar factor, without a second tensor of its size where `grad` need not be kept.
 
     Where it need not, this is its last use, and it becomes the result: as it is where the factor is 1, scaled in place
     where not.
     """
     if grad.device.type == "cpu":
-        number = float(grad_output) * float(grad_scale)  # a Python number is not rounded to half precision
-        if keep:
-            return grad * number
-        return grad if number == 1 else grad.mul_(number)
+        number = float(factor)  # a Python number is not rounded to half precision
+        if number == 1:
+            return grad.clone() if keep else grad
+        if not math.isfinite(number):
+            return scaled(grad, factor, False)
+        return grad * number if keep else grad.mul_(number)
     if keep:
         grad = grad.clone()
-    scale_(grad, grad_output * grad_scale)  # returns at once where the factor is 1, without asking the host
+    scale_(grad, factor)  # returns at once where the factor is 1, without asking the host
     return grad
 
 
@@ -43,27 +49,29 @@ class EagerTNKD(torch.autograd.Function):
     """The op with its gradient, outside of torch.compile: half the overhead of the op's own registered autograd."""
 
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], scale_: InPlaceScale, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, op: Callable[..., Any], scale_: InPlaceScale, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, parts, grad, grad_scale = op(*args, True)
+        anchor = grad.new_empty(0)  # an output, so that it leads to the student's graph, without keeping the student
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, grad_scale)
+        ctx.save_for_backward(grad, grad_scale, anchor)
         ctx.per_pixel, ctx.scale_ = args[REDUCTION] == 0, scale_
         # Somebody's saved_tensors_hooks may hold on to what is saved here.
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        return loss, parts
+        return loss, parts, anchor
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grad = None
         if grad_output is not None:
-            grad, scale = ctx.saved_tensors
-            if ctx.per_pixel:
-                grad = scaled(grad, scale, grad_output, True)
+            grad, scale, anchor = ctx.saved_tensors
+            factor = grad_output * scale
+            if ctx.per_pixel or not (grad.is_cuda or values.readable(factor)):
+                grad = scaled(grad, factor, ctx.per_pixel)
             else:
                 keep = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
-                grad = handed_over(grad, scale, grad_output, ctx.scale_, keep)
-            grad = first_derivative_only(grad, "tnkd_loss")
+                grad = handed_over(grad, factor, ctx.scale_, keep)
+            grad = first_derivative_only(grad, anchor, "tnkd_loss")
         return None, None, grad, *[None] * (NUM_INPUTS - 2)
 
 
@@ -74,14 +82,15 @@ def register(name: str) -> None:
         _, parts, grad, grad_scale = output
         ctx.mark_non_differentiable(parts, grad, grad_scale)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, grad_scale)
+        ctx.save_for_backward(grad, grad_scale, inputs[0])
         ctx.per_pixel = inputs[REDUCTION] == 0
 
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grad = None
         if grad_output is not None:
-            grad, scale = ctx.saved_tensors
-            grad = first_derivative_only(scaled(grad, scale, grad_output, ctx.per_pixel), "tnkd_loss")
+            grad, scale, student = ctx.saved_tensors
+            factor = torch.ops.dsct_kernels.upstream(grad_output, student) * scale
+            grad = first_derivative_only(scaled(grad, factor, ctx.per_pixel), student, "tnkd_loss")
         return grad, *[None] * (NUM_INPUTS - 1)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
@@ -92,7 +101,7 @@ def fake(
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    values: Tensor,
+    numbers: Tensor,
     ignore_index: Tensor | None,
     reduction: int,
     with_ce: bool,
@@ -110,21 +119,23 @@ def fake(
 
 
 def packed(
+    student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    ce_weight: float,
-    tckd_weight: float,
-    nckd_weight: float,
-    temperature: float,
-    ignore_index: int | None,
+    ce_weight: Number,
+    tckd_weight: Number,
+    nckd_weight: Number,
+    temperature: Number,
+    ignore_index: int | Tensor | None,
     reduction: int,
     with_ce: bool,
 ) -> tuple[Any, ...]:
-    """reference.tnkd's arguments behind student_logits as the op's: numbers as tensors on the CPU."""
-    values = torch.tensor([ce_weight, tckd_weight, nckd_weight, temperature], dtype=torch.float64, device="cpu")
-    index = None if ignore_index is None else torch.tensor(ignore_index, dtype=torch.int64, device="cpu")
-    return teacher_logits, target, class_weight, values, index, reduction, with_ce
+    """reference.tnkd's arguments behind student_logits as the op's: its numbers as tensors."""
+    device = student_logits.device
+    numbers = values.packed((ce_weight, tckd_weight, nckd_weight, temperature), device)
+    index = values.packed_index(ignore_index, device) if target is not None else None
+    return teacher_logits, target, class_weight, numbers, index, reduction, with_ce
 
 
 def with_labels(
@@ -144,5 +155,5 @@ def call(op: Callable[..., Any], scale_: InPlaceScale, student_logits: Tensor, *
     """(loss, parts) of the op, differentiable in student_logits; `args` are the op's, without needs_grad."""
     needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
     if needs_grad and not torch.compiler.is_compiling():
-        return EagerTNKD.apply(op, scale_, student_logits, *args)
+        return EagerTNKD.apply(op, scale_, student_logits, *args)[:2]
     return op(student_logits, *args, needs_grad)[:2]

@@ -1,9 +1,11 @@
 """TNKD, target / non-target knowledge distillation of logits, per pixel: the public function and its module."""
 
-import torch
-from torch import Tensor, nn
+from typing import ClassVar
 
-from .. import backends, checks
+from torch import Tensor
+
+from .. import backends, checks, values
+from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 from . import native, reference, triton
 from .upsample import upsample
 
@@ -13,10 +15,11 @@ def tnkd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    alpha: float = 1.0,
-    beta: float = 2.0,
-    temperature: float = 2.0,
-    ignore_index: int | None = 255,
+    alpha: Number = 1.0,
+    beta: Number = 2.0,
+    temperature: Number = 2.0,
+    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+    align_corners: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -34,12 +37,16 @@ def tnkd_loss(
         student_logits: (N, K) or (N, K, *spatial), K >= 2; float16, bfloat16, float32 or float64, any strides.
         teacher_logits: the same N, K and number of dimensions; may differ in dtype and strides. Never gets a gradient.
         target: (N, *spatial) labels in [0, K) or `ignore_index`; uint8, int8, int16, int32 or int64. It sets the output
-            resolution: (N, K, H, W) logits smaller than it are upsampled (bilinear, align_corners=False). None: every
-            pixel counts, its label is the teacher's argmax, at the larger of the two resolutions.
-        alpha: weight of the target term, >= 0.
+            resolution: (N, K, H, W) logits smaller than it are upsampled (bilinear). None: every pixel counts, its
+            label is the teacher's argmax, at the larger of the two resolutions.
+        alpha: weight of the target term, >= 0. This and the next three are numbers (Python's or numpy's) or 0-d
+            tensors: values that may change at every step, also under torch.compile, without compiling anew. One that
+            lies on a GPU is never waited for; if it is not what is expected here, the loss is NaN.
         beta: weight of the non-target term, >= 0.
-        temperature: tau, > 0, divides the logits. Under torch.compile a changed value compiles anew.
-        ignore_index: label of the pixels that contribute exactly nothing; None ignores none.
+        temperature: tau, > 0, divides the logits.
+        ignore_index: label of the pixels that contribute exactly nothing; None ignores none. With more than 255 classes
+            it has to be given, since the default is one of them.
+        align_corners: how smaller logits are upsampled, as in `F.interpolate`.
         reduction: "mean" over the valid pixels, "sum", or "none" for the map (N, *spatial), 0 at ignored pixels.
         backend: "auto", "reference", "native" or "triton"; DSCT_KERNELS_BACKEND sets what "auto" means.
 
@@ -63,18 +70,17 @@ def tnkd_loss(
         >>> student.grad.shape
         torch.Size([2, 6, 64, 64])
     """
-    checks.weight("alpha", alpha)
-    checks.weight("beta", beta)
     return logit_loss(
         student_logits,
         teacher_logits,
         target,
         None,
         0.0,
-        alpha,
-        beta,
+        values.weight("alpha", alpha),
+        values.weight("beta", beta),
         temperature,
         ignore_index,
+        align_corners,
         reduction,
         False,
         backend,
@@ -86,42 +92,46 @@ def logit_loss(
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    ce_weight: float,
-    tckd_weight: float,
-    nckd_weight: float,
-    temperature: float,
-    ignore_index: int | None,
+    ce_weight: Number,
+    tckd_weight: Number,
+    nckd_weight: Number,
+    temperature: Number,
+    ignore_index: int | Tensor | None,
+    align_corners: bool,
     reduction: str,
     with_ce: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, parts) of everything that reads the logits: TNKD and, with_ce, cross-entropy, in one pass."""
-    checks.positive("temperature", temperature)
-    checks.ignore_index(ignore_index)
+    """(loss, parts) of everything that reads the logits: TNKD and, with_ce, cross-entropy, in one pass.
+
+    The weights are checked already.
+    """
+    temperature = values.positive("temperature", temperature)
+    ignored = label_value("ignore_index", ignore_index)
     reduce = checks.reduction(reduction)
     size = checks.logits(student_logits, teacher_logits, target)
+    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
     module = backends.choose(backend, reference, native, triton, student_logits)
-    if target is not None and not torch.compiler.is_compiling() and not backends.transforming():
-        # The native CPU kernel looks at every label anyway, and raises the same error.
-        on_cpu = student_logits.device.type == "cpu"
-        if (on_cpu and module is not native) or (not on_cpu and checks.label_checks_asked_for()):
-            checks.labels(target, student_logits.shape[1], ignore_index)
+    if target is not None and not isinstance(ignored, Tensor) and module is not native and values.readable(target):
+        checks.labels(target, student_logits.shape[1], ignored)  # the native CPU kernel looks at every label anyway
+    elif target is not None and target.is_cuda and values.plain() and checks.label_checks_asked_for():
+        checks.labels(target, student_logits.shape[1], ignored)
     return module.tnkd(
-        upsample(student_logits, size),
-        upsample(teacher_logits.detach(), size),
+        upsample(student_logits, size, align_corners),
+        upsample(teacher_logits.detach(), size, align_corners),
         target,
         class_weight,
         ce_weight,
         tckd_weight,
         nckd_weight,
         temperature,
-        ignore_index,
+        ignored,
         reduce,
         with_ce,
     )
 
 
-class TNKDLoss(nn.Module):
+class TNKDLoss(ValueModule):
     """`tnkd_loss` as a module: the keywords are given once.
 
     Example:
@@ -132,24 +142,24 @@ class TNKDLoss(nn.Module):
         torch.Size([])
     """
 
+    VALUES: ClassVar = {"alpha": weight, "beta": weight, "temperature": positive, "ignore_index": label_value}
+
     def __init__(
         self,
         *,
-        alpha: float = 1.0,
-        beta: float = 2.0,
-        temperature: float = 2.0,
-        ignore_index: int | None = 255,
+        alpha: Number = 1.0,
+        beta: Number = 2.0,
+        temperature: Number = 2.0,
+        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+        align_corners: bool = False,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        checks.weight("alpha", alpha)
-        checks.weight("beta", beta)
-        checks.positive("temperature", temperature)
-        checks.ignore_index(ignore_index)
         checks.reduction(reduction)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend
+        self.ignore_index, self.align_corners = ignore_index, align_corners
+        self.reduction, self.backend = reduction, backend
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss; shapes as for `tnkd_loss`."""
@@ -157,10 +167,8 @@ class TNKDLoss(nn.Module):
             student_logits,
             teacher_logits,
             target,
-            alpha=self.alpha,
-            beta=self.beta,
-            temperature=self.temperature,
-            ignore_index=self.ignore_index,
+            **self.values(),
+            align_corners=self.align_corners,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -168,5 +176,5 @@ class TNKDLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, ignore_index={self.ignore_index}, "
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
+            f"align_corners={self.align_corners}, reduction={self.reduction!r}, backend={self.backend!r}"
         )

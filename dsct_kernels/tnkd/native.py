@@ -24,7 +24,7 @@ if NATIVE_MISSING is None:
 
 def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    args = autograd.packed(*args)
+    args = autograd.packed(student_logits, *args)
     if student_logits.is_cuda:
         args = autograd.with_labels(*args)
     return autograd.call(_op, _scale, student_logits, *args)

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import values
+from ..values import Number
+
 INF = float("inf")
 
 
-def decouple(logits: Tensor, is_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def decouple(logits: Tensor, is_target: Tensor, temperature: Number) -> tuple[Tensor, Tensor]:
     """u = z_y - logsumexp_{j != y} z_j, (N, *spatial), and log softmax_{j != y}(z), (N, K, *spatial)."""
     others = logits.masked_fill(is_target, -INF)
     top = others.detach().amax(1, keepdim=True)
@@ -44,11 +47,11 @@ def tnkd(
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    ce_weight: float,
-    tckd_weight: float,
-    nckd_weight: float,
-    temperature: float,
-    ignore_index: int | None,
+    ce_weight: Number,
+    tckd_weight: Number,
+    nckd_weight: Number,
+    temperature: Number,
+    ignore_index: int | Tensor | None,
     reduction: int,
     with_ce: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -56,6 +59,9 @@ def tnkd(
     acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     student, teacher = student_logits.to(acc), teacher_logits.detach().to(acc)
     classes = student.shape[1]
+    numbers = values.as_scalars((ce_weight, tckd_weight, nckd_weight, temperature), student.device, acc)
+    ce_weight, tckd_weight, nckd_weight = (values.sound(weight) for weight in numbers[:3])
+    temperature = values.sound(numbers[3], positive=True)
     if target is None:
         target, ignore_index = teacher.argmax(1), None
     target = target.long()  # an int8 tensor compared with the number 255 would find it equal to -1
@@ -75,7 +81,11 @@ def tnkd(
     if classes == 2:  # one class beside the target: nothing to compare, not even where the student has it at -inf
         nckd = nckd.masked_fill(torch.ones_like(valid), 0)
     ce = -F.logsigmoid(decouple(student, is_target, 1.0)[0]) if with_ce else torch.zeros_like(tckd)
-    weight = valid.to(acc) if class_weight is None else class_weight.to(acc)[label] * valid
+    weight = (
+        valid.to(acc)
+        if class_weight is None
+        else torch.where(class_weight < 0, torch.nan, class_weight).to(acc)[label] * valid
+    )
     ce = torch.where(weight == 0, 0, weight * ce)
 
     # Never hidden: a bad label, and a logit that is NaN or +inf.
@@ -88,12 +98,10 @@ def tnkd(
         ce = ce / torch.where(weight_sum == 0, 1, weight_sum)
         tckd, nckd = tckd / count, nckd / count
 
-    # A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN shows whatever the weights.
-    weights_parts = [(w, part) for w, part in ((ce_weight, ce), (tckd_weight, tckd), (nckd_weight, nckd)) if w != 0]
-    if not weights_parts:  # nothing is asked for: 0, still with a (zero) gradient
-        weights_parts = [(1.0, student.masked_fill(torch.ones_like(is_target), 0).sum(1))]
-    loss = sum((w * part for w, part in weights_parts[1:]), start=weights_parts[0][0] * weights_parts[0][1])
-    loss = loss + torch.where(hopeless, torch.nan, 0.0).to(acc)
+    weighted = [values.weighted(w, part) for w, part in ((ce_weight, ce), (tckd_weight, tckd), (nckd_weight, nckd))]
+    loss = weighted[0] + weighted[1] + weighted[2]
+    if not loss.requires_grad and student.requires_grad:  # nothing is asked for: 0, still with a (zero) gradient
+        loss = loss + student.masked_fill(torch.ones_like(is_target), 0).sum(1)
     parts = torch.stack([part.detach().sum() for part in (ce, tckd, nckd)])
     return (loss if reduction == 0 else loss.sum()), parts
 

@@ -288,4 +288,6 @@ _op = torch.ops.dsct_kernels.tnkd_triton.default
 
 def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    return autograd.call(_op, scale_in_place, student_logits, *autograd.with_labels(*autograd.packed(*args)))
+    return autograd.call(
+        _op, scale_in_place, student_logits, *autograd.with_labels(*autograd.packed(student_logits, *args))
+    )

@@ -631,10 +631,13 @@ def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_sc
 
 @triton.jit
 def scale_kernel(grad, factor, total, BLOCK: tl.constexpr):
-    """grad *= factor; a factor of exactly 1 is seen on the device, and nothing else is read or written."""
+    """grad *= factor; a factor of exactly 1 is seen on the device, and nothing else is read or written.
+
+    0 stays 0 whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
+    """
     by = tl.load(factor)
     if by != 1.0:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         there = i < total
         value = tl.load(grad + i, mask=there)
-        tl.store(grad + i, (value.to(by.dtype) * by).to(value.dtype), mask=there)
+        tl.store(grad + i, tl.where(value == 0, value, (value.to(by.dtype) * by).to(value.dtype)), mask=there)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsct_kernels import backends
 from dsct_kernels.cafd import reference
+from dsct_kernels.cafd.autograd import packed
 
 from ..helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
@@ -51,8 +52,8 @@ def native(
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient at upstream 1) of the ops."""
     ops = torch.ops.dsct_kernels
-    loss, grad_map, stats = ops.cafd(student, teacher, channel_t, spatial_t, reduction, True)
-    return loss, ops.attention_map_backward(student, grad_map, stats, channel_t, spatial_t)
+    loss, grad_map, stats = ops.cafd(student, teacher, packed(channel_t, spatial_t), reduction, True)
+    return loss, ops.attention_map_backward(student, grad_map, stats, packed(channel_t, spatial_t))
 
 
 def eager(
@@ -154,7 +155,7 @@ def test_without_gradient_the_loss_is_the_same() -> None:
     student, teacher = features(2, 64, 32, 32), features(2, 64, 32, 32, seed=1)
     for layout in ("contiguous", "channels_last"):
         for reduction in (NONE, MEAN, SUM):
-            args = laid_out(student, layout), laid_out(teacher, layout), 1.0, 1.0, reduction
+            args = laid_out(student, layout), laid_out(teacher, layout), packed(1.0, 1.0), reduction
             loss, grad_map, _ = torch.ops.dsct_kernels.cafd(*args, False)
             assert torch.equal(loss, torch.ops.dsct_kernels.cafd(*args, True)[0]) and grad_map.shape == (0,)
 
@@ -176,14 +177,14 @@ def test_map_and_its_backward_for_any_upstream(
 
     same, truth = autograd(x, upstream), autograd(x.double(), upstream.double())
     ops = torch.ops.dsct_kernels
-    a, stats = ops.attention_map(x, *temperatures)
+    a, stats = ops.attention_map(x, packed(*temperatures))
     assert a.is_contiguous() and a.dtype == acc
     assert_as_good_as_reference(a, same[0], truth[0], "map")
     for given_map in (upstream, upstream.transpose(1, 2).contiguous().transpose(1, 2)):
-        grad = ops.attention_map_backward(x, given_map, stats, *temperatures)
+        grad = ops.attention_map_backward(x, given_map, stats, packed(*temperatures))
         assert_as_good_as_reference(grad, same[1], truth[1], "its backward")
     # A constant added to D changes nothing, for A sums to 1: sum().backward() on a map gives 0, through stride 0 too.
-    grad = ops.attention_map_backward(x, torch.ones((), dtype=acc).expand(2, 11, 13), stats, *temperatures)
+    grad = ops.attention_map_backward(x, torch.ones((), dtype=acc).expand(2, 11, 13), stats, packed(*temperatures))
     assert grad.double().abs().max() < 1e-12
 
 
@@ -236,7 +237,7 @@ def test_features_as_low_as_they_go() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_zero_features(dtype: torch.dtype, layout: str) -> None:
     zero, other = torch.zeros(2, 7, 5, 6, dtype=dtype), features(2, 9, 5, 6, dtype=dtype)
-    a, _ = torch.ops.dsct_kernels.attention_map(laid_out(zero, layout), 1.0, 1.0)
+    a, _ = torch.ops.dsct_kernels.attention_map(laid_out(zero, layout), packed(1.0, 1.0))
     torch.testing.assert_close(a, torch.full_like(a, 1 / 30))
     loss, grad = native(laid_out(zero, layout), laid_out(zero, layout))
     assert loss == 0 and (grad == 0).all()
@@ -266,7 +267,7 @@ def test_empty_batch(reduction: int, teacher_size: tuple[int, int]) -> None:
     student, teacher = torch.empty(0, 5, 8, 8), torch.empty(0, 3, *teacher_size)
     loss, grad = native(student, teacher, reduction=reduction)
     assert loss.shape == ((0,) if reduction == NONE else ()) and (loss == 0).all() and grad.shape == student.shape
-    a, _ = torch.ops.dsct_kernels.attention_map(student, 1.0, 1.0)
+    a, _ = torch.ops.dsct_kernels.attention_map(student, packed(1.0, 1.0))
     assert a.shape == (0, 8, 8)
 
 
@@ -336,12 +337,12 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 
 def test_backward_refuses_what_is_not_its_own() -> None:
     x = features(2, 3, 4, 4)
-    a, stats = torch.ops.dsct_kernels.attention_map(x, 1.0, 1.0)
+    a, stats = torch.ops.dsct_kernels.attention_map(x, packed(1.0, 1.0))
     back = torch.ops.dsct_kernels.attention_map_backward
     with pytest.raises(ValueError, match="grad_map: expected"):
-        back(x, a[:1], stats, 1.0, 1.0)
+        back(x, a[:1], stats, packed(1.0, 1.0))
     with pytest.raises(ValueError, match="stats: expected"):
-        back(x, a, stats[:, :-1], 1.0, 1.0)
+        back(x, a, stats[:, :-1], packed(1.0, 1.0))
 
 
 # --- how it runs ---
@@ -366,10 +367,10 @@ def test_same_bits_every_time_and_for_any_number_of_threads(layout: str, shape: 
 def test_inputs_are_left_as_they_are() -> None:
     student, teacher = features(2, 20, 9, 9), features(2, 20, 9, 9, seed=1)
     before = student.clone(), teacher.clone()
-    _, grad_map, stats = torch.ops.dsct_kernels.cafd(student, teacher, 1.0, 1.0, MEAN, True)
+    _, grad_map, stats = torch.ops.dsct_kernels.cafd(student, teacher, packed(1.0, 1.0), MEAN, True)
     saved = grad_map.clone(), stats.clone()
-    first = torch.ops.dsct_kernels.attention_map_backward(student, grad_map, stats, 1.0, 1.0)
-    again = torch.ops.dsct_kernels.attention_map_backward(student, grad_map, stats, 1.0, 1.0)
+    first = torch.ops.dsct_kernels.attention_map_backward(student, grad_map, stats, packed(1.0, 1.0))
+    again = torch.ops.dsct_kernels.attention_map_backward(student, grad_map, stats, packed(1.0, 1.0))
     for a, b in zip((student, teacher, grad_map, stats, first), (*before, *saved, again)):
         assert torch.equal(a, b)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsct_kernels import backends
-from dsct_kernels.tnkd import reference
+from dsct_kernels.tnkd import autograd, reference
 
 from ..helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
 
@@ -37,11 +37,16 @@ DEFAULTS: dict[str, Any] = dict(
 )
 
 
+def packed(args: dict[str, Any]) -> tuple[Any, ...]:
+    """The op's arguments behind the target, of the reference's."""
+    return autograd.packed(None, None, *args.values())[2:]  # type: ignore[arg-type]
+
+
 def native(student: Tensor, teacher: Tensor, target: Tensor | None, needs_grad: bool = True, **options: Any):
     """(loss, parts, gradient in the accumulation dtype) of the op."""
     args = {**DEFAULTS, **options}
     op = torch.ops.dsct_kernels.tnkd
-    loss, parts, grad, scale = op(student, teacher, target, *args.values(), needs_grad)
+    loss, parts, grad, scale = op(student, teacher, target, *packed(args), needs_grad)
     return loss, parts, grad.to(scale.dtype) * scale
 
 
@@ -153,7 +158,7 @@ def test_label_widths_and_ignore_patterns(dtype: torch.dtype, ignore_index: int 
 
 
 def test_gradient_has_the_students_dtype_and_strides() -> None:
-    op, args = torch.ops.dsct_kernels.tnkd, DEFAULTS.values()
+    op, args = torch.ops.dsct_kernels.tnkd, packed(DEFAULTS)
     for dtype in FLOATS:
         for layout in ("contiguous", "channels_last", "transposed"):
             student = strided_copy(logits(3, 6, 4, 5, dtype=dtype), layout)
@@ -175,7 +180,7 @@ def test_without_gradient_the_loss_is_the_same() -> None:
 def test_float16_keeps_its_digits_whatever_the_count() -> None:
     student, teacher = logits(4, 6, 64, 64, dtype=torch.float16), logits(4, 6, 64, 64, seed=2)
     target = labels(4, 64, 64, classes=6)
-    _, _, grad, scale = torch.ops.dsct_kernels.tnkd(student, teacher, target, *DEFAULTS.values(), True)
+    _, _, grad, scale = torch.ops.dsct_kernels.tnkd(student, teacher, target, *packed(DEFAULTS), True)
     assert math.log2(scale.item()).is_integer()  # a power of two: rounds once
     assert 2**10 < grad.abs().max() < 2**15  # divided by the count it would be subnormal
     weight = torch.arange(1.0, 7.0)
@@ -393,6 +398,9 @@ def test_labels_wider_than_float_are_checked_exactly() -> None:
         (dict(class_weight=torch.ones(5)), "class_weight: expected"),
         (dict(class_weight=torch.ones(6, dtype=torch.float64)), "class_weight: expected"),
         (dict(temperature=0.0), "temperature: expected"),
+        (dict(temperature=NAN), "temperature: expected"),
+        (dict(nckd_weight=-1.0), "values: expected finite weights"),
+        (dict(ce_weight=INF), "values: expected finite weights"),
         (dict(reduction=3), "reduction: expected"),
     ],
     ids=str,
@@ -401,6 +409,17 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     good = dict(student=logits(2, 6, 3), teacher=logits(2, 6, 3), target=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=message):
         native(**{**good, **change})
+
+
+def test_numbers_that_are_no_such_tensors_are_named() -> None:
+    student, target = logits(2, 6, 3), torch.zeros(2, 3, dtype=torch.long)
+    op, (weight, values, index, *rest) = torch.ops.dsct_kernels.tnkd, packed(DEFAULTS)
+    for wrong in (values[:3], values.float(), values[:1].expand(4)):
+        with pytest.raises(ValueError, match=r"values: expected a contiguous \(4,\) tensor of float64 on cpu"):
+            op(student, student, target, weight, wrong, index, *rest, True)
+    for wrong in (index.view(1), index.int()):
+        with pytest.raises(ValueError, match=r"ignore_index: expected a contiguous \(\) tensor of int64 on cpu"):
+            op(student, student, target, weight, values, wrong, *rest, True)
 
 
 # --- how it runs ---

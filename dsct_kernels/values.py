@@ -1,0 +1,184 @@
+"""Weights, temperatures and ignore_index: values that may change from step to step, as numbers or as 0-d tensors.
+
+A number that can be read here and now becomes a Python number, and a bad one is refused. One that cannot, because it
+lies on a GPU or because the call is being traced, stays a tensor: nothing waits for a device, no value becomes a
+constant of a compiled graph, and a bad one makes the loss NaN (on the CPU the op refuses it when it runs).
+"""
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Number = float | Tensor
+
+
+class _Default(int):
+    """The default of ignore_index, told apart from a 255 that somebody asked for: with K > 255 it is a class."""
+
+
+DEFAULT_IGNORE_INDEX = _Default(255)
+
+
+def plain() -> bool:
+    """Whether calls here run as they stand: nobody traces, transforms or intercepts them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the numbers in `x` can be looked at without waiting for a device, and exist at all."""
+    return plain() and x.device.type == "cpu" and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def number(name: str, value: object) -> Number:
+    """`value` as a float, or as a tensor where it cannot be read."""
+    if isinstance(value, Tensor):
+        _check_tensor(name, value, "a number")
+        return value.item() if readable(value) else value
+    if torch.compiler.is_compiling() and not isinstance(value, (bool, str, type(None))):
+        return value  # type: ignore[return-value]  # a float or an int whose value the graph is not to depend on
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _check_tensor(name: str, value: Tensor, expected: str) -> None:
+    if value.dim() != 0 or value.dtype == torch.bool or value.dtype.is_complex:
+        kind = f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+        raise TypeError(f"{name}: expected {expected} or a 0-d tensor, got {kind}")
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a value without a gradient, since it gets none: pass {name}.detach()")
+
+
+def positive(name: str, value: object) -> Number:
+    x = number(name, value)
+    if isinstance(x, Tensor) or torch.compiler.is_compiling() or 0 < x < float("inf"):
+        return x
+    raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+
+
+def weight(name: str, value: object) -> Number:
+    x = number(name, value)
+    if isinstance(x, Tensor) or torch.compiler.is_compiling() or 0 <= x < float("inf"):
+        return x
+    raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def label_value(name: str, value: object) -> int | Tensor | None:
+    """`value` as an int (DEFAULT_IGNORE_INDEX as it is), or as a tensor where it cannot be read."""
+    if value is None or value is DEFAULT_IGNORE_INDEX:
+        return value
+    if isinstance(value, Tensor):
+        _check_tensor(name, value, "an int, None")
+        if value.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected an int or None, got a tensor of {value.dtype}")
+        return int(value.item()) if readable(value) else value
+    if torch.compiler.is_compiling() and not isinstance(value, (bool, str, float)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name}: expected a number that int64 holds, got {value}")
+    return int(value)
+
+
+def known_zero(value: Number) -> bool:
+    """Whether a part of this weight can be left out beforehand; never so while compiling, for any value."""
+    return not torch.compiler.is_compiling() and not isinstance(value, Tensor) and value == 0
+
+
+def times(a: Number, b: Number) -> Number:
+    return a * b
+
+
+def packed(values: tuple[Number, ...], device: torch.device) -> Tensor:
+    """(len(values),) float64 as the ops take them: on the CPU where all are known, else on `device`."""
+    if plain() and not any(isinstance(x, Tensor) for x in values):
+        return _kept(values)
+    if not torch.compiler.is_compiling() and not any(isinstance(x, Tensor) for x in values):
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    # A product with a tensor is what keeps torch.compile from taking a number for a constant.
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([one * x for x in values])
+
+
+def packed_index(value: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """() int64, likewise."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.int64)
+    if plain():
+        return _kept_index(int(value))
+    if not torch.compiler.is_compiling():
+        return torch.tensor(int(value), dtype=torch.int64, device="cpu")
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+# A training loop asks for the same few numbers again and again: a tensor of them takes longer to make than to use.
+@functools.lru_cache(maxsize=64)
+def _kept(values: tuple[float, ...]) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_index(value: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def as_scalars(values: tuple[Number, ...], device: torch.device, dtype: torch.dtype) -> tuple[Number, ...]:
+    """For the reference: Python numbers as they are; else 0-d tensors of `dtype` on `device`."""
+    if not torch.compiler.is_compiling() and not any(isinstance(x, Tensor) for x in values):
+        return values
+    return packed(values, device).to(dtype).unbind()
+
+
+def sound(value: Number, positive: bool = False) -> Number:
+    """`value`; a tensor that is negative (0, where it has to be positive) or not finite becomes NaN."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.where((value > 0 if positive else value >= 0) & value.isfinite(), value, torch.nan)
+
+
+def weighted(value: Number, part: Tensor) -> Tensor:
+    """value * part; a part with weight 0 takes no part, since 0 * inf would be NaN."""
+    if isinstance(value, Tensor):
+        return torch.where(value == 0, 0, value * part)
+    return part * value if value != 0 else torch.zeros_like(part)
+
+
+class ValueModule(nn.Module):
+    """A loss whose attributes named in VALUES are values: set them at any step, also when compiled.
+
+    They are checked as they are set. Beside each number lies the same as a 0-d tensor: of an int among a module's
+    attributes torch.compile makes a constant, and compiles again for every other.
+    """
+
+    VALUES: ClassVar[dict[str, Callable[[str, object], Any]]]
+    _boxed: dict[str, Any]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self.VALUES.get(name)
+        if check is not None:
+            checked = check(name, value)
+            boxed = checked
+            if type(checked) in (int, float):
+                dtype = torch.int64 if isinstance(checked, int) else torch.float64
+                boxed = torch.tensor(checked, dtype=dtype, device="cpu")
+            self.__dict__.setdefault("_boxed", {})[name] = boxed
+        super().__setattr__(name, value)
+
+    def values(self) -> dict[str, Any]:
+        """The keywords for the function: as they were set, or, for a compiled graph, as tensors."""
+        if torch.compiler.is_compiling():
+            return {name: self._boxed[name] for name in self.VALUES}
+        return {name: getattr(self, name) for name in self.VALUES}
