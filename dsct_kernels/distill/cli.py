@@ -105,6 +105,11 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file name need not be valid text
             stream.reconfigure(errors="backslashreplace")
+    typed = sys.argv[1:] if argv is None else argv
+    if typed[:1] == ["compare"]:
+        from . import compare
+
+        return compare.main(typed[1:])
     p = parser()
     given = vars(p.parse_args(argv))
     resume, out = given.pop("resume", None), given.pop("out", None)
