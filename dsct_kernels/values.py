@@ -43,7 +43,12 @@ def plain() -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether the numbers in `x` can be looked at without waiting for a device, and exist at all."""
-    return plain() and x.device.type == "cpu" and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return (
+        plain()
+        and x.device.type == "cpu"
+        and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of autograd.grad(is_grads_batched=True)
+    )
 
 
 def number(name: str, value: object) -> Number:
