@@ -243,6 +243,20 @@ def test_a_second_derivative_is_an_error_never_a_gap(name, compiled):
                 torch.autograd.grad(g.pow(2).sum(), leaf, allow_unused=allow_unused, retain_graph=True)
 
 
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backward_makes_no_second_tensor_of_the_gradients_size(compiled, upstream):
+    torch._dynamo.reset()
+    s, t, y = problem(size=64)
+    run = torch.compile(tnkd_loss, fullgraph=True) if compiled else tnkd_loss
+    for _ in range(2):  # the second is compiled already
+        loss = run(s, t, y)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            (grad,) = torch.autograd.grad(loss, s, torch.tensor(upstream))
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+    assert allocated < grad.numel() * grad.element_size() / 4
+
+
 def test_the_loss_may_be_changed_in_place_and_its_gradient_is_right():
     s, t, y = problem()
     loss = tnkd_loss(s, t, y)
