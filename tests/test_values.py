@@ -165,6 +165,13 @@ def test_modules_are_made_on_meta_and_keep_their_numbers():
     assert torch.equal(plain(s, t, y), tnkd_loss(s, t, y, temperature=4.0))
 
 
+def test_modules_are_made_under_accelerates_empty_weights():
+    accelerate = pytest.importorskip("accelerate", reason="the trainer's extra [train] is not installed")
+    with accelerate.init_empty_weights(include_buffers=True):
+        criterion = torch.nn.ModuleList([DSCTLoss(class_weight=torch.tensor([1.0, 2.0])), TNKDLoss(), CAFDLoss()])
+    assert criterion[0].class_weight.is_meta and criterion[0].temperature == 2.0
+
+
 # --- traced, faked, mapped -------------------------------------------------------------------------------------------
 
 
@@ -293,10 +300,21 @@ def test_features_come_in_any_iterable_and_mappings_go_together_by_key():
         cafd_loss(keyed[0], b)
 
 
-def test_dtensors_are_refused_with_what_to_do_instead():
-    class DTensor(torch.Tensor):
-        pass
+def test_dtensors_are_refused_with_what_to_do_instead(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    s, t, y = problem()
-    with pytest.raises(TypeError, match=r"student_logits: DTensor .*to_local"):
-        tnkd_loss(s.detach().as_subclass(DTensor), t, y)
+    s, t, y = (x.detach() for x in problem())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        s, t, y, f = (distribute_tensor(x, mesh, [Shard(0)]) for x in (s, t, y, features()[0].detach()))
+        for call in (lambda: tnkd_loss(s, t, y), lambda: dsct_loss(s, t, y), lambda: TNKDLoss()(s, t, y)):
+            with pytest.raises(TypeError, match=r"student_logits: DTensor .*to_local"):
+                call()
+        with pytest.raises(TypeError, match=r"student_features: DTensor .*to_local"):
+            cafd_loss(f, f)
+        local = tnkd_loss(s.to_local(), t.to_local(), y.to_local(), reduction="sum")
+        assert local.isfinite()
+    finally:
+        torch.distributed.destroy_process_group()
