@@ -1336,8 +1336,8 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& d
 }
 
 // --------------------------------------------------------------------------------------------------- backward's factor
-// grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written. 0 stays 0
-// whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
+// grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written. 0 stays
+// 0 whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
 template <typename A, typename T>
 DSCT_DEVICE T times(T value, A by) {
   const A wide = static_cast<A>(value);
