@@ -34,7 +34,7 @@ def _numbers(temperatures, channel_t, tau, scale):
     if temperatures is not None:
         channel_t = _temperature(temperatures, 0)
         tau = _temperature(temperatures, 1)
-        scale = LOG2_E / tau
+        scale = tl.full([], LOG2_E, tl.float64) / tau  # of float32, were it a mere number
     return channel_t, tau, scale
 
 
@@ -42,7 +42,7 @@ def _numbers(temperatures, channel_t, tau, scale):
 def _scale(temperatures, scale):
     """The last of _numbers."""
     if temperatures is not None:
-        scale = LOG2_E / _temperature(temperatures, 1)
+        scale = tl.full([], LOG2_E, tl.float64) / _temperature(temperatures, 1)
     return scale
 
 

@@ -98,8 +98,9 @@ def tnkd(
         ce = ce / torch.where(weight_sum == 0, 1, weight_sum)
         tckd, nckd = tckd / count, nckd / count
 
+    # A part with weight 0 takes no part. But a NaN shows whatever the weights.
     weighted = [values.weighted(w, part) for w, part in ((ce_weight, ce), (tckd_weight, tckd), (nckd_weight, nckd))]
-    loss = weighted[0] + weighted[1] + weighted[2]
+    loss = weighted[0] + weighted[1] + weighted[2] + torch.where(hopeless, torch.nan, 0.0).to(acc)
     if not loss.requires_grad and student.requires_grad:  # nothing is asked for: 0, still with a (zero) gradient
         loss = loss + student.masked_fill(torch.ones_like(is_target), 0).sum(1)
     parts = torch.stack([part.detach().sum() for part in (ce, tckd, nckd)])

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsct_kernels import backends
+from dsct_kernels import backends, values
 from dsct_kernels.cafd import reference
-from dsct_kernels.cafd.autograd import packed
 
 from ..helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
@@ -27,6 +26,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = (
     "contiguous", "channels_last", "sliced", "transposed", "tokens", "expanded", "crop", "crop_channels_last",
 )  # fmt: skip
+
+
+def packed(channel_t: float, spatial_t: float) -> Tensor:
+    return values.packed((channel_t, spatial_t), torch.device("cpu"))
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
