@@ -4,9 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 for name in ("transformers", "accelerate", "torchmetrics", "rasterio", "rich", "matplotlib", "tensorboard"):
     pytest.importorskip(name, reason=f"the trainer's extra [train] is not installed: no {name}")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -206,7 +206,7 @@ def test_a_fixed_teacher_says_the_label_and_all_else_as_before():
 def test_aligned_tnkd_does_not_see_what_is_added_to_a_class_of_a_whole_sample():
     s, t = pair((2, 5, 4, 4))
     y = labels((2, 5, 4, 4))
-    moved = s + torch.randn(2, 5, 1, 1)
+    moved = s + 3 * torch.randn(2, 5, 1, 1)
     assert candidates.aligned(moved, t, y).item() == pytest.approx(candidates.aligned(s, t, y).item(), rel=1e-4)
     assert candidates.aligned(t + torch.randn(2, 5, 1, 1), t, y).item() == pytest.approx(0, abs=1e-6)
     assert tnkd_loss(moved, t, y).item() != pytest.approx(tnkd_loss(s, t, y).item(), rel=0.02)

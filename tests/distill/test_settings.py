@@ -29,6 +29,7 @@ def _nothing_is_trained(monkeypatch):
 
 def refused(capsys, folder: Path, *arguments: str) -> str:
     """What a refused command says on stderr."""
+    capsys.readouterr()  # what the test's own preparations said, a library's progress bar for one
     try:
         code = cli.main([*TINY, "--out", str(folder), *arguments])
     except SystemExit as end:
