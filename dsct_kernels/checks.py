@@ -21,7 +21,7 @@ def tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...]) -> None:
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {str(x.dtype).removeprefix('torch.')}")
-    if not torch.compiler.is_compiling() and type(x).__name__ == "DTensor":
+    if type(x) is not Tensor and type(x).__name__ == "DTensor" and not torch.compiler.is_compiling():
         raise TypeError(
             f"{name}: DTensor is not supported, since the mean of shards is not the mean over the valid pixels of "
             "all; expected a Tensor: pass .to_local() of logits sharded along the batch with reduction='sum', and "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Number = float | Tensor
+INF = float("inf")
 
 
 class _Default(enum.Enum):
@@ -44,8 +45,8 @@ def plain() -> bool:
 def readable(x: Tensor) -> bool:
     """Whether the numbers in `x` can be looked at without waiting for a device, and exist at all."""
     return (
-        plain()
-        and x.device.type == "cpu"
+        x.is_cpu
+        and plain()
         and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # of autograd.grad(is_grads_batched=True)
     )
@@ -53,6 +54,8 @@ def readable(x: Tensor) -> bool:
 
 def number(name: str, value: object) -> Number:
     """`value` as a float, or as a tensor where it cannot be read."""
+    if type(value) is float:  # first, since most calls bring just that
+        return value
     if isinstance(value, Tensor):
         _check_tensor(name, value, "a number")
         return value.item() if readable(value) else value
@@ -73,14 +76,14 @@ def _check_tensor(name: str, value: Tensor, expected: str) -> None:
 
 def positive(name: str, value: object) -> Number:
     x = number(name, value)
-    if isinstance(x, Tensor) or torch.compiler.is_compiling() or 0 < x < float("inf"):
+    if isinstance(x, Tensor) or torch.compiler.is_compiling() or 0 < x < INF:
         return x
     raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 
 def weight(name: str, value: object) -> Number:
     x = number(name, value)
-    if isinstance(x, Tensor) or torch.compiler.is_compiling() or 0 <= x < float("inf"):
+    if isinstance(x, Tensor) or torch.compiler.is_compiling() or 0 <= x < INF:
         return x
     raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
 
@@ -116,10 +119,12 @@ def times(a: Number, b: Number) -> Number:
 
 def packed(values: tuple[Number, ...], device: torch.device) -> Tensor:
     """(len(values),) float64 as the ops take them: on the CPU where all are known, else on `device`."""
-    if plain() and not any(isinstance(x, Tensor) for x in values):
-        return _kept(values)
-    if not torch.compiler.is_compiling() and not any(isinstance(x, Tensor) for x in values):
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
+    if not torch.compiler.is_compiling():
+        for x in values:
+            if isinstance(x, Tensor):
+                break
+        else:
+            return _kept(values) if plain() else torch.tensor(values, dtype=torch.float64, device="cpu")
     # A product with a tensor is what keeps torch.compile from taking a number for a constant.
     one = torch.ones((), dtype=torch.float64, device=device)
     return torch.stack([one * x for x in values])

@@ -45,7 +45,8 @@ class EagerCAFD(torch.autograd.Function):
         temperatures: Tensor,
         reduction: int,
     ) -> Tensor:
-        loss, grad_map, stats = op(student, teacher, temperatures, reduction, True)
+        with torch._C._AutoDispatchBelowAutograd():  # past the op's own autograd
+            loss, grad_map, stats = op(student, teacher, temperatures, reduction, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, grad_map, stats, temperatures)
         ctx.backward_op = backward_op

@@ -16,7 +16,7 @@ from ..values import plain, readable
 
 def upsample(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
     """(N, K, *size), in float32 or better where that takes interpolation."""
-    if all(have == want for have, want in zip(logits.shape[2:], size)):
+    if list(logits.shape[2:]) == size:
         return logits
     height, width = size
     logits = logits if logits.dtype == torch.float64 else logits.float()
