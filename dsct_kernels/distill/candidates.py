@@ -229,12 +229,18 @@ def local(
 
 
 def jaccard(
-    student: torch.Tensor, teacher: torch.Tensor | None, target: torch.Tensor, *, temperature: float = 1.0
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: float = 0.0,
 ) -> torch.Tensor:
     """1 - the soft intersection over union of the student's and the teacher's probabilities, per class over the batch's
     positions, the mean over the classes that are there: with s = sum_i (p_i + q_i) and d = sum_i |p_i - q_i|,
     IoU = (s - d) / (s + d), which soft targets reach 1 in (Wang et al. 2023, Jaccard metric losses). Without a teacher,
-    the labels' shares are the target. Positions weigh by the share of them that is labelled."""
+    the labels' shares are the target; with one, they have the part `labels` of it. Positions weigh by the share of them
+    that is labelled."""
     if teacher is not None:
         z, t = same_size(student, teacher)
         q = (t / temperature).softmax(1)
@@ -245,6 +251,8 @@ def jaccard(
     p = (z / temperature).softmax(1)
     if teacher is None:
         p, q, known = p * known, share, torch.ones_like(known)
+    elif labels:
+        q = torch.lerp(q, share / known.clamp(min=1e-6), labels)
     both = ((p + q) * known).sum((0, 2, 3))
     apart = ((p - q).abs() * known).sum((0, 2, 3))
     there = (q * known).sum((0, 2, 3)) > 0.5  # of a cell
