@@ -26,6 +26,11 @@ lint: $(VENV)/.test
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	$(RUN) -m mypy
 
+compare: $(VENV)/.built
+	$(RUN) tools/extras.py pretrained > $(VENV)/pretrained.txt
+	$(PIP) --requirement $(VENV)/pretrained.txt
+	$(RUN) -m dsct_kernels.distill compare --data dubai --root "$(DUBAI)" $(COMPARE) --out runs/compare
+
 bench: $(VENV)/.test
 	$(RUN) benchmarks/bench_losses.py
 

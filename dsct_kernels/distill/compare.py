@@ -34,7 +34,7 @@ from dsct_kernels import cafd_loss, dsct_loss, tnkd_loss
 from . import adapter, candidates, data, models, rivals
 from . import check as settings_check
 from .config import DEFAULTS, Config, flag
-from .files import DataError, replace_file
+from .files import DataError, only_writer, replace_file
 from .loop import classes_of, load_pixels, load_tiles, schedule, seed_everything, window_starts
 
 FOLDS = 3
@@ -630,7 +630,7 @@ def read_rows(path: Path) -> Rows:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     with open(path, "ab") as file:
-        file.write(json.dumps(row).encode() + b"\n")
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -800,7 +800,7 @@ class Workers:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from .cli import INTERRUPTED, config_from
+    from .cli import config_from, failed
 
     typed = sys.argv[1:] if argv is None else argv
     given = vars(parser().parse_args(typed))
@@ -812,21 +812,25 @@ def main(argv: list[str] | None = None) -> int:
         )
         folds = folds_of(cfg)
         check(own, cfg)
-        file = own.out / "runs.jsonl"
-        rows = read_rows(file)
+        with only_writer(own.out):
+            return compare(own, cfg, folds, "dsct-distill compare " + " ".join(typed))
     except (DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    own.out.mkdir(parents=True, exist_ok=True)
+        return failed(error)
+
+
+def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], command: str) -> int:
+    """What is missing of folds x seeds x methods, then the table of all."""
+    from .cli import INTERRUPTED
+
+    file = own.out / "runs.jsonl"
     jobs = [
         Job(replace(cfg, val_tiles=folds[fold], seed=seed), text, strides_read(own), own.out)
         for seed in own.seeds
         for fold in own.folds
         for text in own.methods
     ]
-    classes, _ = classes_of(cfg)
     wanted = {job.key: job for job in jobs}
-    finished = {row["key"] for row in rows}
+    finished = {row["key"] for row in read_rows(file)}
     todo = [job for job in jobs if job.key not in finished]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before")
     workers = Workers(own, file)
@@ -848,8 +852,7 @@ def main(argv: list[str] | None = None) -> int:
         workers.pool.shutdown(cancel_futures=True)
     rows = [{**row, "method": wanted[row["key"]].method} for row in read_rows(file) if row["key"] in wanted]
     if rows:
-        text = table(rows, list(own.methods), list(own.against), classes)
-        command = "dsct-distill compare " + " ".join(typed)
+        text = table(rows, list(own.methods), list(own.against), classes_of(cfg)[0])
         replace_file(own.out / "comparison.md", f"{text}\n`{command}`\n".encode())
         chart(own.out / "comparison.png", rows, list(own.methods), own.against[0])
         print(text)

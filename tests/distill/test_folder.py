@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dsct_kernels.distill import ablate, checkpoint, cli, data, files, loop, models, report
+from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, report
 from dsct_kernels.distill.config import Config
 
 from .test_data import make_tile
@@ -284,14 +284,6 @@ def test_a_diverged_training_is_json_and_is_said_loudly(capsys, tmp_path, monkey
     said = capsys.readouterr().err
     assert "WARNING: alone DIVERGED" in said and "at step" in said
     assert resume(tmp_path / "run") == cli.DIVERGED  # said again, and still drawn
-
-
-def test_an_ablation_whose_score_is_none_is_json_and_a_table(tmp_path):
-    row = {"parameters": 1, "fold": "a", "seed": 0}
-    rows = [{**row, "arm": "teacher", "miou": 0.5}, {**row, "arm": "alone", "miou": None}]
-    ablate.write(tmp_path, rows, replace(Config(), arms=("alone",)), ["command"])
-    strictly((tmp_path / "ablation.json").read_text())
-    assert "0.500" in (tmp_path / "ablation.md").read_text()
 
 
 # ---- code

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsct_kernels.distill import ablate, cli, data, loop, models
+from dsct_kernels.distill import cli, data, loop, models
 from dsct_kernels.distill.config import Config, Loss, arm_loss
 
 TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
@@ -212,22 +212,6 @@ def test_arms():
     assert (arm_loss("cafd", base).tnkd_weight, arm_loss("cafd", base).cafd_weight) == (0, 3)
     changed = arm_loss("dsct:temperature=4:strides=8+16", base)
     assert changed.temperature == 4 and changed.strides == (8, 16)
-
-
-def test_ablation_goes_on_where_it_was_cut(tmp_path, capsys):
-    command = [*TINY, "--out", str(tmp_path / "ablation"), "--seeds", "2", "--folds", "0,1", "--arms", "alone,dsct"]
-    assert ablate.main(command) == 0
-    table = (tmp_path / "ablation/ablation.md").read_text()
-    rows = json.loads((tmp_path / "ablation/ablation.json").read_text())["runs"]
-    assert len(rows) == 2 + 2 * 2 * 2 and "of 4" in table
-    score = {(r["arm"], r["fold"], r["seed"]): r["miou"] for r in rows}
-    differences = [score[("dsct", *k[1:])] - v for k, v in score.items() if k[0] == "alone"]
-    assert f"{sum(differences) / 4:+.4f}" in table
-    stamp = {p: p.stat().st_mtime_ns for p in (tmp_path / "ablation").glob("*/*/student*/model.safetensors")}
-    assert len(stamp) == 8
-    assert ablate.main(command) == 0
-    assert (tmp_path / "ablation/ablation.md").read_text() == table
-    assert stamp == {p: p.stat().st_mtime_ns for p in stamp}
 
 
 def test_mixed_precision(tmp_path):

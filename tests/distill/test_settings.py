@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsct_kernels.distill import ablate, check, cli, data, loop
+from dsct_kernels.distill import check, cli, data, loop
 from dsct_kernels.distill.config import Config, Loss
 
 from .test_data import make_tile
@@ -168,24 +168,6 @@ def test_data_that_does_not_fit_is_refused_before_training(capsys, tmp_path):
     assert "--val-tiles: no tile 'Tile 3'" in refused(capsys, tmp_path / "run", *real, "--val-tiles=Tile 3")
     (tmp_path / "set/Tile 2/masks/image_part_001.png").write_bytes(b"")
     assert "image_part_001.png" in refused(capsys, tmp_path / "run", *real)
-
-
-@pytest.mark.parametrize(
-    "argument",
-    ["--seeds=0", "--jobs=0", "--threads=0", "--minutes=nan", "--minutes=-1", "--folds=3", "--folds=-1", "--folds=0,0",
-     "--folds=x", "--teachers=/nowhere", "--backend=foo", "--temperature=0", "--batch=1", "--strides=0", "--seed=-1",
-     "--student=misspelt", "--arms=dsct:temperature=0", "--val-tiles=scene 00", "--resume=/nowhere", "--scenes=2",
-     "--window=0", "--student-steps=-5"],
-)  # fmt: skip
-def test_an_ablation_is_refused_as_a_run_is(capsys, tmp_path, argument):
-    try:
-        code = ablate.main([*TINY, "--out", str(tmp_path / "out"), "--folds=0,1,2", argument])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr().err
-    assert code == 2 and len(said.splitlines()) == 1, said
-    assert (argument.partition("=")[0] in said) or argument == "--scenes=2"
-    assert not (tmp_path / "out").exists()
 
 
 def test_from_a_shell_a_refusal_is_one_line(tmp_path):
