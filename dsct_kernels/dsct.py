@@ -1,4 +1,7 @@
-"""The DSCT objective: cross-entropy, TNKD and CAFD, joined. Cross-entropy shares TNKD's pass over the logits."""
+"""The DSCT objective: cross-entropy, CAFD of the logits and of features, Jaccard and TNKD, joined.
+
+Cross-entropy shares TNKD's pass over the logits.
+"""
 
 from typing import ClassVar, NamedTuple
 
@@ -7,6 +10,8 @@ from torch import Tensor
 
 from . import backends, checks, values
 from .cafd.loss import Features, cafd_loss
+from .cafd.matched import matched_cafd_loss
+from .jaccard.loss import jaccard_loss
 from .tnkd.loss import logit_loss
 from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 
@@ -16,7 +21,8 @@ NO_MAP = "reduction: expected 'mean' or 'sum', got 'none': a map and a vector do
 class DSCTLosses(NamedTuple):
     """`total` to call backward on, and its parts, detached, for the log.
 
-    total = ce_weight * ce + tnkd_weight * (alpha * tckd + beta * nckd) + cafd_weight * cafd; tckd and nckd carry tau^2.
+    total = ce_weight * ce + matched_weight * matched + jaccard_weight * jaccard
+    + tnkd_weight * (alpha * tckd + beta * nckd) + cafd_weight * cafd; tckd, nckd and matched carry tau^2.
     """
 
     total: Tensor
@@ -24,6 +30,8 @@ class DSCTLosses(NamedTuple):
     tckd: Tensor
     nckd: Tensor
     cafd: Tensor
+    matched: Tensor
+    jaccard: Tensor
 
 
 def dsct_loss(
@@ -34,12 +42,15 @@ def dsct_loss(
     teacher_features: Features | None = None,
     *,
     ce_weight: Number = 1.0,
-    tnkd_weight: Number = 1.0,
+    matched_weight: Number = 3.0,
+    jaccard_weight: Number = 3.0,
+    tnkd_weight: Number = 0.0,
     cafd_weight: Number = 1.0,
     class_weight: Tensor | None = None,
+    matched_temperature: Number = 4.0,
     alpha: Number = 1.0,
-    beta: Number = 2.0,
-    temperature: Number = 2.0,
+    beta: Number = 0.5,
+    temperature: Number = 1.0,
     ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
     channel_temperature: Number = 1.0,
     spatial_temperature: Number = 1.0,
@@ -47,55 +58,66 @@ def dsct_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> DSCTLosses:
-    r"""The whole objective, :math:`L = w_{CE} CE + w_{TNKD} TNKD + w_{CAFD} CAFD`.
+    r"""The whole objective: cross-entropy, and what the student learns from the teacher.
+
+    .. math:: L = w_{CE} CE + w_m CAFD_{matched} + w_J Jaccard + w_{TNKD} TNKD + w_{CAFD} CAFD
+
+    The default weights are those that won on real tiles (README, "Does it help?"): of the logits, where each class is
+    (matched CAFD) and how much of it there is (Jaccard), at their own resolution. TNKD per pixel added nothing to them
+    there and has weight 0. Features take part where they are given.
 
     Args:
         student_logits, teacher_logits, target: as for `tnkd_loss`. With target None, cross-entropy too learns from the
             teacher's argmax.
-        student_features, teacher_features: as for `cafd_loss`; both None leaves CAFD out.
-        ce_weight, tnkd_weight, cafd_weight: >= 0; numbers or 0-d tensors that may change at every step, as alpha,
-            beta and the temperatures may (see `tnkd_loss`). A cross-entropy or CAFD of weight 0 is not computed, and
-            reported 0, where the number is known beforehand: not in a compiled graph, which serves every value.
+        student_features, teacher_features: as for `cafd_loss`; both None leaves CAFD of features out.
+        ce_weight, matched_weight, jaccard_weight, tnkd_weight, cafd_weight: >= 0; numbers or 0-d tensors that may
+            change at every step, as alpha, beta and the temperatures may (see `tnkd_loss`). A part of weight 0 is not
+            computed, and reported 0, where the number is known beforehand: not in a compiled graph, which serves every
+            value.
         class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
-        align_corners: how logits smaller than the labels are upsampled, as in `F.interpolate`.
-        reduction: "mean" or "sum", of every part; "none" is refused, since a map and a vector do not add up.
+        matched_temperature: the temperature of `matched_cafd_loss`, whose channel_temperature is the one below.
+        align_corners: how logits smaller than the labels are upsampled for CE and TNKD, as in `F.interpolate`.
+        reduction: "mean" or "sum", of every part but Jaccard, which is one ratio of the batch either way; "none" is
+            refused, since a map and a vector do not add up.
         alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the
             same valid pixels. No valid pixel: 0 (where `F.cross_entropy` gives NaN).
         channel_temperature, spatial_temperature: as for `cafd_loss`.
-        backend: as for both.
+        backend: as for all; a part that the named backend has no kernel for goes through the reference.
 
     Returns:
-        DSCTLosses: total, differentiable; ce, tckd, nckd, cafd, detached.
+        DSCTLosses: total, differentiable; ce, tckd, nckd, cafd, matched, jaccard, detached.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as for `tnkd_loss` and `cafd_loss`.
+        TypeError, ValueError, RuntimeError: as for the losses.
 
     Example:
         >>> import torch
         >>> from dsct_kernels import dsct_loss
         >>> student = torch.randn(2, 6, 32, 32, requires_grad=True)
-        >>> losses = dsct_loss(student, torch.randn(2, 6, 32, 32), torch.randint(0, 6, (2, 32, 32)))
+        >>> losses = dsct_loss(student, torch.randn(2, 6, 32, 32), torch.randint(0, 6, (2, 128, 128)))
         >>> losses.total.backward()
-        >>> bool(torch.allclose(losses.total, losses.ce + losses.tckd + 2 * losses.nckd))
+        >>> bool(torch.allclose(losses.total, losses.ce + 3 * losses.matched + 3 * losses.jaccard))
         True
     """
     ce_weight, tnkd_weight = weight("ce_weight", ce_weight), weight("tnkd_weight", tnkd_weight)
     cafd_weight, alpha, beta = weight("cafd_weight", cafd_weight), weight("alpha", alpha), weight("beta", beta)
+    matched_weight, jaccard_weight = weight("matched_weight", matched_weight), weight("jaccard_weight", jaccard_weight)
     if reduction == "none":
         raise ValueError(NO_MAP)
     if (student_features is None) != (teacher_features is None):
         missing = "student_features" if student_features is None else "teacher_features"
         raise ValueError(f"{missing}: expected features, as the other network's were given, got None")
+    checks.logits(student_logits, teacher_logits, target)
     if class_weight is not None:
-        checks.logits(student_logits, teacher_logits, target)
         checks.class_weights(class_weight, student_logits)
         acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
         class_weight = class_weight.detach().to(acc).contiguous()
         if class_weight.device.type != "cpu":  # where nobody looks at them, a negative one makes the loss NaN
             class_weight = torch.where(class_weight < 0, torch.nan, class_weight)
+    only_labels = target is not None and values.known_zero(tnkd_weight)
     total, parts = logit_loss(
         student_logits,
-        teacher_logits,
+        None if only_labels else teacher_logits,
         target,
         class_weight,
         ce_weight,
@@ -109,18 +131,38 @@ def dsct_loss(
         backend,
     )
     ce, tckd, nckd = parts.unbind()
-    if student_features is None or teacher_features is None or values.known_zero(cafd_weight):
-        return DSCTLosses(total, ce, tckd, nckd, torch.zeros_like(ce))
-    cafd = cafd_loss(
-        student_features,
-        teacher_features,
-        channel_temperature=channel_temperature,
-        spatial_temperature=spatial_temperature,
-        reduction=reduction,
-        backend=backend,
-    )
-    (cafd_weight,) = values.as_scalars((cafd_weight,), cafd.device, cafd.dtype)
-    return DSCTLosses(total + values.weighted(values.sound(cafd_weight), cafd), ce, tckd, nckd, cafd.detach())
+    cafd = matched = jaccard = torch.zeros_like(ce)
+    if not values.known_zero(matched_weight):
+        matched = matched_cafd_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            temperature=matched_temperature,
+            channel_temperature=channel_temperature,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=backend,
+        )
+        total = total + _weighted(matched_weight, matched)
+    if not values.known_zero(jaccard_weight):
+        jaccard = jaccard_loss(student_logits, teacher_logits, target, ignore_index=ignore_index, backend=backend)
+        total = total + _weighted(jaccard_weight, jaccard)
+    if student_features is not None and teacher_features is not None and not values.known_zero(cafd_weight):
+        cafd = cafd_loss(
+            student_features,
+            teacher_features,
+            channel_temperature=channel_temperature,
+            spatial_temperature=spatial_temperature,
+            reduction=reduction,
+            backend=backend,
+        )
+        total = total + _weighted(cafd_weight, cafd)
+    return DSCTLosses(total, ce, tckd, nckd, cafd.detach(), matched.detach(), jaccard.detach())
+
+
+def _weighted(part_weight: Number, part: Tensor) -> Tensor:
+    (part_weight,) = values.as_scalars((part_weight,), part.device, part.dtype)
+    return values.weighted(values.sound(part_weight), part)
 
 
 class DSCTLoss(ValueModule):
@@ -137,8 +179,11 @@ class DSCTLoss(ValueModule):
     class_weight: Tensor | None
     VALUES: ClassVar = {
         "ce_weight": weight,
+        "matched_weight": weight,
+        "jaccard_weight": weight,
         "tnkd_weight": weight,
         "cafd_weight": weight,
+        "matched_temperature": positive,
         "alpha": weight,
         "beta": weight,
         "temperature": positive,
@@ -151,12 +196,15 @@ class DSCTLoss(ValueModule):
         self,
         *,
         ce_weight: Number = 1.0,
-        tnkd_weight: Number = 1.0,
+        matched_weight: Number = 3.0,
+        jaccard_weight: Number = 3.0,
+        tnkd_weight: Number = 0.0,
         cafd_weight: Number = 1.0,
         class_weight: Tensor | None = None,
+        matched_temperature: Number = 4.0,
         alpha: Number = 1.0,
-        beta: Number = 2.0,
-        temperature: Number = 2.0,
+        beta: Number = 0.5,
+        temperature: Number = 1.0,
         ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
         channel_temperature: Number = 1.0,
         spatial_temperature: Number = 1.0,
@@ -165,7 +213,8 @@ class DSCTLoss(ValueModule):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.ce_weight, self.tnkd_weight, self.cafd_weight = ce_weight, tnkd_weight, cafd_weight
+        self.ce_weight, self.matched_weight, self.jaccard_weight = ce_weight, matched_weight, jaccard_weight
+        self.tnkd_weight, self.cafd_weight, self.matched_temperature = tnkd_weight, cafd_weight, matched_temperature
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.ignore_index = ignore_index
         self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature

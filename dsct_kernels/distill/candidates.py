@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dsct_kernels import tnkd_loss
 
-from .rivals import IGNORE, at_labels, same_size
+from .rivals import IGNORE, at_labels, same_size, shares
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -16,31 +16,10 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
-def shares(target: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
-    """(N, K, h, w): how much of each cell the labels (N, H, W) give to each class; ignored pixels give to none."""
-    known = torch.where(target == IGNORE, classes, target).long()
-    one_hot = F.one_hot(known, classes + 1)[..., :classes].movedim(-1, 1).float()
-    return F.adaptive_avg_pool2d(one_hot, size)
-
-
 def channel_weights(maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """CAFD's w, (N, C): softmax_c of a channel's mean magnitude relative to the others'."""
     g = maps.float().abs().flatten(2).mean(-1)
     return (g / g.mean(1, keepdim=True).clamp(min=1e-30) / temperature).softmax(1)
-
-
-def matched(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    *,
-    temperature: float = 4.0,
-    channel_temperature: float = 1.0,
-) -> torch.Tensor:
-    """CAFD channel by channel: tau^2 sum_c w^T_c KL(P^T_c || P^S_c)."""
-    s, t = same_size(student, teacher)
-    w = channel_weights(t, channel_temperature)
-    log_s, log_t = ((m.flatten(2) / temperature).log_softmax(-1) for m in (s, t))
-    return temperature**2 * (w * (log_t.exp() * (log_t - log_s)).sum(-1)).sum(1).mean()
 
 
 def over_positions(
@@ -226,38 +205,6 @@ def local(
     weight = b_t.exp() if mass else torch.full_like(b_t, 1 / g**2)
     kl = (weight * within).sum(-1) + between * (b_t.exp() * (b_t - b_s)).sum(-1)
     return temperature**2 * kl.mean()
-
-
-def jaccard(
-    student: torch.Tensor,
-    teacher: torch.Tensor | None,
-    target: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    labels: float = 0.0,
-) -> torch.Tensor:
-    """1 - the soft intersection over union of the student's and the teacher's probabilities, per class over the batch's
-    positions, the mean over the classes that are there: with s = sum_i (p_i + q_i) and d = sum_i |p_i - q_i|,
-    IoU = (s - d) / (s + d), which soft targets reach 1 in (Wang et al. 2023, Jaccard metric losses). Without a teacher,
-    the labels' shares are the target; with one, they have the part `labels` of it. Positions weigh by the share of them
-    that is labelled."""
-    if teacher is not None:
-        z, t = same_size(student, teacher)
-        q = (t / temperature).softmax(1)
-    else:
-        z = student.float()
-    share = shares(target, z.shape[1], (z.shape[-2], z.shape[-1]))
-    known = share.sum(1, keepdim=True)
-    p = (z / temperature).softmax(1)
-    if teacher is None:
-        p, q, known = p * known, share, torch.ones_like(known)
-    elif labels:
-        q = torch.lerp(q, share / known.clamp(min=1e-6), labels)
-    both = ((p + q) * known).sum((0, 2, 3))
-    apart = ((p - q).abs() * known).sum((0, 2, 3))
-    there = (q * known).sum((0, 2, 3)) > 0.5  # of a cell
-    iou = (both - apart) / (both + apart).clamp(min=1e-6)
-    return ((1 - iou) * there).sum() / there.sum().clamp(min=1)
 
 
 def regress(

@@ -99,7 +99,7 @@ def arms(cfg: Config) -> None:
         one = folders.setdefault(phase_folder(arm), arm)
         if one != arm:
             raise ValueError(f"--arms: {one!r} and {arm!r} would share the folder {phase_folder(arm)}")
-        if loss.cafd_weight == loss.tnkd_weight == loss.ce_weight == 0:
+        if not loss.teaches and loss.ce_weight == 0:
             raise ValueError(f"--arms {arm}: every weight is 0, so there is nothing to learn from")
 
 
@@ -115,14 +115,14 @@ def losses(cfg: Config, device: torch.device) -> None:
         for name in (f.name for f in fields(Loss)):
             value = getattr(loss, name)
             if name == "strides":
-                if not isinstance(value, tuple) or not value or not all(type(s) is int and s > 0 for s in value):
+                if not isinstance(value, tuple) or not all(type(s) is int and s > 0 for s in value):
                     raise ValueError(f"{where}{flag(name)}: expected whole numbers >= 1, got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{where}{flag(name)}: expected a number, got {value!r}")
         # CAFD's weight is checked as it is, its features go along whatever it is.
         for weight in {loss.cafd_weight, 1.0}:
             try:
-                distillation(out, out, target, replace(loss, cafd_weight=weight), cfg.backend)
+                distillation(out, out, target, replace(loss, cafd_weight=weight, strides=(1,)), cfg.backend)
             except (ValueError, TypeError, RuntimeError) as error:
                 text = re.sub(r"^(\w+)(?=[:=])", lambda m: flag(m[1]), str(error))
                 raise ValueError(where + text) from error
@@ -133,7 +133,7 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
 
     On the meta device, where shapes are computed and numbers are not: no weight of a preset is made for this.
     """
-    strides = {s: arm for arm in cfg.arms for s in _strides(arm_loss(arm, cfg.loss))}
+    strides = {s: arm for arm in cfg.arms for s in arm_loss(arm, cfg.loss).compared}
     windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
     for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
         trained = role == "student" or name in models.PRESETS
@@ -167,11 +167,7 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
                 raise ValueError(f"{where}: {role} {name} has no feature map at stride {stride}; it has: {there}")
 
 
-def _strides(loss: Loss) -> tuple[int, ...]:
-    return loss.strides if loss.cafd_weight > 0 else ()
-
-
-@cache  # an ablation asks once per fold
+@cache
 def _widths_of_preset(name: str, classes: tuple[str, ...], training: bool, shape: tuple[int, ...]) -> list[int]:
     with torch.device("meta"):
         return _widths(models.build(name, classes), training, shape)

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--arms",
         type=commas,
         metavar="A,B",
-        help="students to train: alone, cafd, tnkd, dsct, dsct:temperature=4:beta=1",
+        help="students to train: alone, cafd, jaccard, tnkd, dsct, dsct:temperature=4:beta=1",
     )
     p.add_argument("--no-pictures", dest="pictures", action="store_false", help="skip the PNGs")
     for f in fields(Loss):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsct_kernels import cafd_loss, dsct_loss, tnkd_loss
+from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
 
 from . import adapter, candidates, data, models, rivals
 from . import check as settings_check
@@ -70,9 +70,14 @@ def _condensed(b: Batch, *, temperature: float = 4.0) -> torch.Tensor:
     return temperature**2 * cafd_loss(*pair, spatial_temperature=temperature)
 
 
-def _dsct(b: Batch, **settings: Any) -> torch.Tensor:
-    pair, features = (b.student.logits, b.teacher.logits), (b.student.features, b.teacher.features)
-    return dsct_loss(*pair, b.target, *features, ce_weight=0.0, ignore_index=data.IGNORE, **settings).total
+def _shipped(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda b, **settings: loss(
+        b.student.logits, b.teacher.logits, b.target, ignore_index=data.IGNORE, **settings
+    )
+
+
+def _dsct(*logits_and_target: torch.Tensor, **settings: Any) -> torch.Tensor:
+    return dsct_loss(*logits_and_target, ce_weight=0.0, **settings).total
 
 
 @dataclass(frozen=True)
@@ -95,20 +100,21 @@ TERMS: dict[str, Term] = {
     "uniform": Term(
         lambda b, **s: rivals.uniform(b.student.features, **s), rivals.uniform, features=True, teacher=False
     ),
-    "tnkd": Term(
-        lambda b, **s: tnkd_loss(b.student.logits, b.teacher.logits, b.target, ignore_index=data.IGNORE, **s), tnkd_loss
-    ),
+    "tnkd": Term(_shipped(tnkd_loss), tnkd_loss),
     "cafd": Term(_features(cafd_loss), cafd_loss, features=True),
-    "dsct": Term(_dsct, dsct_loss, features=True),
+    "dsct": Term(_shipped(_dsct), dsct_loss),
     "condensed": Term(_condensed, _condensed, weight=3.0),
-    "matched": Term(_logits(candidates.matched), candidates.matched, weight=3.0),
+    "matched": Term(_shipped(matched_cafd_loss), matched_cafd_loss, weight=3.0),
     "over_positions": Term(_labelled(candidates.over_positions), candidates.over_positions, weight=3.0),
     "rows": Term(_logits(candidates.rows_kl), candidates.rows_kl, weight=3.0),
     "centred": Term(_logits(candidates.centred), candidates.centred, weight=3.0),
     "local": Term(_logits(candidates.local), candidates.local, weight=3.0),
-    "jaccard": Term(_labelled(candidates.jaccard), candidates.jaccard),
+    "jaccard": Term(_shipped(jaccard_loss), jaccard_loss, weight=3.0),
     "jaccard_labels": Term(
-        lambda b, **s: candidates.jaccard(b.student.logits, None, b.target, **s), candidates.jaccard, teacher=False
+        lambda b, **s: rivals.jaccard_labels(b.student.logits, b.target, **s),
+        rivals.jaccard_labels,
+        weight=3.0,
+        teacher=False,
     ),
     "regress": Term(
         lambda b, **s: candidates.regress(b.student.logits, b.teacher.logits, b.target, b.frequency, **s),
@@ -149,7 +155,8 @@ class Method:
         return any(TERMS[part.term].teacher for part in self.parts)
 
 
-NOT_SETTINGS = ("ignore_index", "backend", "reduction", "align_corners", "ce_weight", "class_weight")
+NOT_SETTINGS = ("ignore_index", "backend", "reduction", "align_corners", "ce_weight", "class_weight", "cafd_weight",
+                "spatial_temperature")  # fmt: skip
 
 
 def method_settings(name: str) -> dict[str, Any]:

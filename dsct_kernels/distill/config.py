@@ -9,17 +9,30 @@ from .files import DataError, read_json, write_json
 
 @dataclass(frozen=True)
 class Loss:
-    """Arguments of `dsct_loss`, and the strides at which CAFD matches features."""
+    """Arguments of `dsct_loss`, with its defaults, and the strides at which CAFD matches features: none by default."""
 
     ce_weight: float = 1.0
-    tnkd_weight: float = 1.0
+    matched_weight: float = 3.0
+    jaccard_weight: float = 3.0
+    tnkd_weight: float = 0.0
     cafd_weight: float = 1.0
+    matched_temperature: float = 4.0
     alpha: float = 1.0
     beta: float = 0.5
     temperature: float = 1.0
     channel_temperature: float = 1.0
     spatial_temperature: float = 1.0
-    strides: tuple[int, ...] = (16, 32)
+    strides: tuple[int, ...] = ()
+
+    @property
+    def teaches(self) -> bool:
+        """Whether anything is learnt from the teacher."""
+        return bool(self.matched_weight or self.jaccard_weight or self.tnkd_weight or self.compared)
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        """Strides of the features that are compared."""
+        return self.strides if self.cafd_weight > 0 else ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def _same_keys(path: Path, prefix: str, saved: dict[str, Any], kind: type[Any]) 
 
 # What differs from the class defaults above, per data set.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "synthetic": {"tnkd_weight": 3.0},
+    "synthetic": {},
     "dubai": {
         "teacher": "segformer-b0",
         "student": "upernet-small",
@@ -114,9 +127,10 @@ CHOICES = {
 MAY_CHANGE = ("device", "backend", "pictures", "root", "cache_mb", "log_every", "eval_every", "checkpoint_every")
 
 ARMS: dict[str, dict[str, Any]] = {
-    "alone": {"tnkd_weight": 0.0, "cafd_weight": 0.0},
-    "cafd": {"tnkd_weight": 0.0},
-    "tnkd": {"cafd_weight": 0.0},
+    "alone": {"matched_weight": 0.0, "jaccard_weight": 0.0, "tnkd_weight": 0.0, "cafd_weight": 0.0},
+    "cafd": {"jaccard_weight": 0.0, "tnkd_weight": 0.0},
+    "jaccard": {"matched_weight": 0.0, "tnkd_weight": 0.0, "cafd_weight": 0.0},
+    "tnkd": {"matched_weight": 0.0, "jaccard_weight": 0.0, "cafd_weight": 0.0},
     "dsct": {},
 }
 
@@ -127,6 +141,8 @@ def arm_loss(arm: str, base: Loss) -> Loss:
     if name not in ARMS:
         raise ValueError(f"--arms {arm}: {name!r} is not one of {', '.join(ARMS)}")
     loss = replace(base, **ARMS[name])
+    if name == "tnkd" and loss.tnkd_weight == 0:  # its default: an arm of its name has it all the same
+        loss = replace(loss, tnkd_weight=1.0)
     for change in changes:
         key, _, value = change.partition("=")
         if key not in {f.name for f in fields(Loss)}:

@@ -9,7 +9,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from . import checkpoint, data, models
 from .config import Config, Loss, arm_loss, phase_folder
 from .files import DataError, read_json, read_metrics, replace_file, write_json
 
-PARTS = ("total", "ce", "tckd", "nckd", "cafd")
+PARTS = ("total", "ce", "tckd", "nckd", "cafd", "matched", "jaccard")
 RESULT: dict[str, tuple[type, ...]] = {
     "miou": (float, int, type(None)),
     "iou": (list,),
@@ -172,7 +172,7 @@ class Run:
         if not (is_teacher and cfg.teacher not in models.PRESETS):  # a teacher loaded from a folder is ready
             seed_everything(seed)
             loss = arm_loss("alone" if is_teacher else phase, cfg.loss)
-            if loss.tnkd_weight == 0 and loss.cafd_weight == 0:
+            if not loss.teaches:
                 teacher = None
             lr = cfg.teacher_lr if is_teacher else cfg.student_lr
             model = self.train(phase, model, teacher, loss, steps, lr, seed)
@@ -224,7 +224,7 @@ class Run:
             model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=self.device.type == "cuda"
         )
         model, optimizer = acc.prepare(model, optimizer)
-        strides = loss.strides if teacher is not None and loss.cafd_weight > 0 else ()
+        strides = loss.compared if teacher is not None else ()
         if teacher is not None:
             teacher.eval().requires_grad_(False)
         start, sums = self.restore(phase, model, optimizer)
@@ -446,21 +446,14 @@ def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def distillation(
     student: models.Output, teacher: models.Output, target: torch.Tensor, loss: Loss, backend: str
 ) -> DSCTLosses:
-    with_cafd = loss.cafd_weight > 0
+    keywords = {name: value for name, value in asdict(loss).items() if name != "strides"}
     return dsct_loss(
         student.logits,
         teacher.logits,
         target,
-        student.features if with_cafd else None,
-        teacher.features if with_cafd else None,
-        ce_weight=loss.ce_weight,
-        tnkd_weight=loss.tnkd_weight,
-        cafd_weight=loss.cafd_weight,
-        alpha=loss.alpha,
-        beta=loss.beta,
-        temperature=loss.temperature,
-        channel_temperature=loss.channel_temperature,
-        spatial_temperature=loss.spatial_temperature,
+        student.features if loss.compared else None,
+        teacher.features if loss.compared else None,
+        **keywords,
         ignore_index=data.IGNORE,
         backend=backend,
     )

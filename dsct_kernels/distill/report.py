@@ -18,7 +18,7 @@ from . import data, models
 from .config import arm_loss
 from .files import read_metrics, replace_file
 
-PARTS_SHOWN = ("total", "ce", "tckd", "nckd", "cafd")
+PARTS_SHOWN = ("total", "ce", "matched", "jaccard", "tckd", "nckd", "cafd")
 
 
 def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: int, batch: int) -> Table:
@@ -44,9 +44,8 @@ def label(phase: str) -> str:
     if phase == "teacher":
         return "teacher"
     name, _, rest = phase.partition(":")
-    named = {"alone": "student alone", "cafd": "student + CAFD", "tnkd": "student + TNKD", "dsct": "student + DSCT"}[
-        name
-    ]
+    names = {"alone": "alone", "cafd": "+ CAFD", "jaccard": "+ Jaccard", "tnkd": "+ TNKD", "dsct": "+ DSCT"}
+    named = f"student {names[name]}"
     return f"{named} ({rest})" if rest else named
 
 
@@ -62,11 +61,12 @@ def curves(folder: Path) -> None:
     if "total" in series:  # plain cross-entropy is both the total and the cross-entropy of its phase
         for phase, points in series["total"].items():
             series["ce"].setdefault(phase, points)
-    keys = [k for k in (*PARTS_SHOWN, "miou") if series.get(k)]
+    keys = [k for k in (*PARTS_SHOWN, "miou") if any(v for points in series[k].values() for _, v in points)]
     if not keys:
         return
     figure, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 3.2), squeeze=False, layout="constrained")
-    names = {"total": "loss", "ce": "cross-entropy", "tckd": "TCKD", "nckd": "NCKD", "cafd": "CAFD", "miou": "mIoU"}
+    names = {"total": "loss", "ce": "cross-entropy", "tckd": "TCKD", "nckd": "NCKD", "cafd": "CAFD",
+             "matched": "matched CAFD", "jaccard": "Jaccard", "miou": "mIoU"}
     for axis, key in zip(axes[0], keys, strict=True):
         for k, phase in enumerate(series["total"]):
             if phase in series[key]:
@@ -108,14 +108,15 @@ def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
 
 @torch.no_grad()
 def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
-    """attention.png: the maps that CAFD compares, one column per network, one row per tile and stride.
+    """attention.png: where the networks look, one column per network, one row per tile and stride that CAFD compares,
+    or for the logits, whose classes matched CAFD compares one by one.
 
     Colours are stretched per map, so each says how far it is from "everywhere alike": a teacher's map of 0.00 nats has
     nothing to teach, and matching it only flattens the student (a lower spatial_temperature sharpens both).
     """
     plt = pyplot()
     loss = arm_loss(list(trained)[-1], run.cfg.loss)
-    grid = [(i, stride) for i in sample_tiles(run, rows) for stride in loss.strides]
+    grid = [(i, stride) for i in sample_tiles(run, rows) for stride in (loss.compared or (None,))]
     titles = ["image", *map(label, trained)]
     figure, axes = plt.subplots(
         len(grid), len(titles), figsize=(2.6 * len(titles), 2.6 * len(grid)), squeeze=False, layout="constrained"
@@ -128,18 +129,18 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
         image = F.pad(image, (0, w - image.shape[3], 0, h - image.shape[2]), mode="replicate")  # a tile below 32
         maps = []
         for model in trained.values():
-            features = models.forward(model.eval(), image, (stride,)).features[0]
+            out = models.forward(model.eval(), image, (stride,) if stride else ())
             maps.append(
                 channel_attention_map(
-                    features,
+                    out.features[0] if stride else out.logits,
                     channel_temperature=loss.channel_temperature,
-                    spatial_temperature=loss.spatial_temperature,
+                    spatial_temperature=loss.spatial_temperature if stride else loss.matched_temperature,
                 )[0]
                 .float()
                 .cpu()
             )
         row[0].imshow(image[0].permute(1, 2, 0).cpu())
-        row[0].set_ylabel(f"stride {stride}", fontsize=9)
+        row[0].set_ylabel(f"stride {stride}" if stride else "logits", fontsize=9)
         for axis, values in zip(row[1:], maps, strict=True):
             axis.imshow(values, cmap="magma")
             nats = float(torch.special.xlogy(values, values * values.numel()).sum())  # KL(map || uniform)

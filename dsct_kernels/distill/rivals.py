@@ -25,6 +25,13 @@ def same_size(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tenso
     )  # type: ignore[return-value]
 
 
+def shares(target: torch.Tensor, classes: int, size: tuple[int, int]) -> torch.Tensor:
+    """(N, K, h, w): how much of each cell the labels (N, H, W) give to each class; ignored pixels give to none."""
+    known = torch.where(target == IGNORE, classes, target).long()
+    one_hot = F.one_hot(known, classes + 1)[..., :classes].movedim(-1, 1).float()
+    return F.adaptive_avg_pool2d(one_hot, size)
+
+
 def kd(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
     """Hinton et al. 2015 (arXiv 1503.02531) at every pixel: tau^2 KL(softmax(z^T / tau) || softmax(z^S / tau))."""
     log_s = F.log_softmax(at_labels(student, target) / temperature, 1)
@@ -89,3 +96,14 @@ def uniform(student: list[torch.Tensor], *, epsilon: float = 1e-6) -> torch.Tens
         log_a = ((1 - epsilon) * a + epsilon / positions).log()
         total = total - (log_a.mean(1) + torch.tensor(float(positions)).log()).mean()
     return total / len(student)
+
+
+def jaccard_labels(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Wang et al. 2023 (arXiv 2302.05666), JML1 against the labels, a control without a teacher: 1 - IoU per class over
+    the batch, IoU = (s - d) / (s + d), s = sum_i (p_i + y_i), d = sum_i |p_i - y_i|, y the labels' shares of a cell; the
+    mean over the classes that are labelled in more than half a cell."""
+    y = shares(target, student.shape[1], (student.shape[-2], student.shape[-1]))
+    p = student.float().softmax(1) * y.sum(1, keepdim=True)
+    both, apart = (p + y).sum((0, 2, 3)), (p - y).abs().sum((0, 2, 3))
+    there = y.sum((0, 2, 3)) > 0.5
+    return ((1 - (both - apart) / (both + apart).clamp(min=1e-6)) * there).sum() / there.sum().clamp(min=1)

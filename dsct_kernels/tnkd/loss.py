@@ -16,8 +16,8 @@ def tnkd_loss(
     target: Tensor | None = None,
     *,
     alpha: Number = 1.0,
-    beta: Number = 2.0,
-    temperature: Number = 2.0,
+    beta: Number = 0.5,
+    temperature: Number = 1.0,
     ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
     align_corners: bool = False,
     reduction: str = "mean",
@@ -89,7 +89,7 @@ def tnkd_loss(
 
 def logit_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | None,
     target: Tensor | None,
     class_weight: Tensor | None,
     ce_weight: Number,
@@ -102,23 +102,23 @@ def logit_loss(
     with_ce: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, parts) of everything that reads the logits: TNKD and, with_ce, cross-entropy, in one pass.
-
-    The weights are checked already.
+    """(loss, parts) of everything that reads the logits at the labels' size: TNKD and, with_ce, cross-entropy, in one
+    pass. The weights are checked already. Without a teacher TNKD is 0, that of the student and itself.
     """
     temperature = values.positive("temperature", temperature)
     ignored = label_value("ignore_index", ignore_index)
     reduce = checks.reduction(reduction)
-    size = checks.logits(student_logits, teacher_logits, target)
+    size = checks.logits(student_logits, student_logits if teacher_logits is None else teacher_logits, target)
     checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
     module = backends.choose(backend, reference, native, triton, student_logits)
     if target is not None and not isinstance(ignored, Tensor) and module is not native and values.readable(target):
         checks.labels(target, student_logits.shape[1], ignored)  # the native CPU kernel looks at every label anyway
     elif target is not None and target.is_cuda and values.plain() and checks.label_checks_asked_for():
         checks.labels(target, student_logits.shape[1], ignored)
+    student = upsample(student_logits, size, align_corners)
     return module.tnkd(
-        upsample(student_logits, size, align_corners),
-        upsample(teacher_logits.detach(), size, align_corners),
+        student,
+        student.detach() if teacher_logits is None else upsample(teacher_logits.detach(), size, align_corners),
         target,
         class_weight,
         ce_weight,
@@ -148,8 +148,8 @@ class TNKDLoss(ValueModule):
         self,
         *,
         alpha: Number = 1.0,
-        beta: Number = 2.0,
-        temperature: Number = 2.0,
+        beta: Number = 0.5,
+        temperature: Number = 1.0,
         ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
         align_corners: bool = False,
         reduction: str = "mean",
