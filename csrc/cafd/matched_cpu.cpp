@@ -184,6 +184,7 @@ Tensor matched_cafd_backward_cpu(const Tensor& student, const Tensor& teacher, c
                                                    : static_cast<const float*>(grad_output.const_data_ptr())[i];
     scale[static_cast<size_t>(n)] = reduction == 1 ? upstream / static_cast<double>(N) : upstream;
   }
+  const bool stream = static_cast<int64_t>(grad.numel() * grad.element_size()) >= kStreamBytes;
   // Ranges that are large enough to make what is set up for each worth it.
   const int64_t whole = loops.backward_block(call.maps);
   const int64_t block =
@@ -191,9 +192,10 @@ Tensor matched_cafd_backward_cpu(const Tensor& student, const Tensor& teacher, c
   call.each(block, [&](int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count, void* scratch) {
     const double* row = saved + n * kMatchedStats * C;
     if (call.by_positions)
-      loops.backward_positions(call.maps, n, first, count, row, scale[static_cast<size_t>(n)], out, scratch);
+      loops.backward_positions(call.maps, n, first, count, row, scale[static_cast<size_t>(n)], out, stream, scratch);
     else
-      loops.backward_rows(call.maps, n, begin, end, first, count, row, scale[static_cast<size_t>(n)], out, scratch);
+      loops.backward_rows(call.maps, n, begin, end, first, count, row, scale[static_cast<size_t>(n)], out, stream,
+                          scratch);
   });
   return grad;
 }

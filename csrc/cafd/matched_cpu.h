@@ -47,11 +47,12 @@ struct MatchedLoops {
   // The weights, into stats, and the sample's loss. channel_temperature 0: every channel the same.
   double (*finish)(const MatchedMaps&, double channel_temperature, const double* kl, double* strength, double* stats);
 
-  // Backward, scale: what tau w (P^S - P^T) is multiplied by. Like rows and positions above, for any range.
+  // Backward, scale: what tau w (P^S - P^T) is multiplied by. Like rows and positions above, for any range. stream:
+  // write past the caches.
   void (*backward_rows)(const MatchedMaps&, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
-                        const double* stats, double scale, const Features& out, void* scratch);
+                        const double* stats, double scale, const Features& out, bool stream, void* scratch);
   void (*backward_positions)(const MatchedMaps&, int64_t n, int64_t first, int64_t count, const double* stats,
-                             double scale, const Features& out, void* scratch);
+                             double scale, const Features& out, bool stream, void* scratch);
   int64_t (*backward_block)(const MatchedMaps&);  // positions in a range of backward_positions: a multiple of this
 };
 

@@ -31,10 +31,11 @@ struct Matched {
   using D = F64;
   using W = F64::V;
   static constexpr int64_t N = A::N;
-  static constexpr int64_t kChunk = 2048;  // positions of a row in one block: both networks' fit into L1
-  static constexpr int64_t kTile = 128;    // channels that are walked together where they lie side by side
-  static constexpr int64_t kRows = 128;    // positions of such a block: what a lane sums before it meets a double
-  static constexpr int64_t kPeriod = 4096;
+  static constexpr int64_t kChunk = 2048;   // positions of a row in one block: both networks' fit into L1
+  static constexpr int64_t kTile = 128;     // channels that are walked together where they lie side by side
+  static constexpr int64_t kRows = 128;     // positions of such a block: what a lane sums before it meets a double
+  static constexpr int64_t kPeriod = 4096;  // most lanes that the backward walks before channel 0 is in lane 0 again
+  static constexpr int64_t kAhead = 1024 / sizeof(S);  // how far the backward asks memory ahead
 
   static int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
   static int64_t pitch(int64_t count) { return round_up(count, N); }
@@ -77,6 +78,14 @@ struct Matched {
       const int left = static_cast<int>(count - i);
       A::store(to + i, A::select(A::first(left), load_n<A>(p + i, left), A::set1(S(-kInfinity))));
     }
+  }
+  // The same where another vector's worth of numbers comes after them: a tail that need not be copied.
+  template <class T>
+  static void widen_within(const T* p, int64_t count, S* to) {
+    int64_t i = 0;
+    for (; i + N <= count; i += N) A::store(to + i, A::load(p + i));
+    if (i < count)
+      A::store(to + i, A::select(A::first(static_cast<int>(count - i)), A::load(p + i), A::set1(S(-kInfinity))));
   }
   template <class T>
   static void narrow(const S* from, int64_t count, T* p) {
@@ -144,6 +153,24 @@ struct Matched {
     }
   }
 
+  // --- what is read next ---
+
+  // The second walk of a block computes and the first walk of the next one waits for memory: the one fetches for the
+  // other. Hardware would do it, but stops at the end of every page of 4 KiB.
+  struct Next {
+    const char* p;
+    int64_t size;  // of an element; 0: nothing comes next
+    DSCT_INLINE Next of(const Features& x, FeatureType type, int64_t at) {
+      const int64_t size = type == FeatureType::kDouble ? 8 : type == FeatureType::kFloat ? 4 : 2;
+      return {static_cast<const char*>(x.data) + at * size, size};
+    }
+    DSCT_INLINE Next none() { return {nullptr, 0}; }
+    __attribute__((always_inline)) void fetch(int64_t elements) {
+      for (int64_t i = 0; i < elements * size; i += 64) prefetch_l2(p + i);
+      p += elements * size;
+    }
+  };
+
   // --- one vector of both networks ---
 
   DSCT_INLINE V no_mass() { return A::set1(S(-kInfinity)); }
@@ -169,6 +196,11 @@ struct Matched {
 
   // --- forward, a channel's positions side by side ---
 
+  static Next next_row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t end, int64_t first) {
+    if (c >= end || !dense_rows(x)) return Next::none();
+    return Next::of(x, type, n * x.stride_n + c * x.stride_c + first);
+  }
+
   static void part_rows(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
                         double* part, void* scratch) {
     const Exponential exponential = Exponential::of(m);
@@ -188,7 +220,11 @@ struct Matched {
       const S max_t = largest<A>(A::max(mt[0], mt[1])), max_s = largest<A>(A::max(ms[0], ms[1]));
       const V bt = base(A::set1(max_t)), bs = base(A::set1(max_s));
       Sums a = Sums::zero(), b = Sums::zero();
+      Next next_t = next_row(m.teacher, m.teacher_type, n, c + 1, end, first);
+      Next next_s = next_row(m.student, m.student_type, n, c + 1, end, first);
       for (i = 0; i + 2 * N <= padded; i += 2 * N) {
+        next_t.fetch(2 * N);
+        next_s.fetch(2 * N);
         a.add(A::load(t + i), A::load(s + i), bt, bs, exponential);
         b.add(A::load(t + i + N), A::load(s + i + N), bt, bs, exponential);
       }
@@ -231,7 +267,8 @@ struct Matched {
     if (as_is(type) && lanes % N == 0 && last == lanes) return static_cast<const S*>(x.data) + at;
     *row_stride = pitch(lanes);
     typed(x.data, type, at, [&](const auto* p) {
-      for (int64_t r = 0; r < rows; r++) widen(p + r * stride, r + 1 < rows ? lanes : last, copy + r * pitch(lanes));
+      for (int64_t r = 0; r + 1 < rows; r++) widen_within(p + r * stride, lanes, copy + r * pitch(lanes));
+      widen(p + (rows - 1) * stride, last, copy + (rows - 1) * pitch(lanes));
     });
     for (int64_t i = pitch(last); i < pitch(lanes); i++) copy[(rows - 1) * pitch(lanes) + i] = S(-kInfinity);
     return copy;
@@ -253,6 +290,10 @@ struct Matched {
     S* max_t = static_cast<S*>(scratch);
     S *max_s = max_t + width, *sums = max_s + width;  // sums: (4, width)
     S* copy = sums + 4 * width;
+    const bool more = (first + 2 * count) <= m.student.H * m.student.W && C <= 2 * kTile;  // what a near cache holds
+    const int64_t after = (first + count) * C;
+    Next next_t = more ? Next::of(m.teacher, m.teacher_type, n * m.teacher.stride_n + after) : Next::none();
+    Next next_s = more ? Next::of(m.student, m.student_type, n * m.student.stride_n + after) : Next::none();
     for (int64_t c = 0; c < C; c += width) {
       int64_t rows = count, lanes = smaller(width, C - c), last = lanes, stride = C;
       if (few(C)) {
@@ -278,6 +319,8 @@ struct Matched {
         Sums a = Sums::zero(), b = Sums::zero();
         int64_t r = 0;
         for (; r + 2 <= rows; r += 2) {
+          next_t.fetch(2 * N);
+          next_s.fetch(2 * N);
           a.add(A::load(t + r * stride_t + i), A::load(s + r * stride_s + i), bt, bs, exponential);
           b.add(A::load(t + (r + 1) * stride_t + i), A::load(s + (r + 1) * stride_s + i), bt, bs, exponential);
         }
@@ -378,6 +421,14 @@ struct Matched {
 
   // --- backward ---
 
+  DSCT_INLINE void put(S* to, V x, bool past) {
+    if (past)
+      A::stream(to, x);
+    else
+      A::store(to, x);
+  }
+  static bool aligned(const S* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0; }
+
   // scale T w (P^S - P^T) = e^S a^S - e^T a^T, written so that it is exactly 0 for equal networks, and exact near them:
   //     (e^S - e^T) a + e^S (a^S - a)+ - e^T (a^T - a)+,  a the smaller of the two, so that no term exceeds the
   //     result's
@@ -398,7 +449,7 @@ struct Matched {
   }
 
   static void backward_rows(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
-                            const double* stats, double scale, const Features& out, void* scratch) {
+                            const double* stats, double scale, const Features& out, bool stream, void* scratch) {
     const Exponential exponential = Exponential::of(m);
     const int64_t padded = pitch(count), C = m.student.C;
     S* copy = static_cast<S*>(scratch);
@@ -413,10 +464,15 @@ struct Matched {
               teacher = A::set1(static_cast<S>(k.teacher));
       const V bt = A::set1(static_cast<S>(stats[kStatTeacherMax * C + c])),
               bs = A::set1(static_cast<S>(stats[kStatStudentMax * C + c]));
-      for (int64_t i = 0; i < padded; i += N)
-        A::store(to + i, gradient(A::load(t + i), A::load(s + i), bt, bs, a, student, teacher, exponential));
+      const bool past = stream && to != copy + 2 * padded && aligned(to);
+      for (int64_t i = 0; i < padded; i += N) {
+        prefetch_l1(t + i + kAhead);
+        prefetch_l1(s + i + kAhead);
+        put(to + i, gradient(A::load(t + i), A::load(s + i), bt, bs, a, student, teacher, exponential), past);
+      }
       put_row(out, m.student_type, n, c, first, count, to);
     }
+    if (stream) stream_fence();
   }
 
   // Lanes until channel 0 comes to lane 0 again; where that takes too long, one position at a time.
@@ -424,7 +480,7 @@ struct Matched {
   static int64_t backward_block(const MatchedMaps& m) { return period(m.student.C) / m.student.C; }
 
   static void backward_positions(const MatchedMaps& m, int64_t n, int64_t first, int64_t count, const double* stats,
-                                 double scale, const Features& out, void* scratch) {
+                                 double scale, const Features& out, bool stream, void* scratch) {
     const Exponential exponential = Exponential::of(m);
     const int64_t C = m.student.C, lanes = period(C), padded = pitch(lanes);
     S* lane = static_cast<S*>(scratch);  // (5, padded): two maxima and three coefficients
@@ -445,12 +501,19 @@ struct Matched {
       const S* s = run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded);
       S* to = as_is(m.student_type) && length % N == 0 ? static_cast<S*>(out.data) + n * out.stride_n + i
                                                        : copy + 2 * padded;
-      for (int64_t j = 0; j < length; j += N)
-        A::store(to + j, gradient(A::load(t + j), A::load(s + j), A::load(lane + j), A::load(lane + padded + j),
-                                  A::load(lane + 2 * padded + j), A::load(lane + 3 * padded + j),
-                                  A::load(lane + 4 * padded + j), exponential));
+      const bool past = stream && to != copy + 2 * padded && aligned(to);
+      for (int64_t j = 0; j < length; j += N) {
+        prefetch_l1(t + j + kAhead);
+        prefetch_l1(s + j + kAhead);
+        put(to + j,
+            gradient(A::load(t + j), A::load(s + j), A::load(lane + j), A::load(lane + padded + j),
+                     A::load(lane + 2 * padded + j), A::load(lane + 3 * padded + j), A::load(lane + 4 * padded + j),
+                     exponential),
+            past);
+      }
       put_run(out, m.student_type, n * out.stride_n + i, length, to);
     }
+    if (stream) stream_fence();
   }
 
   static size_t scratch(const MatchedMaps& m) {
