@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import IGNORE_INDEX, Inputs
+from benchmarks.cases import IGNORE_INDEX, ON_MAPS, Inputs
 from benchmarks.measure import Loss
-from dsct_kernels import cafd_loss, dsct_loss, tnkd_loss
+from dsct_kernels import cafd_loss, dsct_loss, matched_cafd_loss, tnkd_loss
 from dsct_kernels.cafd.reference import cafd as cafd_reference
+from dsct_kernels.cafd.reference import matched_cafd as matched_reference
 from dsct_kernels.tnkd.reference import tnkd as tnkd_reference
 
 EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
@@ -68,6 +69,9 @@ def backend_loss(loss: str, backend: str) -> Loss:
     def cafd(x: Inputs) -> Tensor:
         return cafd_loss(_given(x.student_features), _given(x.teacher_features), backend=backend)
 
+    def matched(x: Inputs) -> Tensor:
+        return matched_cafd_loss(_given(x.student_features), _given(x.teacher_features), backend=backend)
+
     def dsct(x: Inputs) -> Tensor:
         return dsct_loss(
             _given(x.student_logits),
@@ -82,7 +86,7 @@ def backend_loss(loss: str, backend: str) -> Loss:
             backend=backend,
         ).total
 
-    return {"tnkd": tnkd, "cafd": cafd, "dsct": dsct}[loss]
+    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "dsct": dsct}[loss]
 
 
 def reference_loss(loss: str) -> Loss:
@@ -101,11 +105,14 @@ def reference_loss(loss: str) -> Loss:
     def cafd(x: Inputs) -> Tensor:
         return cafd_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 1.0, 1)
 
+    def matched(x: Inputs) -> Tensor:
+        return matched_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 4.0, 1)
+
     def dsct(x: Inputs) -> Tensor:
         total = F.cross_entropy(_given(x.student_logits), _given(x.target), ignore_index=IGNORE_INDEX) + tnkd(x)
         return total if x.student_features is None else total + cafd(x)
 
-    return {"tnkd": tnkd, "cafd": cafd, "dsct": dsct}[loss]
+    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "dsct": dsct}[loss]
 
 
 def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Loss]:
@@ -129,13 +136,18 @@ def auto_backend(loss: str, inputs: Inputs) -> str:
     """The backend that `backend="auto"` stands for with these inputs."""
     from dsct_kernels import backends
 
-    folder = "cafd" if loss == "cafd" else "tnkd"
+    folder = "cafd" if loss in ON_MAPS else "tnkd"
+    kernels = tuple(f"matched_{name}" for name in BACKENDS) if loss == "matched" else BACKENDS
     reference, native, triton = (
-        importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", *BACKENDS)
+        importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", *kernels)
     )
     tensors = [
         x
         for x in (inputs.student_logits, inputs.teacher_logits, inputs.student_features, inputs.teacher_features)
         if x is not None
     ]
-    return backends.choose("auto", reference, native, triton, *tensors).__name__.rsplit(".", 1)[-1]
+    return (
+        backends.choose("auto", reference, native, triton, *tensors)
+        .__name__.rsplit(".", 1)[-1]
+        .removeprefix("matched_")
+    )

@@ -37,6 +37,7 @@ FIGURES: dict[str, Callable[[Row], float | None]] = {
 FEW = ("4x6x512x512", "2x19x512x512")
 MANY = ("1x150x512x512",)
 CAFD = ("4x512x64x64", "4x256x128x128")
+MATCHED = ("4x6x128x128", "2x19x128x128", "1x150x128x128", "4x64x64x64")
 CAFD_16 = ("16x512x64x64", "16x256x128x128")
 TNKD_16 = ("16x6x512x512", "16x19x512x512", "16x150x512x512")
 SMALL = (("tnkd", "128x100x1x1"), ("cafd", "8x64x32x32"))
@@ -52,6 +53,9 @@ THRESHOLDS = [
     Threshold("cpu", "cafd", CAFD, ("fp32",), "x eager", AT_LEAST, 10),
     Threshold("cpu", "cafd", CAFD, ("fp32",), "x compile", AT_LEAST, 4),
     Threshold("cpu", "cafd", CAFD, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
+    Threshold("cpu", "matched", MATCHED, ("fp32",), "x eager", AT_LEAST, 10),
+    Threshold("cpu", "matched", MATCHED, ("fp32",), "x compile", AT_LEAST, 4),
+    Threshold("cpu", "matched", MATCHED, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
     # H100 and H200
     *(
         Threshold("cuda", "tnkd", FEW + MANY + TNKD_16, ("fp32", "bf16"), figure, relation, value)

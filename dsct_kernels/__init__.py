@@ -1,6 +1,7 @@
 """Fused kernels for DSCT: distilling segmenters across CNNs and transformers."""
 
 from .cafd.loss import CAFDLoss, cafd_loss, channel_attention_map
+from .cafd.matched import MatchedCAFDLoss, matched_cafd_loss
 from .dsct import DSCTLoss, DSCTLosses, dsct_loss
 from .tnkd.loss import TNKDLoss, tnkd_loss
 
@@ -9,9 +10,11 @@ __all__ = [
     "CAFDLoss",
     "DSCTLoss",
     "DSCTLosses",
+    "MatchedCAFDLoss",
     "TNKDLoss",
     "cafd_loss",
     "channel_attention_map",
     "dsct_loss",
+    "matched_cafd_loss",
     "tnkd_loss",
 ]

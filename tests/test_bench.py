@@ -57,6 +57,7 @@ def test_floor_counts_what_must_move():
     assert case(phase=cases.FORWARD).floor_bytes == 2 * 4 * logits + 8 * pixels
     assert case(dtype="bf16").floor_bytes == 3 * 2 * logits + 8 * pixels
     assert case("cafd").floor_bytes == 4 * 4 * logits  # the student is read again for its gradient
+    assert case("matched").floor_bytes == 5 * 4 * logits  # both are read again
     joined = case("dsct", "2x3x4x4+2x5x2x2")
     assert joined.floor_bytes == case().floor_bytes + 4 * 4 * (2 * 5 * 2 * 2)
     assert joined.student_bytes == 4 * (logits + 2 * 5 * 2 * 2)
@@ -98,7 +99,9 @@ def test_mask_trick_is_the_same_loss_where_it_is_safe():
     torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("loss,shape", [("tnkd", "2x5x8x8"), ("cafd", "2x5x8x8"), ("dsct", "2x5x8x8+2x4x4x4")])
+@pytest.mark.parametrize(
+    "loss,shape", [("tnkd", "2x5x8x8"), ("cafd", "2x5x8x8"), ("matched", "2x5x8x8"), ("dsct", "2x5x8x8+2x4x4x4")]
+)
 def test_baseline_and_public_function_compute_the_same(loss, shape):
     x = cases.make_inputs(case(loss, shape, dtype="fp64"), torch.device("cpu"))
     torch.testing.assert_close(candidates.backend_loss(loss, "reference")(x), candidates.reference_loss(loss)(x))
@@ -170,7 +173,7 @@ def test_row_ratios():
 def full_result(ours_ms: float, extra: float = 1.0, device: str = "cpu"):
     """Every case in the table of thresholds, floor 1 ms, eager 100 ms, compile 30 ms."""
     measurements = []
-    for of in cases.make_cases(["tnkd", "cafd"], device, phases=[cases.FORWARD_BACKWARD]):
+    for of in cases.make_cases(["tnkd", "cafd", "matched"], device, phases=[cases.FORWARD_BACKWARD]):
         copy_gb_s = of.floor_bytes / 1e6
         for name, ms in (("eager", 100.0), ("compile", 30.0), ("native", ours_ms)):
             measurements.append(measured(of, name, ms, int(extra * of.student_bytes), device, copy_gb_s))
@@ -218,7 +221,7 @@ def test_markdown_of_a_gpu_has_a_line_for_each_backend_with_bandwidth_and_host_t
 def test_chart_is_drawn_for_each_loss(tmp_path):
     pytest.importorskip("matplotlib")
     paths = report.draw_charts(full_result(2.0), tmp_path / "chart.png")
-    assert [path.name for path in paths] == ["chart-tnkd.png", "chart-cafd.png"]
+    assert [path.name for path in paths] == ["chart-tnkd.png", "chart-cafd.png", "chart-matched.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -262,7 +265,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--one-process", "--json", str(path)]) == 1
     data = json.loads(path.read_text())
-    assert {m["loss"] for m in data["measurements"]} == {"cafd", "dsct"}
+    assert {m["loss"] for m in data["measurements"]} == {"cafd", "matched", "dsct"}
     assert [failure["reason"] for failure in data["failed"]] == ["no such luck"]
 
 
@@ -294,7 +297,9 @@ def test_small_shapes_are_judged_as_called():
     assert row.speedup("eager") == pytest.approx(20) and row.speedup_best == pytest.approx(3)
 
 
-@pytest.mark.parametrize("loss,shape", [("tnkd", "2x3x8x8"), ("cafd", "2x3x8x8"), ("dsct", "2x3x8x8+2x3x4x4")])
+@pytest.mark.parametrize(
+    "loss,shape", [("tnkd", "2x3x8x8"), ("cafd", "2x3x8x8"), ("matched", "2x3x8x8"), ("dsct", "2x3x8x8+2x3x4x4")]
+)
 def test_the_compiled_baseline_is_compiled_once_for_all_buffers(loss, shape):
     graphs = []
 

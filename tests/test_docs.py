@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 from pathlib import Path
@@ -167,8 +168,14 @@ def test_what_a_page_says_to_stand_in_a_file_stands_there():
 
 
 @pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
-@pytest.mark.parametrize("backend", ["native", "triton"])
-@pytest.mark.parametrize("name", ["tnkd", "cafd", "attention_map", "attention_map_backward"])
+@pytest.mark.parametrize(
+    "name,backend",
+    [
+        *itertools.product(["tnkd", "cafd", "attention_map", "attention_map_backward"], ["native", "triton"]),
+        ("matched_cafd", "native"),
+        ("matched_cafd_backward", "native"),
+    ],
+)
 def test_the_page_of_the_ops_lists_the_arguments_and_results_that_they_have(name, backend):
     schema = getattr(torch.ops.dsct_kernels, name if backend == "native" else f"{name}_triton").default._schema
     takes = ", ".join(a.name + ("?" if isinstance(a.type, torch.OptionalType) else "") for a in schema.arguments)

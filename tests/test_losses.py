@@ -677,7 +677,7 @@ def test_examples_in_the_docstrings_run():
 
 
 def test_every_public_keyword_is_documented():
-    for name in ("tnkd_loss", "cafd_loss", "channel_attention_map", "dsct_loss"):
+    for name in ("tnkd_loss", "cafd_loss", "channel_attention_map", "matched_cafd_loss", "dsct_loss"):
         function = getattr(dsct_kernels, name)
         for parameter in inspect.signature(function).parameters:
             assert parameter in function.__doc__, f"{name}: {parameter}"

@@ -20,11 +20,15 @@ def attention_map(features: Tensor, channel_temperature: Number, spatial_tempera
     numbers = values.as_scalars((channel_temperature, spatial_temperature), f.device, f.dtype)
     channel_temperature, spatial_temperature = (values.sound(t, positive=True) for t in numbers)
     p = (f / spatial_temperature).softmax(-1)  # P_{c,i}
-    g = f.abs().mean(-1)  # g_c
+    weight = channel_weights(f.abs().mean(-1), channel_temperature)  # w_c
+    return (weight.unsqueeze(-1) * p).sum(1).view(n, h, w)
+
+
+def channel_weights(g: Tensor, channel_temperature: Number) -> Tensor:
+    """w, (N, C): how much each channel counts, from how strongly it speaks."""
     g_mean = g.mean(-1, keepdim=True)
     r = torch.where(g_mean == 0, 1, g / torch.where(g_mean == 0, 1, g_mean))  # all-zero features: all channels alike
-    weight = (r / channel_temperature).softmax(-1)  # w_c
-    return (weight.unsqueeze(-1) * p).sum(1).view(n, h, w)
+    return (r / channel_temperature).softmax(-1)
 
 
 def pool(a: Tensor, size: tuple[int, int]) -> Tensor:
@@ -69,10 +73,45 @@ def cafd(
     student = attention_map(student_features, channel_temperature, spatial_temperature)
     teacher = attention_map(teacher_features.detach(), channel_temperature, spatial_temperature)
     acc = torch.promote_types(student.dtype, teacher.dtype)
-    loss = map_loss(student.to(acc), teacher.to(acc))
+    return reduced(map_loss(student.to(acc), teacher.to(acc)), reduction)
+
+
+def reduced(loss: Tensor, reduction: int) -> Tensor:
+    """() for mean (1) and sum (2) of (N,), which none (0) leaves as it is."""
     if reduction == 0:
         return loss
     return loss.sum() / (max(loss.shape[0], 1) if reduction == 1 else 1)
+
+
+def matched_cafd(
+    student: Tensor, teacher: Tensor, channel_temperature: Number | None, temperature: Number, reduction: int
+) -> Tensor:
+    """The loss of maps of one shape whose channels correspond, differentiable in the student.
+
+    channel_temperature None: every channel weighs 1 / C.
+    """
+    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    s, t = student.to(acc).flatten(2), teacher.detach().to(acc).flatten(2)
+    pair = (1.0 if channel_temperature is None else channel_temperature, temperature)
+    tau_c, tau = (values.sound(x, positive=True) for x in values.as_scalars(pair, s.device, acc))
+    log_s, log_t = log_softmax(s / tau), log_softmax(t / tau)
+    p = log_t.exp()
+    kl = torch.where(p == 0, 0, p * (log_t - log_s)).sum(-1)  # (N, C); 0 log 0 = 0, for -inf too
+    sound = (s.detach().amax(-1) < torch.inf) & (t.amax(-1) < torch.inf)
+    kl = kl + torch.where(sound, 0.0, torch.nan)  # a row without a softmax, which 0 log 0 might have left out
+    if channel_temperature is None:
+        loss = kl.mean(-1)
+    else:
+        weight = channel_weights(t.abs().masked_fill(t == -torch.inf, 0).mean(-1), tau_c)
+        # A weight that is only rounded to 0 hides nothing: 0 * inf would be NaN.
+        loss = torch.where((weight == 0) & (kl == torch.inf), torch.inf, weight * kl).sum(-1)
+    return reduced(loss * (tau * tau), reduction)
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Over positions; a row that is -inf throughout stays so, and has no mass."""
+    dead = (x == -torch.inf).all(-1, keepdim=True)
+    return torch.where(dead, x, x.masked_fill(dead, 0).log_softmax(-1))
 
 
 def why_not(*tensors: Tensor) -> str | None:
