@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cafd/cafd.h"
+#include "jaccard/jaccard.h"
 #include "tnkd/tnkd.h"
 
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
@@ -20,6 +21,12 @@ STABLE_TORCH_LIBRARY(dsct_kernels, m) {
       "-> (Tensor loss, Tensor grad_map, Tensor stats)");
   m.def("attention_map(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)");
   m.def("attention_map_backward(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor");
+  m.def(
+      "jaccard(Tensor student_logits, Tensor teacher_logits, Tensor? share, Tensor temperature) "
+      "-> (Tensor loss, Tensor coefficients)");
+  m.def(
+      "jaccard_backward(Tensor student_logits, Tensor teacher_logits, Tensor? share, Tensor temperature, "
+      "Tensor coefficients) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
@@ -27,4 +34,6 @@ STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
   m.impl("cafd", TORCH_BOX(&dsct::cafd_cpu));
   m.impl("attention_map", TORCH_BOX(&dsct::attention_map_cpu));
   m.impl("attention_map_backward", TORCH_BOX(&dsct::attention_map_backward_cpu));
+  m.impl("jaccard", TORCH_BOX(&dsct::jaccard_cpu));
+  m.impl("jaccard_backward", TORCH_BOX(&dsct::jaccard_backward_cpu));
 }

@@ -2,6 +2,7 @@
 
 from .cafd.loss import CAFDLoss, cafd_loss, channel_attention_map
 from .dsct import DSCTLoss, DSCTLosses, dsct_loss
+from .jaccard.loss import JaccardLoss, jaccard_loss
 from .tnkd.loss import TNKDLoss, tnkd_loss
 
 __version__ = "0.1.0"
@@ -9,9 +10,11 @@ __all__ = [
     "CAFDLoss",
     "DSCTLoss",
     "DSCTLosses",
+    "JaccardLoss",
     "TNKDLoss",
     "cafd_loss",
     "channel_attention_map",
     "dsct_loss",
+    "jaccard_loss",
     "tnkd_loss",
 ]
