@@ -83,7 +83,7 @@ def terms(student: Tensor, teacher: Tensor, temperature: float) -> float:
     p, q = ((x.double() / temperature).softmax(1) for x in (student, teacher))
     pixels = [d for d in range(p.dim()) if d != 1]
     there = q.sum(pixels) > 0.5
-    b = there / there.sum().clamp(min=1) * 2 / (p + q).sum(pixels)
+    b = there / there.sum().clamp(min=1) * 2 / (p + q).sum(pixels).clamp(min=0.5)
     h = 2 * b.view(-1, *[1] * (p.dim() - 2))
     rounded = p * (1 + (z - z.amax(1, keepdim=True)).abs())
     own, all_ = rounded * h + rounded * (p * h).sum(1, keepdim=True), p * (rounded * h).sum(1, keepdim=True)
@@ -107,15 +107,16 @@ def compare(
     assert layout == "sliced" or got[1].stride() == laid_out[0].stride()
     what = f"of {tuple(student.shape)} {student.dtype} {layout} {arguments}"
     acc = torch.promote_types(student.dtype, teacher.dtype)
-    rounding = torch.finfo(torch.float64 if acc == torch.float64 else torch.float32).eps
+    numbers = torch.finfo(torch.float64 if acc == torch.float64 else torch.float32)
+    rounding = numbers.eps
     # A handful of roundings of the sums, for where the reference hits a small loss by luck.
     assert_as_good_as_reference(got[0], same[0], truth[0], f"loss {what}", floor=4 * rounding)
     if student.shape[2:] == teacher.shape[2:]:
         smooth = apart_from_kinks(student, teacher, temperature)
         got, same, truth = ((x[0], torch.where(smooth, x[1], 0)) for x in (got, same, truth))
-    # It is p times a difference, where the reference may hit by luck what is left; and float16 ends at 2^-24.
+    # It is p times a difference, where the reference may hit by luck what is left; and numbers end: float16 at 2^-24.
     floor = 4 * rounding * terms(student, teacher, temperature) if student.shape[2:] == teacher.shape[2:] else 0.0
-    floor += 2.0**-24 * student.numel() ** 0.5 if student.dtype == torch.float16 else 0.0
+    floor += (2.0**-24 if student.dtype == torch.float16 else 8 * numbers.tiny) * student.numel() ** 0.5
     assert_as_good_as_reference(got[1], same[1], truth[1], f"gradient {what}", floor=floor)
 
 
