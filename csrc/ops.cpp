@@ -7,6 +7,7 @@
 
 #include "cafd/cafd.h"
 #include "cafd/matched.h"
+#include "jaccard/jaccard.h"
 #include "tnkd/tnkd.h"
 
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
@@ -22,11 +23,17 @@ STABLE_TORCH_LIBRARY(dsct_kernels, m) {
   m.def("attention_map(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)");
   m.def("attention_map_backward(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor");
   m.def(
-      "matched_cafd(Tensor student, Tensor teacher, Tensor temperatures, bool uniform, int reduction) "
+      "matched_cafd(Tensor student, Tensor teacher, Tensor? mask, Tensor temperatures, bool uniform, int reduction) "
       "-> (Tensor loss, Tensor stats)");
   m.def(
-      "matched_cafd_backward(Tensor student, Tensor teacher, Tensor stats, Tensor temperatures, Tensor grad_output, "
-      "int reduction) -> Tensor");
+      "matched_cafd_backward(Tensor student, Tensor teacher, Tensor? mask, Tensor stats, Tensor temperatures, "
+      "Tensor grad_output, int reduction) -> Tensor");
+  m.def(
+      "jaccard(Tensor student_logits, Tensor teacher_logits, Tensor? share, Tensor temperature) "
+      "-> (Tensor loss, Tensor coefficients)");
+  m.def(
+      "jaccard_backward(Tensor student_logits, Tensor teacher_logits, Tensor? share, Tensor temperature, "
+      "Tensor coefficients) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
@@ -36,4 +43,6 @@ STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
   m.impl("attention_map_backward", TORCH_BOX(&dsct::attention_map_backward_cpu));
   m.impl("matched_cafd", TORCH_BOX(&dsct::matched_cafd_cpu));
   m.impl("matched_cafd_backward", TORCH_BOX(&dsct::matched_cafd_backward_cpu));
+  m.impl("jaccard", TORCH_BOX(&dsct::jaccard_cpu));
+  m.impl("jaccard_backward", TORCH_BOX(&dsct::jaccard_backward_cpu));
 }

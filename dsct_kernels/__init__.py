@@ -3,6 +3,7 @@
 from .cafd.loss import CAFDLoss, cafd_loss, channel_attention_map
 from .cafd.matched import MatchedCAFDLoss, matched_cafd_loss
 from .dsct import DSCTLoss, DSCTLosses, dsct_loss
+from .jaccard.loss import JaccardLoss, jaccard_loss
 from .tnkd.loss import TNKDLoss, tnkd_loss
 
 __version__ = "0.1.0"
@@ -10,11 +11,13 @@ __all__ = [
     "CAFDLoss",
     "DSCTLoss",
     "DSCTLosses",
+    "JaccardLoss",
     "MatchedCAFDLoss",
     "TNKDLoss",
     "cafd_loss",
     "channel_attention_map",
     "dsct_loss",
+    "jaccard_loss",
     "matched_cafd_loss",
     "tnkd_loss",
 ]

@@ -9,6 +9,8 @@ from . import __version__, backends
 from .cafd import native as cafd_native
 from .cafd import reference as cafd_reference
 from .cafd import triton as cafd_triton
+from .jaccard import native as jaccard_native
+from .jaccard import reference as jaccard_reference
 from .tnkd import native as tnkd_native
 from .tnkd import reference as tnkd_reference
 from .tnkd import triton as tnkd_triton
@@ -16,6 +18,7 @@ from .tnkd import triton as tnkd_triton
 LOSSES = {
     "tnkd": (tnkd_reference, tnkd_native, tnkd_triton),
     "cafd": (cafd_reference, cafd_native, cafd_triton),
+    "jaccard": (jaccard_reference, jaccard_native, None),
 }
 
 
@@ -48,13 +51,13 @@ def main() -> None:
                 chosen, refusal = backends.choose("auto", *modules, x), None
             except (RuntimeError, ValueError) as error:  # DSCT_KERNELS_BACKEND cannot serve, or names no backend
                 chosen, refusal = None, error
-            for module in modules:
+            for module in filter(None, modules):
                 backend = module.__name__.rpartition(".")[2]
                 reason = module.why_not(x)
                 state = "usable" if reason is None else f"not usable: {reason}"
-                print(f"  {loss:5} {backend:10} {state}{', chosen by auto' if module is chosen else ''}")
+                print(f"  {loss:7} {backend:10} {state}{', chosen by auto' if module is chosen else ''}")
             if refusal is not None:
-                print(f"  {loss:5} {'auto':10} raises: {refusal}")
+                print(f"  {loss:7} {'auto':10} raises: {refusal}")
     print(
         "\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels, or image "
         "size (another batch compiles nothing where H x W is a multiple of 128): at most "

@@ -132,13 +132,18 @@ def known(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def choose(backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType, *tensors: Tensor) -> ModuleType:
-    """The module that serves these tensors: a backend that is named serves or raises; "auto" falls back."""
+def choose(
+    backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType | None, *tensors: Tensor
+) -> ModuleType:
+    """The module that serves these tensors: a backend that is named serves or raises; "auto" falls back.
+
+    triton: None where a loss has no Triton kernels.
+    """
     if backend == "auto":
         backend = default_backend()
     if backend == "auto":
         # CPU: Triton would run under its interpreter, never unasked. Elsewhere the measured order: benchmarks/results.
-        candidates = (native,) if tensors[0].device.type == "cpu" else (native, triton)
+        candidates = (native,) if triton is None or tensors[0].device.type == "cpu" else (native, triton)
         if why_no_kernel(*tensors) is None:
             for module in candidates:
                 if module.why_not(*tensors) is None:
@@ -148,7 +153,9 @@ def choose(backend: str, reference: ModuleType, native: ModuleType, triton: Modu
         return reference
     if backend not in ("native", "triton"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    module = native if backend == "native" else triton
+    if backend == "triton" and triton is None:
+        raise RuntimeError("backend='triton' cannot serve this call: this loss has no Triton kernels yet")
+    module = native if backend == "native" or triton is None else triton
     reason = module.why_not(*tensors) or why_no_kernel(*tensors)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")

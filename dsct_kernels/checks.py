@@ -52,8 +52,8 @@ def ignore_index_is_no_class(value: object, classes: int, target: Tensor | None)
         )
 
 
-def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
-    """Checks the three tensors of a TNKD call and returns the output resolution."""
+def logit_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Checks all of two logit maps but that their spatial sizes go together."""
     tensor("student_logits", student_logits, FLOATS)
     tensor("teacher_logits", teacher_logits, FLOATS)
     s, t = student_logits.shape, teacher_logits.shape
@@ -67,16 +67,28 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
     if s[1] < 2:
         raise ValueError(f"student_logits: expected at least 2 classes in dimension 1, got shape {tuple(s)}")
     same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
+
+
+def label_map(target: Tensor, student_logits: Tensor) -> None:
+    """Checks all of a label map but its spatial size."""
+    s = student_logits.shape
+    tensor("target", target, LABELS)
+    if target.dim() != len(s) - 1 or target.shape[0] != s[0]:
+        expected = ", ".join([str(s[0]), *["any"] * (len(s) - 2)]) + ("," if len(s) == 2 else "")
+        raise ValueError(
+            f"target: expected shape ({expected}) to go with student_logits {tuple(s)}, got {tuple(target.shape)}"
+        )
+    same_device("target", target, "student_logits", student_logits)
+
+
+def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
+    """Checks the three tensors of a TNKD call and returns the output resolution."""
+    logit_pair(student_logits, teacher_logits)
+    s, t = student_logits.shape, teacher_logits.shape
     if target is None:
         size = [max(a, b) for a, b in zip(s[2:], t[2:])]
     else:
-        tensor("target", target, LABELS)
-        if target.dim() != len(s) - 1 or target.shape[0] != s[0]:
-            expected = ", ".join([str(s[0]), *["any"] * (len(s) - 2)]) + ("," if len(s) == 2 else "")
-            raise ValueError(
-                f"target: expected shape ({expected}) to go with student_logits {tuple(s)}, got {tuple(target.shape)}"
-            )
-        same_device("target", target, "student_logits", student_logits)
+        label_map(target, student_logits)
         size = list(target.shape[1:])
     for name, shape in (("student_logits", s), ("teacher_logits", t)):
         for have, want in zip(shape[2:], size):
@@ -90,6 +102,25 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
                 )
             if have == 0:
                 raise ValueError(f"{name}: an empty map cannot be upsampled: {tuple(shape)}, output size {tuple(size)}")
+    return size
+
+
+def overlaid(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
+    """Checks the three tensors of a loss at the logits' own resolution and returns it: the smaller of the two."""
+    logit_pair(student_logits, teacher_logits)
+    s, t = student_logits.shape, teacher_logits.shape
+    size = [min(a, b) for a, b in zip(s[2:], t[2:])]
+    if s[2:] != t[2:] and (len(s) != 4 or 0 in size):
+        why = "an empty map has no average" if len(s) == 4 else "(N, K, H, W) logits alone may differ in size"
+        raise ValueError(f"teacher_logits: expected the size of student_logits, {tuple(s)}, got {tuple(t)}; {why}")
+    if target is None:
+        return size
+    label_map(target, student_logits)
+    labels = list(target.shape[1:])
+    if labels != size and (len(s) != 4 or 0 in size or any(have < want for have, want in zip(labels, size))):
+        wanted = f"({', '.join(map(str, (s[0], *size)))}{',' if not size else ''})"
+        larger = " or larger, to go with (N, K, H, W) logits" if len(s) == 4 else ""
+        raise ValueError(f"target: expected shape {wanted}{larger}, got {tuple(target.shape)}")
     return size
 
 

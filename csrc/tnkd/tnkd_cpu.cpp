@@ -1,60 +1,20 @@
 // The tnkd op on CPU: checks, outputs, the count of valid labels, and the kernels over chunks of pixels.
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <memory>
-#include <new>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../common/cpu_isa.h"
+#include "../common/cpu_logits.h"
 #include "../common/cpu_numbers.h"
-#include "../common/huge_pages.h"
 #include "tnkd.h"
 #include "tnkd_cpu_args.h"
 
 namespace dsct {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr int64_t kMean = 1, kNone = 0;
-constexpr int64_t kSerialLogits = 1 << 15;  // below, waking threads costs more than it saves
-constexpr int64_t kChunkLogits = 1 << 16;   // work of one task; fixed, so that sums do not depend on the threads
 constexpr int64_t kChunkLabels = 1 << 16;
-constexpr int64_t kStreamBytes = 8 << 20;  // a gradient this large leaves the caches before backward reads it
-constexpr int64_t kHugePageBytes = 4 << 20;
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-template <class Sizes>
-std::string shape(const Sizes& sizes) {
-  std::ostringstream s;
-  s << "(";
-  for (size_t i = 0; i < sizes.size(); i++) s << (i ? ", " : "") << sizes[i];
-  s << (sizes.size() == 1 ? ",)" : ")");
-  return s.str();
-}
-
-FloatType float_type(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::kF32;
-    case ScalarType::Double:
-      return FloatType::kF64;
-    case ScalarType::Half:
-      return FloatType::kF16;
-    case ScalarType::BFloat16:
-      return FloatType::kBF16;
-    default:
-      fail(std::string(name) + ": expected dtype float16, bfloat16, float32 or float64");
-  }
-}
 
 LabelType label_type(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -75,15 +35,8 @@ LabelType label_type(const Tensor& x) {
 
 void check(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
            const std::optional<Tensor>& class_weight, ScalarType acc, int64_t reduction) {
+  check_logits(student, teacher);
   const auto sizes = student.sizes();
-  if (sizes.size() < 2 || sizes[1] < 2)
-    fail("student_logits: expected shape (N, K) or (N, K, *spatial) with K >= 2, got " + shape(sizes));
-  if (sizes.size() > kMaxPixelDims + 1) fail("student_logits: too many dimensions: " + shape(sizes));
-  if (sizes[1] > (int64_t(1) << 24)) fail("student_logits: more than 2^24 classes: " + shape(sizes));
-  const auto other = teacher.sizes();
-  if (!std::equal(sizes.begin(), sizes.end(), other.begin(), other.end()))
-    fail("teacher_logits: expected the shape of student_logits, " + shape(sizes) + ", got " + shape(other));
-  if (!teacher.is_cpu()) fail("teacher_logits: expected the device of student_logits, cpu");
   if (target.has_value()) {
     std::vector<int64_t> expected(sizes.begin(), sizes.end());
     expected.erase(expected.begin() + 1);
@@ -107,133 +60,12 @@ void check(const Tensor& student, const Tensor& teacher, const std::optional<Ten
   if (reduction < 0 || reduction > 2) fail("reduction: expected 0, 1 or 2, got " + std::to_string(reduction));
 }
 
-// A fresh tensor on the CPU straight from libtorch's C shim: going through the dispatcher by name, as new_empty does,
-// takes several times as long, and a small problem is all overhead.
-Tensor fresh(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor fresh(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  for (int64_t d = int64_t(sizes.size()) - 1, stride = 1; d >= 0; stride *= std::max<int64_t>(sizes[d--], 1))
-    strides[size_t(d)] = stride;
-  return fresh(sizes, strides, dtype);
-}
-
-// As empty_like: the strides of x where those are dense and do not overlap.
-Tensor fresh_like(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  std::vector<size_t> order;
-  for (size_t d = 0; d < sizes.size(); d++)
-    if (sizes[d] != 1) order.push_back(d);
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-  int64_t dense = 1;
-  for (size_t d : order) {
-    if (strides[d] != dense || sizes[d] == 0) return torch::stable::empty_like(x);
-    dense *= sizes[d];
-  }
-  return fresh({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, x.scalar_type());
-}
-
-// Size and strides of the pixel dimensions, (N, *spatial), of every tensor that is walked.
-struct PixelDim {
-  int64_t size, student, teacher, target, grad;
-  bool continues(const PixelDim& inner) const {
-    return student == inner.student * inner.size && teacher == inner.teacher * inner.size &&
-           target == inner.target * inner.size && grad == inner.grad * inner.size;
-  }
-};
-
-std::vector<PixelDim> pixel_dims(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& target,
-                                 const Tensor* grad) {
-  std::vector<PixelDim> dims;
-  for (int64_t d = 0; d < student.dim(); d++) {
-    if (d == 1) continue;
-    const int64_t label_dim = d == 0 ? 0 : d - 1;
-    const PixelDim next = {student.size(d), student.stride(d), teacher.stride(d),
-                           target.has_value() ? target->stride(label_dim) : 0, grad ? grad->stride(d) : 0};
-    if (next.size == 1) continue;
-    PixelDim outer = dims.empty() ? PixelDim{} : dims.back();
-    if (!target.has_value() && !dims.empty()) outer.target = next.target * next.size;
-    if (!dims.empty() && outer.continues(next)) {
-      const int64_t size = dims.back().size * next.size;
-      dims.back() = next;
-      dims.back().size = size;
-    } else {
-      dims.push_back(next);
-    }
-  }
-  if (dims.empty()) dims.push_back({1, 0, 0, 0, 0});
-  return dims;
-}
-
-LogitView view(const Tensor& x, FloatType type) {
-  LogitView v = {};
-  v.data = x.const_data_ptr();
-  v.type = type;
-  v.class_stride = x.stride(1);
-  v.extent = 1;
-  for (int64_t d = 0; d < x.dim(); d++) v.extent += (x.size(d) - 1) * x.stride(d);
-  return v;
-}
-
 const TnkdKernels& kernels(bool is_double) {
 #ifdef DSCT_X86_ISAS
   if (cpu_isa() == CpuIsa::kAvx512) return is_double ? avx512::tnkd_kernels_f64 : avx512::tnkd_kernels_f32;
   if (cpu_isa() == CpuIsa::kAvx2) return is_double ? avx2::tnkd_kernels_f64 : avx2::tnkd_kernels_f32;
 #endif
   return is_double ? baseline::tnkd_kernels_f64 : baseline::tnkd_kernels_f32;
-}
-
-// A thread's working memory, kept from call to call.
-void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t have = 0;
-  if (have < bytes) {
-    memory.reset();
-    have = 0;
-    memory.reset(::operator new(bytes, std::align_val_t(64)));
-    have = bytes;
-  }
-  return memory.get();
-}
-
-// f(chunk, first pixel, last pixel) over all chunks. Every thread has a range of its own, and helps with the others'
-// when it is done: a thread that lost its core for a while (data loaders) does not hold up the rest. Own ranges first,
-// since two threads that touch the same huge page of a fresh gradient would both have it cleared.
-template <class F>
-void for_chunks(int64_t pixels, int64_t chunk, bool serial, const F& f) {
-  const int64_t chunks = (pixels + chunk - 1) / chunk;
-  const auto one = [&](int64_t i) { f(i, i * chunk, std::min(pixels, (i + 1) * chunk)); };
-  const int64_t threads = serial ? 1 : std::min<int64_t>(chunks, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t i = 0; i < chunks; i++) one(i);
-    return;
-  }
-  struct alignas(64) Range {
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  std::vector<Range> ranges(static_cast<size_t>(threads));
-  for (int64_t t = 0; t < threads; t++) {
-    ranges[size_t(t)].next = chunks * t / threads;
-    ranges[size_t(t)].end = chunks * (t + 1) / threads;
-  }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t++)
-      for (int64_t other = 0; other < threads; other++) {
-        Range& range = ranges[size_t((t + other) % threads)];
-        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) one(i);
-      }
-  });
 }
 
 int64_t label_at(const void* data, LabelType type, int64_t i) {
@@ -308,13 +140,6 @@ double float16_scale(const TnkdArgs& args, bool is_double, double by_count, doub
   return std::exp2(std::clamp(std::ilogb(bound) - 14, -126, 126));
 }
 
-void store(const Tensor& to, int64_t i, double value) {
-  if (to.scalar_type() == ScalarType::Double)
-    static_cast<double*>(to.mutable_data_ptr())[i] = value;
-  else
-    static_cast<float*>(to.mutable_data_ptr())[i] = float(value);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
@@ -337,39 +162,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
       fail(std::string(names[i]) + ": expected a finite number >= 0, got " + std::to_string(numbers[i]));
 
   TnkdArgs args = {};
-  args.classes = student_logits.size(1);
   args.student = view(student_logits, student_type);
   args.teacher = view(teacher_logits, teacher_type);
-
-  std::vector<int64_t> map_sizes;
-  args.pixels = 1;
-  for (int64_t d = 0; d < student_logits.dim(); d++) {
-    if (d == 1) continue;
-    map_sizes.push_back(student_logits.size(d));
-    args.pixels *= map_sizes.back();
-  }
+  const std::vector<int64_t> map_sizes = pixel_sizes(student_logits);
   const std::vector<int64_t> scalar;
   const Tensor loss = fresh(reduction == kNone ? map_sizes : scalar, acc);
   const Tensor parts = fresh({3}, acc);
   const Tensor grad_scale = fresh(scalar, acc);
   const Tensor grad = needs_grad ? fresh_like(student_logits) : fresh({0}, student_logits.scalar_type());
-  if (needs_grad) {
-    args.grad = view(grad, student_type);
-    const int64_t bytes = grad.numel() * int64_t(grad.element_size());
-    args.stream = bytes >= kStreamBytes;
-    if (bytes >= kHugePageBytes) advise_huge_pages(grad.mutable_data_ptr(), size_t(bytes));
-  }
+  if (needs_grad) ask_for_gradient(args, grad, student_type);
   if (reduction == kNone) args.loss_map = loss.mutable_data_ptr();
 
   const std::vector<PixelDim> dims = pixel_dims(student_logits, teacher_logits, target, needs_grad ? &grad : nullptr);
-  args.dims = int(dims.size());
-  for (size_t d = 0; d < dims.size(); d++) {
-    args.sizes[d] = dims[d].size;
-    args.student.pixel_strides[d] = dims[d].student;
-    args.teacher.pixel_strides[d] = dims[d].teacher;
-    args.grad.pixel_strides[d] = dims[d].grad;
-    args.target_strides[d] = dims[d].target;
-  }
+  set_walk(args, student_logits, dims);
+  for (size_t d = 0; d < dims.size(); d++) args.target_strides[d] = dims[d].target;
   if (target.has_value()) {
     args.target = target->const_data_ptr();
     args.target_type = label_type(*target);
@@ -385,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
 
   const TnkdKernels& kernel = kernels(is_double);
   const bool serial = args.pixels * args.classes < kSerialLogits;
-  const int64_t chunk = std::max<int64_t>(64, std::min<int64_t>(8192, kChunkLogits / args.classes / 64 * 64));
+  const int64_t chunk = chunk_pixels(args.classes);
   const size_t scratch_bytes = kernel.scratch_bytes(args);
   std::vector<int32_t> teacher_labels;
   if (args.target == nullptr && args.class_weight != nullptr) {  // the mean needs their sum before the first gradient

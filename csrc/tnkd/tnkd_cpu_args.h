@@ -4,29 +4,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../common/logit_view.h"
+
 namespace dsct {
 
-enum class FloatType : int { kF32, kF64, kF16, kBF16 };
 enum class LabelType : int { kU8, kI8, kI16, kI32, kI64 };
 
-// The pixel dimensions (N, *spatial), after neighbours that every tensor allows to be walked as one were merged.
-constexpr int kMaxPixelDims = 16;
-
-struct LogitView {
-  const void* data;
-  FloatType type;
-  int64_t class_stride;  // strides count elements
-  int64_t pixel_strides[kMaxPixelDims];
-  int64_t extent;  // elements from the first to one past the last in memory
-};
-
-struct TnkdArgs {
-  int dims;  // >= 1
-  int64_t sizes[kMaxPixelDims];
-  int64_t pixels;
-  int64_t classes;
-  LogitView student, teacher, grad;  // grad.data == nullptr: not asked for
-  const void* target;                // nullptr: the teacher's argmax
+struct TnkdArgs : LogitArgs {
+  const void* target;  // nullptr: the teacher's argmax
   LabelType target_type;
   int64_t target_strides[kMaxPixelDims];
   bool has_ignore;
@@ -36,7 +21,6 @@ struct TnkdArgs {
   double ce_weight, tckd_weight, nckd_weight, temperature;
   bool with_ce;
   double tnkd_scale, ce_scale;  // what the gradient of a pixel is multiplied by: 1 / count, ...
-  bool stream;                  // the gradient will not fit in the caches: write past them
 };
 
 struct LabelCount {
