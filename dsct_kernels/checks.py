@@ -52,7 +52,7 @@ def ignore_index_is_no_class(value: object, classes: int, target: Tensor | None)
         )
 
 
-def logit_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def logit_pair(student_logits: Tensor, teacher_logits: Tensor, classes: int = 2) -> None:
     """Checks all of two logit maps but that their spatial sizes go together."""
     tensor("student_logits", student_logits, FLOATS)
     tensor("teacher_logits", teacher_logits, FLOATS)
@@ -64,8 +64,8 @@ def logit_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
             f"teacher_logits: expected the batch, classes and number of dimensions of student_logits {tuple(s)}, "
             f"got {tuple(t)}"
         )
-    if s[1] < 2:
-        raise ValueError(f"student_logits: expected at least 2 classes in dimension 1, got shape {tuple(s)}")
+    if s[1] < classes:
+        raise ValueError(f"student_logits: expected at least {classes} classes in dimension 1, got shape {tuple(s)}")
     same_device("teacher_logits", teacher_logits, "student_logits", student_logits)
 
 
@@ -105,9 +105,11 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
     return size
 
 
-def overlaid(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
+def overlaid(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, classes: int = 2
+) -> list[int]:
     """Checks the three tensors of a loss at the logits' own resolution and returns it: the smaller of the two."""
-    logit_pair(student_logits, teacher_logits)
+    logit_pair(student_logits, teacher_logits, classes)
     s, t = student_logits.shape, teacher_logits.shape
     size = [min(a, b) for a, b in zip(s[2:], t[2:])]
     if s[2:] != t[2:] and (len(s) != 4 or 0 in size):

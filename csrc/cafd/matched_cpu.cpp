@@ -47,15 +47,22 @@ struct Call {
   const MatchedLoops* loops;
   bool by_positions;
 
-  Call(const Tensor& student, const Tensor& teacher, const Tensor& temperatures, bool uniform)
+  Call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask, const Tensor& temperatures,
+       bool uniform)
       : maps{features_of("student", student), features_of("teacher", teacher), feature_type("student", student),
-             feature_type("teacher", teacher), 0},
+             feature_type("teacher", teacher), 0, nullptr},
         channel_temperature(0),
         loops(&kernels().loops[is_double(student) || is_double(teacher) ? 1 : 0]),
         by_positions(maps.student.C > 1 && dense_positions(maps.student) && dense_positions(maps.teacher)) {
     const Features &s = maps.student, &t = maps.teacher;
     if (t.N != s.N || t.C != s.C || t.H != s.H || t.W != s.W)
       throw std::invalid_argument("teacher: expected the shape of student");
+    if (mask.has_value()) {
+      if (mask->scalar_type() != ScalarType::Bool || mask->numel() != s.N * positions(s) || !mask->is_contiguous() ||
+          !mask->is_cpu())
+        throw std::invalid_argument("mask: expected contiguous bools, (N, 1, H, W) of student");
+      maps.mask = static_cast<const bool*>(mask->const_data_ptr());
+    }
     const double* numbers = numbers_of<double>(temperatures, "temperatures", 2);
     maps.temperature = positive("temperature", numbers[1]);
     if (!uniform) channel_temperature = positive("channel_temperature", numbers[0]);
@@ -101,10 +108,11 @@ void put(const Tensor& x, int64_t i, double value) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> matched_cafd_cpu(const Tensor& student, const Tensor& teacher, const Tensor& temperatures,
-                                            bool uniform, int64_t reduction) {
+std::tuple<Tensor, Tensor> matched_cafd_cpu(const Tensor& student, const Tensor& teacher,
+                                            const std::optional<Tensor>& mask, const Tensor& temperatures, bool uniform,
+                                            int64_t reduction) {
   check_reduction(reduction);
-  const Call call(student, teacher, temperatures, uniform);
+  const Call call(student, teacher, mask, temperatures, uniform);
   const MatchedLoops& loops = *call.loops;
   const int64_t N = call.N(), C = call.C(), pitch = loops.pitch_c(C);
   Tensor stats = torch::stable::new_empty(student, {N, kMatchedStats, C}, ScalarType::Double);
@@ -150,10 +158,11 @@ std::tuple<Tensor, Tensor> matched_cafd_cpu(const Tensor& student, const Tensor&
   return {loss, stats};
 }
 
-Tensor matched_cafd_backward_cpu(const Tensor& student, const Tensor& teacher, const Tensor& stats,
-                                 const Tensor& temperatures, const Tensor& grad_output, int64_t reduction) {
+Tensor matched_cafd_backward_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+                                 const Tensor& stats, const Tensor& temperatures, const Tensor& grad_output,
+                                 int64_t reduction) {
   check_reduction(reduction);
-  Call call(student, teacher, temperatures, true);
+  Call call(student, teacher, mask, temperatures, true);
   const MatchedLoops& loops = *call.loops;
   const int64_t N = call.N(), C = call.C();
   if (stats.numel() != N * kMatchedStats * C || stats.scalar_type() != ScalarType::Double || !stats.is_contiguous())

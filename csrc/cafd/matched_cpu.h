@@ -12,6 +12,7 @@ struct MatchedMaps {
   Features student, teacher;
   FeatureType student_type, teacher_type;
   double temperature;
+  const bool* mask;  // (N, H W): where it is false, both networks are taken to be -inf; or nullptr
 };
 
 // What a block of positions knows of a channel, as doubles: fields of C numbers each, padded (pitch_c).

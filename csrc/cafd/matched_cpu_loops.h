@@ -153,6 +153,35 @@ struct Matched {
     }
   }
 
+  // --- where nothing counts ---
+
+  // The numbers at `from`, in copy, with -inf where the mask says so: `count` channels of positions, the first of them
+  // number `element` of the sample. Padding is handed on.
+  static const S* masked(const MatchedMaps& m, int64_t n, int64_t element, int64_t C, int64_t count, const S* from,
+                         S* copy) {
+    if (m.mask == nullptr) return from;
+    const bool* mask = m.mask + n * m.student.H * m.student.W;
+    for (int64_t i = 0; i < count;) {
+      const int64_t position = (element + i) / C, end = smaller(count, (position + 1) * C - element);
+      for (; i < end; i++) copy[i] = mask[position] ? from[i] : S(-kInfinity);
+    }
+    if (copy != from)
+      for (int64_t i = count; i < pitch(count); i++) copy[i] = S(-kInfinity);
+    return copy;
+  }
+  static void masked_rows(const MatchedMaps& m, int64_t n, int64_t element, int64_t rows, int64_t lanes, int64_t last,
+                          int64_t stride, const S** from, S* copy, int64_t* row_stride) {
+    if (m.mask == nullptr) return;
+    const int64_t to = pitch(lanes);
+    for (int64_t r = 0; r < rows; r++) {
+      const S* one = *from + r * *row_stride;
+      masked(m, n, element + r * stride, m.student.C, r + 1 < rows ? lanes : last, one, copy + r * to);
+    }
+    for (int64_t i = pitch(last); i < to; i++) copy[(rows - 1) * to + i] = S(-kInfinity);
+    *from = copy;
+    *row_stride = to;
+  }
+
   // --- what is read next ---
 
   // The second walk of a block computes and the first walk of the next one waits for memory: the one fetches for the
@@ -207,8 +236,9 @@ struct Matched {
     const int64_t padded = pitch(count), field = pitch_c(m.student.C);
     S* copy = static_cast<S*>(scratch);
     for (int64_t c = begin; c < end; c++) {
-      const S* t = row(m.teacher, m.teacher_type, n, c, first, count, copy);
-      const S* s = row(m.student, m.student_type, n, c, first, count, copy + padded);
+      const S* t = masked(m, n, first, 1, count, row(m.teacher, m.teacher_type, n, c, first, count, copy), copy);
+      const S* s = masked(m, n, first, 1, count, row(m.student, m.student_type, n, c, first, count, copy + padded),
+                          copy + padded);
       V mt[2] = {no_mass(), no_mass()}, ms[2] = {no_mass(), no_mass()};
       int64_t i = 0;
       for (; i + 2 * N <= padded; i += 2 * N)
@@ -307,6 +337,8 @@ struct Matched {
                         copy, &stride_t);
       const S* s = runs(m.student, m.student_type, n * m.student.stride_n + first * C + c, rows, lanes, last, stride,
                         copy + kRows * width, &stride_s);
+      masked_rows(m, n, first * C + c, rows, lanes, last, stride, &t, copy, &stride_t);
+      masked_rows(m, n, first * C + c, rows, lanes, last, stride, &s, copy + kRows * width, &stride_s);
       for (int64_t i = 0; i < padded; i++) max_t[i] = max_s[i] = S(-kInfinity);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < padded; i += N) {
@@ -454,8 +486,9 @@ struct Matched {
     const int64_t padded = pitch(count), C = m.student.C;
     S* copy = static_cast<S*>(scratch);
     for (int64_t c = begin; c < end; c++) {
-      const S* t = row(m.teacher, m.teacher_type, n, c, first, count, copy);
-      const S* s = row(m.student, m.student_type, n, c, first, count, copy + padded);
+      const S* t = masked(m, n, first, 1, count, row(m.teacher, m.teacher_type, n, c, first, count, copy), copy);
+      const S* s = masked(m, n, first, 1, count, row(m.student, m.student_type, n, c, first, count, copy + padded),
+                          copy + padded);
       S* to = copy + 2 * padded;
       if (as_is(m.student_type) && count == padded && dense_rows(out))
         to = static_cast<S*>(out.data) + n * out.stride_n + c * out.stride_c + first;
@@ -497,8 +530,11 @@ struct Matched {
     const int64_t stop = (first + count) * C;
     for (int64_t i = first * C; i < stop; i += lanes) {
       const int64_t length = smaller(lanes, stop - i);
-      const S* t = run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy);
-      const S* s = run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded);
+      const S* t = masked(m, n, i, C, length, run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy),
+                          copy);
+      const S* s = masked(m, n, i, C, length,
+                          run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded),
+                          copy + padded);
       S* to = as_is(m.student_type) && length % N == 0 ? static_cast<S*>(out.data) + n * out.stride_n + i
                                                        : copy + 2 * padded;
       const bool past = stream && to != copy + 2 * padded && aligned(to);

@@ -4,12 +4,12 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..values import Number, ValueModule, positive
-from . import matched_native, matched_triton, reference
+from ..pool import averaged, labelled
+from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
+from . import matched_native, reference
 
 
 def _positive_or_none(name: str, value: object) -> Number | None:
@@ -17,11 +17,13 @@ def _positive_or_none(name: str, value: object) -> Number | None:
 
 
 def matched_cafd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
     *,
     temperature: Number = 4.0,
     channel_temperature: Number | None = 1.0,
+    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -37,13 +39,17 @@ def matched_cafd_loss(
     two, in float32 (float64).
 
     Args:
-        student: (N, C, H, W), float16, bfloat16, float32 or float64, any strides. Where a channel is -inf in both
-            networks, nobody looks, and nothing is learnt.
-        teacher: the same N and C; may differ in H, W, dtype and strides. Gets no gradient.
+        student_logits: (N, C, H, W), float16, bfloat16, float32 or float64, any strides; also (N, C) and
+            (N, C, *spatial). Where a channel is -inf in both networks, nobody looks, and nothing is learnt. Any maps
+            whose channels correspond will do.
+        teacher_logits: the same N and C; may differ in dtype and strides, and (N, C, H, W) in size. Gets no gradient.
+        target: (N, *spatial) labels of the logits' size or larger, any integer dtype, or None. It only says what is
+            ignored: a cell without a label that counts has no part in the softmax, whatever the logits hold there.
         temperature: :math:`\tau` > 0. Both temperatures are numbers or 0-d tensors, and may change at every step (see
             `tnkd_loss`).
         channel_temperature: :math:`\tau_c` > 0, divides the channels' relative strength before its softmax; None: every
             channel weighs the same.
+        ignore_index: as for `jaccard_loss`.
         reduction: "mean" over the batch, "sum", or "none" for (N,).
         backend: "auto", "reference" or "native" (CPU); "triton" has no kernel for it. DSCT_KERNELS_BACKEND sets what
             "auto" means.
@@ -61,37 +67,32 @@ def matched_cafd_loss(
         >>> from dsct_kernels import matched_cafd_loss
         >>> student = torch.randn(2, 6, 32, 32, requires_grad=True)
         >>> teacher = torch.randn(2, 6, 64, 64)
-        >>> matched_cafd_loss(student, teacher).backward()
+        >>> target = torch.randint(0, 6, (2, 128, 128), dtype=torch.uint8)
+        >>> matched_cafd_loss(student, teacher, target).backward()
         >>> student.grad.shape
         torch.Size([2, 6, 32, 32])
     """
     temperature = positive("temperature", temperature)
     channel_temperature = _positive_or_none("channel_temperature", channel_temperature)
+    ignored = label_value("ignore_index", ignore_index)
     reduce = checks.reduction(reduction)
-    checks.features("student", student)
-    checks.features("teacher", teacher)
-    if student.shape[0] != teacher.shape[0] or student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"teacher: expected the batch and channels of student {tuple(student.shape)}, got {tuple(teacher.shape)}"
-        )
-    checks.same_device("teacher", teacher, "student", student)
-    teacher = teacher.detach()
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    student, teacher = _pooled(student, size), _pooled(teacher, size)
-    return _choose(backend, student, teacher).matched_cafd(student, teacher, channel_temperature, temperature, reduce)
+    size = checks.overlaid(student_logits, teacher_logits, target, classes=1)
+    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
+    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    mask = None if target is None or ignored is None else _maps(labelled(target, ignored, size, acc).unsqueeze(1) > 0)
+    student = _maps(averaged(student_logits, size, acc))
+    teacher = _maps(averaged(teacher_logits.detach(), size, acc))
+    module = _choose(backend, student, teacher)
+    return module.matched_cafd(student, teacher, mask, channel_temperature, temperature, reduce)
 
 
-def _pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if x.shape[2:] == size:
-        return x
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if x.device.type != "cuda":
-        return F.adaptive_avg_pool2d(x, size)
-    return reference.pool(x.flatten(0, 1), size).unflatten(0, x.shape[:2])
+def _maps(x: Tensor) -> Tensor:
+    """(N, C, *spatial) as (N, C, H, W)."""
+    return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
 
 
 def _choose(backend: str, *tensors: Tensor) -> ModuleType:
-    return backends.choose(backend, reference, matched_native, matched_triton, *tensors)
+    return backends.choose(backend, reference, matched_native, None, *tensors)
 
 
 class MatchedCAFDLoss(ValueModule):
@@ -104,27 +105,34 @@ class MatchedCAFDLoss(ValueModule):
         torch.Size([3])
     """
 
-    VALUES: ClassVar = {"temperature": positive, "channel_temperature": _positive_or_none}
+    VALUES: ClassVar = {
+        "temperature": positive,
+        "channel_temperature": _positive_or_none,
+        "ignore_index": label_value,
+    }
 
     def __init__(
         self,
         *,
         temperature: Number = 4.0,
         channel_temperature: Number | None = 1.0,
+        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         checks.reduction(reduction)
         self.temperature, self.channel_temperature = temperature, channel_temperature
+        self.ignore_index = ignore_index
         self.reduction, self.backend = reduction, backend
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss; shapes as for `matched_cafd_loss`."""
-        return matched_cafd_loss(student, teacher, **self.values(), reduction=self.reduction, backend=self.backend)
+        keywords = {**self.values(), "reduction": self.reduction, "backend": self.backend}
+        return matched_cafd_loss(student_logits, teacher_logits, target, **keywords)
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, channel_temperature={self.channel_temperature}, "
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
         )

@@ -29,7 +29,12 @@ if NATIVE_MISSING is None:
 
     @torch.library.register_fake("dsct_kernels::matched_cafd")
     def _(
-        student: Tensor, teacher: Tensor, temperatures: Tensor, uniform: bool, reduction: int
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        temperatures: Tensor,
+        uniform: bool,
+        reduction: int,
     ) -> tuple[Tensor, Tensor]:
         n, c = student.shape[:2]
         acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
@@ -38,7 +43,13 @@ if NATIVE_MISSING is None:
 
     @torch.library.register_fake("dsct_kernels::matched_cafd_backward")
     def _(
-        student: Tensor, teacher: Tensor, stats: Tensor, temperatures: Tensor, grad_output: Tensor, reduction: int
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        stats: Tensor,
+        temperatures: Tensor,
+        grad_output: Tensor,
+        reduction: int,
     ) -> Tensor:
         return torch.empty_like(student)
 
@@ -50,13 +61,13 @@ if NATIVE_MISSING is None:
         return first_derivative_only(grad, student, "matched_cafd_loss")
 
     def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        student, teacher, temperatures, _, ctx.reduction = inputs
+        student, teacher, mask, temperatures, _, ctx.reduction = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, output[1], temperatures)
+        ctx.save_for_backward(student, teacher, mask, output[1], temperatures)
 
     def _registered(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad_output), None, None, None, None
+        return _gradient(ctx, grad_output), None, None, None, None, None
 
     torch.library.register_autograd("dsct_kernels::matched_cafd", _registered, setup_context=_context)
 
@@ -66,27 +77,38 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, temperatures: Tensor, uniform: bool, reduction: int
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        temperatures: Tensor,
+        uniform: bool,
+        reduction: int,
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own autograd
-            loss, stats = _forward(student, teacher, temperatures, uniform, reduction)
+            loss, stats = _forward(student, teacher, mask, temperatures, uniform, reduction)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, stats, temperatures)
+        ctx.save_for_backward(student, teacher, mask, stats, temperatures)
         ctx.reduction = reduction
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad_output), None, None, None, None
+        return _gradient(ctx, grad_output), None, None, None, None, None
 
 
 def matched_cafd(
-    student: Tensor, teacher: Tensor, channel_temperature: Number | None, temperature: Number, reduction: int
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    channel_temperature: Number | None,
+    temperature: Number,
+    reduction: int,
 ) -> Tensor:
     """The loss; the arguments are reference.matched_cafd's."""
     uniform = channel_temperature is None
     pair = (1.0 if channel_temperature is None else channel_temperature, temperature)
     temperatures = values.packed(pair, student.device)
     if student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Eager.apply(student, teacher, temperatures, uniform, reduction)
-    return _forward(student, teacher, temperatures, uniform, reduction)[0]
+        return _Eager.apply(student, teacher, mask, temperatures, uniform, reduction)
+    return _forward(student, teacher, mask, temperatures, uniform, reduction)[0]

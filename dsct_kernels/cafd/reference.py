@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import values
+from ..pool import pool
 from ..values import Number
 
 EPS = 1e-6
@@ -29,23 +30,6 @@ def channel_weights(g: Tensor, channel_temperature: Number) -> Tensor:
     g_mean = g.mean(-1, keepdim=True)
     r = torch.where(g_mean == 0, 1, g / torch.where(g_mean == 0, 1, g_mean))  # all-zero features: all channels alike
     return (r / channel_temperature).softmax(-1)
-
-
-def pool(a: Tensor, size: tuple[int, int]) -> Tensor:
-    """F.adaptive_avg_pool2d of maps (N, H, W); on CUDA, where its gradient adds with atomics, as matrix products."""
-    if a.device.type != "cuda":
-        return F.adaptive_avg_pool2d(a.unsqueeze(1), size).squeeze(1)
-    rows, columns = (pooling(n, to, a.device) for n, to in zip(a.shape[1:], size, strict=True))
-    return (rows @ a.double() @ columns.T).to(a.dtype)
-
-
-def pooling(size: int, to: int, device: torch.device) -> Tensor:
-    """(to, size) matrix in float64 that averages as adaptive_avg_pool does."""
-    i = torch.arange(size, device=device)
-    o = torch.arange(to, device=device).unsqueeze(1)
-    first, last = o * size // to, ((o + 1) * size + to - 1) // to
-    inside = (i >= first) & (i < last)
-    return inside.to(torch.float64) / (last - first)
 
 
 def map_loss(student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -84,14 +68,22 @@ def reduced(loss: Tensor, reduction: int) -> Tensor:
 
 
 def matched_cafd(
-    student: Tensor, teacher: Tensor, channel_temperature: Number | None, temperature: Number, reduction: int
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    channel_temperature: Number | None,
+    temperature: Number,
+    reduction: int,
 ) -> Tensor:
     """The loss of maps of one shape whose channels correspond, differentiable in the student.
 
-    channel_temperature None: every channel weighs 1 / C.
+    mask: (N, 1, H, W) bool, where anything counts; None: everywhere. channel_temperature None: every channel weighs
+    1 / C.
     """
     acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     s, t = student.to(acc).flatten(2), teacher.detach().to(acc).flatten(2)
+    if mask is not None:  # as where both networks have no mass
+        s, t = (torch.where(mask.flatten(2), x, -torch.inf) for x in (s, t))
     pair = (1.0 if channel_temperature is None else channel_temperature, temperature)
     tau_c, tau = (values.sound(x, positive=True) for x in values.as_scalars(pair, s.device, acc))
     log_s, log_t = log_softmax(s / tau), log_softmax(t / tau)

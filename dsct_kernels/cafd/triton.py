@@ -18,7 +18,7 @@ from .. import values
 from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
 from ..values import Number
 from . import autograd
-from .reference import pooling
+from ..pool import pooling
 
 __all__ = ["attention_map", "cafd", "why_not"]
 

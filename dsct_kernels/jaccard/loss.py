@@ -1,13 +1,12 @@
 """Soft Jaccard: the intersection over union of the student's and the teacher's probabilities, and its module."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..autograd import LIBRARY
+from ..pool import averaged, labelled
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from . import native, reference
 
@@ -74,64 +73,6 @@ def jaccard_loss(
     share = None if target is None or ignored is None else labelled(target, ignored, size, acc)
     student, teacher = averaged(student_logits, size, acc), averaged(teacher_logits.detach(), size, acc)
     return module.jaccard(student, teacher, share, temperature)
-
-
-def labelled(target: Tensor, ignored: int | Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
-    """(N, *size): the share of each cell's labels that are not ignored, contiguous."""
-    limits = torch.iinfo(target.dtype)
-    if torch.compiler.is_compiling() or isinstance(ignored, Tensor) or not limits.min <= ignored <= limits.max:
-        target = target.long()  # an int8 tensor compared with the number 255 would find it equal to -1
-    share = (target != ignored).to(dtype).contiguous()
-    if list(share.shape[1:]) == size:
-        return share
-    return averaged(share.unsqueeze(1), size, dtype).squeeze(1)
-
-
-def averaged(maps: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
-    """(N, K, *size): as they are where they have that size, else adaptive averages in `dtype`."""
-    if list(maps.shape[2:]) == size:
-        return maps
-    height, width = size
-    if (
-        torch.compiler.is_compiling()
-    ):  # one op for any sizes: Inductor cannot lower torch's for sizes that it sees change
-        compiled: Tensor = torch.ops.dsct_kernels.average(maps.to(dtype), height, width)
-        return compiled
-    return F.adaptive_avg_pool2d(maps.to(dtype), (height, width))
-
-
-LIBRARY.define("average(Tensor maps, SymInt height, SymInt width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define("average_backward(Tensor grad, SymInt height, SymInt width) -> Tensor",
-               tags=(torch.Tag.pt2_compliant_tag,))  # fmt: skip
-
-
-@torch.library.impl(LIBRARY, "average", "CompositeExplicitAutograd")
-def _average(maps: Tensor, height: int, width: int) -> Tensor:
-    return F.adaptive_avg_pool2d(maps.detach(), (height, width)).contiguous()
-
-
-@torch.library.impl(LIBRARY, "average_backward", "CompositeExplicitAutograd")
-def _average_backward(grad: Tensor, height: int, width: int) -> Tensor:
-    maps = grad.new_empty([*grad.shape[:2], height, width])
-    return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), maps).contiguous()
-
-
-def _fake(x: Tensor, height: int, width: int) -> Tensor:
-    return x.new_empty([*x.shape[:2], height, width])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.size = inputs[0].shape[-2:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    height, width = ctx.size
-    return torch.ops.dsct_kernels.average_backward(grad, height, width), None, None
-
-
-torch.library.register_fake("dsct_kernels::average", _fake, lib=LIBRARY)
-torch.library.register_fake("dsct_kernels::average_backward", _fake, lib=LIBRARY)
-torch.library.register_autograd("dsct_kernels::average", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 class JaccardLoss(ValueModule):

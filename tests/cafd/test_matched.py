@@ -465,12 +465,12 @@ def test_empty_batch(backend: str, reduction: str, teacher_size: tuple[int, int]
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(student=torch.zeros(2, 3, 4)), ValueError, r"student: expected shape \(N, C, H, W\), got \(2, 3, 4\)"),
-        (dict(teacher=torch.zeros(2, 3, 4, 4, dtype=torch.int32)), TypeError, "teacher: expected dtype .* got int32"),
-        (dict(teacher=torch.zeros(3, 3, 4, 4)), ValueError, r"teacher: expected .* \(2, 3, 4, 4\), got \(3, 3, 4, 4\)"),
-        (dict(teacher=torch.zeros(2, 4, 4, 4)), ValueError, r"teacher: expected .* \(2, 3, 4, 4\), got \(2, 4, 4, 4\)"),
-        (dict(student=torch.zeros(2, 0, 4, 4)), ValueError, "student: expected at least one channel"),
-        (dict(teacher=None), TypeError, "teacher: expected a Tensor, got NoneType"),
+        (dict(student_logits=torch.zeros(3)), ValueError, r"student_logits: expected shape \(N, K\) or .*, got \(3,\)"),
+        (dict(teacher_logits=torch.zeros(2, 3, 4, 4, dtype=torch.int32)), TypeError, "teacher_logits: expected dtype .* got int32"),
+        (dict(teacher_logits=torch.zeros(3, 3, 4, 4)), ValueError, r"teacher_logits: expected .* \(2, 3, 4, 4\), got \(3, 3, 4, 4\)"),
+        (dict(teacher_logits=torch.zeros(2, 4, 4, 4)), ValueError, r"teacher_logits: expected .* \(2, 3, 4, 4\), got \(2, 4, 4, 4\)"),
+        (dict(student_logits=torch.zeros(2, 0, 4, 4)), ValueError, "expected the batch, classes"),
+        (dict(teacher_logits=None), TypeError, "teacher_logits: expected a Tensor, got NoneType"),
         (dict(temperature=0.0), ValueError, "temperature: expected a finite number > 0, got 0"),
         (dict(temperature=None), TypeError, "temperature: expected a number, got NoneType"),
         (dict(channel_temperature=-1), ValueError, "channel_temperature: expected a finite number > 0, got -1"),
@@ -481,7 +481,7 @@ def test_empty_batch(backend: str, reduction: str, teacher_size: tuple[int, int]
     ids=str,
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    good: dict[str, Any] = dict(student=torch.zeros(2, 3, 4, 4), teacher=torch.zeros(2, 3, 4, 4))
+    good: dict[str, Any] = dict(student_logits=torch.zeros(2, 3, 4, 4), teacher_logits=torch.zeros(2, 3, 4, 4))
     with pytest.raises(error, match=message):
         matched_cafd_loss(**{**good, **change})
 
@@ -496,20 +496,22 @@ def test_other_devices_have_the_reference() -> None:
 @needs_native
 def test_ops_refuse_what_is_not_theirs() -> None:
     ops, x, pair = torch.ops.dsct_kernels, features(2, 3, 4, 4), torch.tensor([1.0, 4.0], dtype=torch.float64)
-    loss, stats = ops.matched_cafd(x, x, pair, False, 1)
+    loss, stats = ops.matched_cafd(x, x, None, pair, False, 1)
     for arguments, message in [
-        ((x, x[:, :2], pair, False, 1), "teacher: expected the shape of student"),
-        ((x, x, pair, False, 3), "reduction: expected"),
-        ((x, x, -pair, False, 1), "temperature: expected a finite number"),
-        ((x, x, pair.float(), False, 1), "temperatures: expected"),
-        ((x.int(), x, pair, False, 1), "student: expected"),
+        ((x, x[:, :2], None, pair, False, 1), "teacher: expected the shape of student"),
+        ((x, x, None, pair, False, 3), "reduction: expected"),
+        ((x, x, None, -pair, False, 1), "temperature: expected a finite number"),
+        ((x, x, None, pair.float(), False, 1), "temperatures: expected"),
+        ((x.int(), x, None, pair, False, 1), "student: expected"),
+        ((x, x, torch.ones(2, 3, 4, 4) > 0, pair, False, 1), "mask: expected"),
+        ((x, x, torch.ones(2, 1, 4, 4), pair, False, 1), "mask: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
             ops.matched_cafd(*arguments)
     for arguments, message in [
-        ((x, x, stats[:1], pair, loss, 1), "stats: expected what the forward returned"),
-        ((x, x, stats, pair, loss, 0), "grad_output: expected the shape and dtype of the loss"),
-        ((x, x, stats, pair, loss.double(), 1), "grad_output: expected"),
+        ((x, x, None, stats[:1], pair, loss, 1), "stats: expected what the forward returned"),
+        ((x, x, None, stats, pair, loss, 0), "grad_output: expected the shape and dtype of the loss"),
+        ((x, x, None, stats, pair, loss.double(), 1), "grad_output: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
             ops.matched_cafd_backward(*arguments)
@@ -574,10 +576,11 @@ def test_opcheck(dtype: torch.dtype, reduction: int, uniform: bool, needs_grad: 
     ops = torch.ops.dsct_kernels
     for layout in ("contiguous", "channels_last"):
         student, teacher = (laid_out(features(2, 5, 4, 6, dtype=dtype, seed=i), layout) for i in range(2))
-        arguments = (student.clone().requires_grad_(needs_grad), teacher, pair, uniform, reduction)
+        mask = torch.rand(2, 1, 4, 6) > 0.3 if uniform else None
+        arguments = (student.clone().requires_grad_(needs_grad), teacher, mask, pair, uniform, reduction)
         torch.library.opcheck(ops.matched_cafd.default, arguments, test_utils=CHECKS)
-        loss, stats = ops.matched_cafd(student, teacher, pair, uniform, reduction)
-        backward = (student, teacher, stats, pair, torch.randn_like(loss), reduction)
+        loss, stats = ops.matched_cafd(student, teacher, mask, pair, uniform, reduction)
+        backward = (student, teacher, mask, stats, pair, torch.randn_like(loss), reduction)
         torch.library.opcheck(ops.matched_cafd_backward.default, backward, test_utils=CHECKS)
 
 
