@@ -2,7 +2,7 @@
 // float64 (weights of CE, TCKD, NCKD; temperature), `ignore_index` () int64, `temperatures` (2,) float64 (channel,
 // spatial). Each lies on the CPU, where the host reads it, or beside the logits, where only kernels do. Kernels are
 // registered beside it per device: CPU here, CUDA in ops_cuda.cpp. Arguments and results are explained in docs/ops.md;
-// dsct_kernels/{tnkd,cafd}/native.py call them.
+// dsct_kernels/{tnkd,cafd,jaccard}/native.py call them.
 #include <torch/csrc/stable/library.h>
 
 #include "cafd/cafd.h"

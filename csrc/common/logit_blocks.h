@@ -33,14 +33,11 @@ struct Offsets {
   DSCT_INLINE int64_t at(const Offsets& o, int i) { return o.uniform ? o.base + i * o.stride : o.each[i]; }
 };
 
-// Of a kernel's working memory, what reading and writing blocks takes.
+// Vectors that are written together: 32 pixels.
 template <class A>
-struct BlockScratch {
-  static constexpr int kGroup = A::N == 16 ? 2 : A::N == 8 ? 4 : 8;  // vectors that are written together: 32 pixels
-  typename A::S *student, *teacher;                                  // columns
-  char* rows;                                                        // channels-last gradient of a group
-  Offsets at_student, at_teacher, at_grad;
-};
+constexpr int group_vectors() {
+  return A::N == 16 ? 2 : A::N == 8 ? 4 : 8;
+}
 template <class A>
 DSCT_INLINE size_t row_bytes(const LogitArgs& args) {
   return round_up((size_t(args.classes) * 32 + 64) * sizeof(typename A::S), 64);
@@ -240,6 +237,7 @@ DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_
 // --- write ---
 
 // G, the gradient of one vector of pixels: begin(g, scratch, vector, classes), at(g, class, class as a vector).
+// S, a kernel's working memory, has kGroup, at_grad, and rows for the channels-last gradient of a group.
 
 template <class A, class G, class T, class S>
 DSCT_INLINE void write_rows(const LogitArgs& args, const S& s, int v0, int n) {

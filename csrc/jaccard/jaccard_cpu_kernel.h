@@ -21,8 +21,11 @@ constexpr int kPartial = 16;  // classes of a partial sum: a longer float sum lo
 constexpr int kSums = 3;      // p, q, |p - q|
 
 template <class A>
-struct Scratch : BlockScratch<A> {
+struct Scratch {
   typedef typename A::S S;
+  static constexpr int kGroup = group_vectors<A>();
+  S *student, *teacher;                         // columns: logits, then exponentials
+  char* rows;                                   // channels-last gradient of a group
   S* sums;                                      // [class][kSums][lane], of the chunk so far
   S* levels;                                    // [3][class]: h where p is below, equal to and above q
   S no_label[kMaxBlock], no_target[kMaxBlock];  // of the shared readers, which can leave a class out
@@ -30,6 +33,7 @@ struct Scratch : BlockScratch<A> {
   S max_s[kMaxBlock], max_t[kMaxBlock];
   S inverse_s[kMaxBlock], inverse_t[kMaxBlock];  // what an exponential is multiplied by: 1 / sum, times v in the loss
   S factor[kMaxBlock], mean[kMaxBlock];          // of the gradient
+  Offsets at_student, at_teacher, at_grad;
 };
 
 template <class A>

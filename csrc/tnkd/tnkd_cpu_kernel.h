@@ -36,17 +36,19 @@ enum class Ce {
 };
 
 template <class A>
-struct Scratch : BlockScratch<A> {  // the columns hold logits, then exponentials
+struct Scratch {
   typedef typename A::S S;
+  static constexpr int kGroup = group_vectors<A>();
   static constexpr int kLanes = 2 * A::N;  // of a Pair
-  S* ce;                                   // columns
+  S *student, *teacher, *ce;               // columns: logits, then exponentials
+  char* rows;                              // channels-last gradient of a group
   S label[kMaxBlock];                      // -1: ignored, or past the end
   S ce_factor[kMaxBlock];
   S max_s[kMaxBlock], target_s[kMaxBlock], max_t[kMaxBlock], target_t[kMaxBlock];
   S sum_s[kMaxBlock], sum_t[kMaxBlock], sum_ce[kMaxBlock], cross[kMaxBlock];
   S coef_s[kMaxBlock], coef_t[kMaxBlock], coef_ce[kMaxBlock], grad_target[kMaxBlock];
   double lanes_ce[kLanes], lanes_tckd[kLanes], lanes_nckd[kLanes];  // the losses so far
-  Offsets at_target;
+  Offsets at_student, at_teacher, at_grad, at_target;
 };
 
 template <class A>

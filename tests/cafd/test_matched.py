@@ -672,3 +672,41 @@ def test_every_instruction_set(isa: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+# --- where nothing is labelled ---
+
+
+@each_backend
+@two_layouts
+@pytest.mark.parametrize("channels", (1, 6, 19, 150))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_ignored_cells_have_no_part_whatever_they_hold(
+    backend: str, layout: str, channels: int, dtype: torch.dtype
+) -> None:
+    """As if they did not exist: the loss of the other cells alone, as a map of one row."""
+    student, teacher = (features(2, channels, 7, 9, dtype=dtype, seed=i) for i in range(2))
+    target = torch.zeros(2, 28, 36, dtype=torch.uint8)
+    target[:, 8:16, 12:] = 255
+    target[:, :4, :3] = 255  # most of a cell: what is labelled of it counts
+    gone = torch.zeros(2, 7, 9, dtype=torch.bool)
+    gone[:, 2:4, 3:] = True
+    kept = [m.permute(0, 2, 3, 1)[~gone].view(2, -1, channels).movedim(2, 1) for m in (student, teacher)]
+    for m, value in ((student, torch.nan), (teacher, torch.inf)):
+        m.permute(0, 2, 3, 1)[gone] = value
+    arguments = {"reduction": "none", "backend": backend}
+    loss, grad = run(laid_out(student, layout), laid_out(teacher, layout), target=target, **arguments)
+    want, want_grad = run(*kept, reduction="none", backend="reference")
+    torch.testing.assert_close(loss, want, rtol=2e-5, atol=1e-7)
+    assert not grad.permute(0, 2, 3, 1)[gone].any()
+    rows = grad.permute(0, 2, 3, 1)[~gone].view(2, -1, channels).movedim(2, 1)
+    torch.testing.assert_close(rows, want_grad, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+
+
+@each_backend
+def test_nothing_labelled_is_nothing_learnt(backend: str) -> None:
+    student, teacher = torch.full((2, 3, 4, 4), torch.nan), torch.full((2, 3, 4, 4), torch.nan)
+    loss, grad = run(student, teacher, target=torch.full((2, 4, 4), 255), backend=backend)
+    assert loss == 0 and not grad.any()
+    loss, _ = run(student, teacher, target=torch.full((2, 4, 4), 255), ignore_index=None, backend=backend)
+    assert loss.isnan()
