@@ -10,8 +10,10 @@ from torch import Tensor
 
 from benchmarks.cases import IGNORE_INDEX, Inputs
 from benchmarks.measure import Loss
-from dsct_kernels import cafd_loss, dsct_loss, tnkd_loss
+from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, tnkd_loss
 from dsct_kernels.cafd.reference import cafd as cafd_reference
+from dsct_kernels.jaccard.loss import labelled
+from dsct_kernels.jaccard.reference import jaccard as jaccard_reference
 from dsct_kernels.tnkd.reference import tnkd as tnkd_reference
 
 EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
@@ -82,7 +84,11 @@ def backend_loss(loss: str, backend: str) -> Loss:
             backend=backend,
         ).total
 
-    return {"tnkd": tnkd, "cafd": cafd, "dsct": dsct}[loss]
+    def jaccard(x: Inputs) -> Tensor:
+        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+        return jaccard_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend=backend)
+
+    return {"tnkd": tnkd, "cafd": cafd, "dsct": dsct, "jaccard": jaccard}[loss]
 
 
 def reference_loss(loss: str) -> Loss:
@@ -105,7 +111,13 @@ def reference_loss(loss: str) -> Loss:
         total = F.cross_entropy(_given(x.student_logits), _given(x.target), ignore_index=IGNORE_INDEX) + tnkd(x)
         return total if x.student_features is None else total + cafd(x)
 
-    return {"tnkd": tnkd, "cafd": cafd, "dsct": dsct}[loss]
+    def jaccard(x: Inputs) -> Tensor:
+        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+        acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        share = labelled(_given(x.target), IGNORE_INDEX, list(student.shape[2:]), acc)
+        return jaccard_reference(student, teacher, share, 1.0)
+
+    return {"tnkd": tnkd, "cafd": cafd, "dsct": dsct, "jaccard": jaccard}[loss]
 
 
 def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Loss]:
@@ -129,10 +141,9 @@ def auto_backend(loss: str, inputs: Inputs) -> str:
     """The backend that `backend="auto"` stands for with these inputs."""
     from dsct_kernels import backends
 
-    folder = "cafd" if loss == "cafd" else "tnkd"
-    reference, native, triton = (
-        importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", *BACKENDS)
-    )
+    folder = "tnkd" if loss == "dsct" else loss
+    reference, native = (importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", "native"))
+    triton = None if loss == "jaccard" else importlib.import_module(f"dsct_kernels.{folder}.triton")
     tensors = [
         x
         for x in (inputs.student_logits, inputs.teacher_logits, inputs.student_features, inputs.teacher_features)

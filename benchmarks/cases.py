@@ -13,7 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 LAYOUTS = ("contiguous", "channels_last")
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PHASES = (FORWARD, FORWARD_BACKWARD)
-LOSSES = ("tnkd", "cafd", "dsct")
+LOSSES = ("tnkd", "cafd", "dsct", "jaccard")
 IGNORE_INDEX = 255
 IGNORED_SHARE = 0.05
 
@@ -22,16 +22,19 @@ SHAPES = {
     "tnkd": ["4x6x512x512", "2x19x512x512", "1x150x512x512", "128x100x1x1"],
     "cafd": ["4x512x64x64", "4x256x128x128", "8x64x32x32"],
     "dsct": ["4x6x512x512+4x512x64x64", "2x19x512x512"],
+    "jaccard": ["4x6x128x128", "2x19x128x128", "1x150x128x128"],
 }
 SHAPES_CUDA = {  # added on a GPU: batch 16 of the large ones
     "tnkd": ["16x6x512x512", "16x19x512x512", "16x150x512x512"],
     "cafd": ["16x512x64x64", "16x256x128x128"],
     "dsct": ["16x19x512x512+16x512x64x64"],
+    "jaccard": [],
 }
 SHAPES_QUICK = {
     "tnkd": ["4x6x512x512", "2x19x512x512", "128x100x1x1"],
     "cafd": ["4x512x64x64", "8x64x32x32"],
     "dsct": ["2x19x512x512"],
+    "jaccard": ["2x19x128x128"],
 }
 
 
@@ -64,7 +67,8 @@ class Case:
         """Bytes that must move, each tensor once per pass that cannot do without it.
 
         Logits: forward reads student, teacher and labels (int64), and gradient adds one write; the gradient needs
-        nothing that the forward has not read. Features: forward reads student and teacher; the gradient needs the
+        nothing that the forward has not read, but for jaccard's: it needs sums over the whole batch first, and reads
+        both again. Features: forward reads student and teacher; the gradient needs the
         whole map first, so backward reads the student again and writes. That forward needs each sample twice (the
         channel weights first, then the map) is left to the cache and not counted.
         """
@@ -73,7 +77,8 @@ class Case:
         total = 0
         if self.logits:
             labels = math.prod(self.logits) // self.logits[1] * torch.int64.itemsize
-            total += math.prod(self.logits) * size * (3 if backward else 2) + labels
+            passes = 2 if not backward else 5 if self.loss == "jaccard" else 3
+            total += math.prod(self.logits) * size * passes + labels
         if self.features:
             total += math.prod(self.features) * size * (4 if backward else 2)
         return total
