@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import IGNORE_INDEX, ON_MAPS, Inputs
+from benchmarks.cases import IGNORE_INDEX, Inputs
 from benchmarks.measure import Loss
-from dsct_kernels import cafd_loss, dsct_loss, matched_cafd_loss, tnkd_loss
+from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
 from dsct_kernels.cafd.reference import cafd as cafd_reference
 from dsct_kernels.cafd.reference import matched_cafd as matched_reference
+from dsct_kernels.jaccard.reference import jaccard as jaccard_reference
+from dsct_kernels.pool import labelled
 from dsct_kernels.tnkd.reference import tnkd as tnkd_reference
 
 EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
@@ -70,7 +72,8 @@ def backend_loss(loss: str, backend: str) -> Loss:
         return cafd_loss(_given(x.student_features), _given(x.teacher_features), backend=backend)
 
     def matched(x: Inputs) -> Tensor:
-        return matched_cafd_loss(_given(x.student_features), _given(x.teacher_features), backend=backend)
+        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+        return matched_cafd_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend=backend)
 
     def dsct(x: Inputs) -> Tensor:
         return dsct_loss(
@@ -79,14 +82,15 @@ def backend_loss(loss: str, backend: str) -> Loss:
             x.target,
             x.student_features,
             x.teacher_features,
-            alpha=ALPHA,
-            beta=BETA,
-            temperature=TEMPERATURE,
             ignore_index=IGNORE_INDEX,
             backend=backend,
         ).total
 
-    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "dsct": dsct}[loss]
+    def jaccard(x: Inputs) -> Tensor:
+        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+        return jaccard_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend=backend)
+
+    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}[loss]
 
 
 def reference_loss(loss: str) -> Loss:
@@ -106,13 +110,22 @@ def reference_loss(loss: str) -> Loss:
         return cafd_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 1.0, 1)
 
     def matched(x: Inputs) -> Tensor:
-        return matched_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 4.0, 1)
+        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+        mask = (_given(x.target) != IGNORE_INDEX).unsqueeze(1)
+        return matched_reference(student, teacher, mask, 1.0, 4.0, 1)
+
+    def jaccard(x: Inputs) -> Tensor:
+        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+        acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        share = labelled(_given(x.target), IGNORE_INDEX, list(student.shape[2:]), acc)
+        return jaccard_reference(student, teacher, share, 1.0)
 
     def dsct(x: Inputs) -> Tensor:
-        total = F.cross_entropy(_given(x.student_logits), _given(x.target), ignore_index=IGNORE_INDEX) + tnkd(x)
+        ce = F.cross_entropy(_given(x.student_logits), _given(x.target), ignore_index=IGNORE_INDEX)
+        total = ce + 3 * matched(x) + 3 * jaccard(x)
         return total if x.student_features is None else total + cafd(x)
 
-    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "dsct": dsct}[loss]
+    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}[loss]
 
 
 def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Loss]:
@@ -136,11 +149,12 @@ def auto_backend(loss: str, inputs: Inputs) -> str:
     """The backend that `backend="auto"` stands for with these inputs."""
     from dsct_kernels import backends
 
-    folder = "cafd" if loss in ON_MAPS else "tnkd"
-    kernels = tuple(f"matched_{name}" for name in BACKENDS) if loss == "matched" else BACKENDS
-    reference, native, triton = (
-        importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", *kernels)
+    folder = {"matched": "cafd", "dsct": "tnkd"}.get(loss, loss)
+    prefix = "matched_" if loss == "matched" else ""
+    reference, native = (
+        importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", f"{prefix}native")
     )
+    triton = None if loss in ("matched", "jaccard") else importlib.import_module(f"dsct_kernels.{folder}.triton")
     tensors = [
         x
         for x in (inputs.student_logits, inputs.teacher_logits, inputs.student_features, inputs.teacher_features)

@@ -13,29 +13,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 LAYOUTS = ("contiguous", "channels_last")
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PHASES = (FORWARD, FORWARD_BACKWARD)
-LOSSES = ("tnkd", "cafd", "matched", "dsct")
-ON_MAPS = ("cafd", "matched")  # their one shape is called features, though matched takes logits as well
+LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct")
 IGNORE_INDEX = 255
 IGNORED_SHARE = 0.05
 
-# (logits or features) of tnkd, cafd and matched; dsct names logits and, after "+", features
+# logits, of cafd features; dsct names logits and, after "+", features
 SHAPES = {
     "tnkd": ["4x6x512x512", "2x19x512x512", "1x150x512x512", "128x100x1x1"],
     "cafd": ["4x512x64x64", "4x256x128x128", "8x64x32x32"],
     "matched": ["4x6x128x128", "2x19x128x128", "1x150x128x128", "4x64x64x64"],
     "dsct": ["4x6x512x512+4x512x64x64", "2x19x512x512"],
+    "jaccard": ["4x6x128x128", "2x19x128x128", "1x150x128x128"],
 }
 SHAPES_CUDA = {  # added on a GPU: batch 16 of the large ones
     "tnkd": ["16x6x512x512", "16x19x512x512", "16x150x512x512"],
     "cafd": ["16x512x64x64", "16x256x128x128"],
     "matched": [],
     "dsct": ["16x19x512x512+16x512x64x64"],
+    "jaccard": [],
 }
 SHAPES_QUICK = {
     "tnkd": ["4x6x512x512", "2x19x512x512", "128x100x1x1"],
     "cafd": ["4x512x64x64", "8x64x32x32"],
     "matched": ["4x6x128x128"],
     "dsct": ["2x19x512x512"],
+    "jaccard": ["2x19x128x128"],
 }
 
 
@@ -51,12 +53,12 @@ class Case:
 
     @property
     def logits(self) -> tuple[int, ...] | None:
-        return None if self.loss in ON_MAPS else parse_shape(self.shape)[0]
+        return None if self.loss == "cafd" else parse_shape(self.shape)[0]
 
     @property
     def features(self) -> tuple[int, ...] | None:
         shapes = parse_shape(self.shape)
-        return shapes[0] if self.loss in ON_MAPS else shapes[1] if len(shapes) > 1 else None
+        return shapes[0] if self.loss == "cafd" else shapes[1] if len(shapes) > 1 else None
 
     @property
     def student_bytes(self) -> int:
@@ -68,18 +70,20 @@ class Case:
         """Bytes that must move, each tensor once per pass that cannot do without it.
 
         Logits: forward reads student, teacher and labels (int64), and gradient adds one write; the gradient needs
-        nothing that the forward has not read. Features: forward reads student and teacher; the gradient needs the
+        nothing that the forward has not read, but for those of matched and jaccard, and so of dsct: they need sums over
+        all positions first, and read both again. Features: forward reads student and teacher; the gradient needs the
         whole map first, so backward reads the student again and writes. That forward needs each sample twice (the
-        channel weights first, then the map) is left to the cache and not counted. Matched: backward reads both again.
+        channel weights first, then the map) is left to the cache and not counted.
         """
         size = DTYPES[self.dtype].itemsize
         backward = self.phase == FORWARD_BACKWARD
         total = 0
         if self.logits:
             labels = math.prod(self.logits) // self.logits[1] * torch.int64.itemsize
-            total += math.prod(self.logits) * size * (3 if backward else 2) + labels
+            passes = 2 if not backward else 3 if self.loss == "tnkd" else 5
+            total += math.prod(self.logits) * size * passes + labels
         if self.features:
-            total += math.prod(self.features) * size * ((5 if self.loss == "matched" else 4) if backward else 2)
+            total += math.prod(self.features) * size * (4 if backward else 2)
         return total
 
 

@@ -132,6 +132,14 @@ def known(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
+def else_reference(backend: str, native: ModuleType, *tensors: Tensor) -> str:
+    """What to ask for in a part of an objective that has no kernels on every device: `backend`, or the reference."""
+    known(backend)
+    asked = default_backend() if backend == "auto" else backend
+    missing = asked == "triton" or (asked == "native" and native.why_not(*tensors) is not None)
+    return "reference" if missing else backend
+
+
 def choose(
     backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType | None, *tensors: Tensor
 ) -> ModuleType:

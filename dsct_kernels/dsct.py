@@ -10,7 +10,9 @@ from torch import Tensor
 
 from . import backends, checks, values
 from .cafd.loss import Features, cafd_loss
+from .cafd import matched_native
 from .cafd.matched import matched_cafd_loss
+from .jaccard import native as jaccard_native
 from .jaccard.loss import jaccard_loss
 from .tnkd.loss import logit_loss
 from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
@@ -141,11 +143,17 @@ def dsct_loss(
             channel_temperature=channel_temperature,
             ignore_index=ignore_index,
             reduction=reduction,
-            backend=backend,
+            backend=backends.else_reference(backend, matched_native, student_logits),
         )
         total = total + _weighted(matched_weight, matched)
     if not values.known_zero(jaccard_weight):
-        jaccard = jaccard_loss(student_logits, teacher_logits, target, ignore_index=ignore_index, backend=backend)
+        jaccard = jaccard_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            ignore_index=ignore_index,
+            backend=backends.else_reference(backend, jaccard_native, student_logits),
+        )
         total = total + _weighted(jaccard_weight, jaccard)
     if student_features is not None and teacher_features is not None and not values.known_zero(cafd_weight):
         cafd = cafd_loss(

@@ -265,7 +265,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--one-process", "--json", str(path)]) == 1
     data = json.loads(path.read_text())
-    assert {m["loss"] for m in data["measurements"]} == {"cafd", "matched", "dsct"}
+    assert {m["loss"] for m in data["measurements"]} == {"cafd", "matched", "jaccard", "dsct"}
     assert [failure["reason"] for failure in data["failed"]] == ["no such luck"]
 
 

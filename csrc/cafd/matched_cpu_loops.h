@@ -161,7 +161,9 @@ struct Matched {
                          S* copy) {
     if (m.mask == nullptr) return from;
     const bool* mask = m.mask + n * m.student.H * m.student.W;
-    for (int64_t i = 0; i < count;) {
+    if (C == 1)
+      for (int64_t i = 0; i < count; i++) copy[i] = mask[element + i] ? from[i] : S(-kInfinity);
+    for (int64_t i = C == 1 ? count : 0; i < count;) {
       const int64_t position = (element + i) / C, end = smaller(count, (position + 1) * C - element);
       for (; i < end; i++) copy[i] = mask[position] ? from[i] : S(-kInfinity);
     }
