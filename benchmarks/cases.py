@@ -141,7 +141,7 @@ def make_cases(
     dtypes = dtypes or (["fp32"] if quick else ["fp32", "bf16"])
     cases = []
     for loss in losses:
-        if loss == "matched" and device == "cuda" and not shapes:
+        if loss in ("matched", "jaccard") and device == "cuda" and not shapes:
             continue  # no kernel there: nothing to compare
         # dsct is what a training step calls, always with its gradient
         in_phases = phases or ([FORWARD_BACKWARD] if quick or loss == "dsct" else PHASES)

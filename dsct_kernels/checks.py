@@ -105,9 +105,7 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
     return size
 
 
-def overlaid(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, classes: int = 2
-) -> list[int]:
+def overlaid(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, classes: int = 2) -> list[int]:
     """Checks the three tensors of a loss at the logits' own resolution and returns it: the smaller of the two."""
     logit_pair(student_logits, teacher_logits, classes)
     s, t = student_logits.shape, teacher_logits.shape

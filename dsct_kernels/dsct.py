@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, values
-from .cafd.loss import Features, cafd_loss
 from .cafd import matched_native
+from .cafd.loss import Features, cafd_loss
 from .cafd.matched import matched_cafd_loss
 from .jaccard import native as jaccard_native
 from .jaccard.loss import jaccard_loss
@@ -116,10 +116,10 @@ def dsct_loss(
         class_weight = class_weight.detach().to(acc).contiguous()
         if class_weight.device.type != "cpu":  # where nobody looks at them, a negative one makes the loss NaN
             class_weight = torch.where(class_weight < 0, torch.nan, class_weight)
-    only_labels = target is not None and values.known_zero(tnkd_weight)
+    untaught = values.known_zero(tnkd_weight)  # then the teacher is there for its argmax alone
     total, parts = logit_loss(
         student_logits,
-        None if only_labels else teacher_logits,
+        None if untaught and target is not None else teacher_logits,
         target,
         class_weight,
         ce_weight,
@@ -134,6 +134,8 @@ def dsct_loss(
     )
     ce, tckd, nckd = parts.unbind()
     cafd = matched = jaccard = torch.zeros_like(ce)
+    if untaught:
+        tckd = nckd = cafd
     if not values.known_zero(matched_weight):
         matched = matched_cafd_loss(
             student_logits,

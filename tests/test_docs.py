@@ -65,7 +65,7 @@ def test_a_snippet_trains_with_any_labels_and_with_logits_smaller_than_them(snip
 
 
 def test_the_whole_objective_of_the_readme_is_the_sum_that_it_says():
-    """`dsct_loss` on labels that F.cross_entropy takes is F.cross_entropy + tnkd_loss + cafd_loss."""
+    """`dsct_loss` on labels that F.cross_entropy takes is F.cross_entropy and the other losses."""
     names = training_step(torch.int64, 1, torch.float32)
     first, second = (snippet.values[0] for snippet in SNIPPETS if str(snippet.id).startswith("README"))
     exec(first, names)

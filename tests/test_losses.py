@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 import dsct_kernels
-from dsct_kernels import CAFDLoss, DSCTLoss, TNKDLoss, cafd_loss, channel_attention_map, dsct_loss, tnkd_loss
+from dsct_kernels import (
+    CAFDLoss,
+    DSCTLoss,
+    TNKDLoss,
+    cafd_loss,
+    channel_attention_map,
+    dsct_loss,
+    jaccard_loss,
+    matched_cafd_loss,
+    tnkd_loss,
+)
 from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
 from tests.test_edge_cases import check_cafd, check_tnkd, features, problem, tnkd
 
@@ -207,18 +217,20 @@ def test_dsct_adds_up_and_its_cross_entropy_is_torchs(device, backend, reduction
     s.requires_grad_()
     student.requires_grad_()
     keywords = {"alpha": 0.7, "beta": 1.3, "temperature": temperature, "reduction": reduction, "backend": backend}
-    losses = dsct_loss(
-        student, teacher, target, s, t, ce_weight=0.9, tnkd_weight=0.4, cafd_weight=2.0, class_weight=weight, **keywords
-    )
+    weights = {"ce_weight": 0.9, "matched_weight": 0.3, "jaccard_weight": 0.6, "tnkd_weight": 0.4, "cafd_weight": 2.0}
+    losses = dsct_loss(student, teacher, target, s, t, class_weight=weight, **weights, **keywords)
     w = None if weight is None else weight.double()
     ce = F.cross_entropy(student.double(), target, weight=w, ignore_index=255, reduction=reduction)
     torch.testing.assert_close(losses.ce, ce.float())
     tnkd = tnkd_loss(student, teacher, target, **keywords)
     cafd = cafd_loss(s, t, reduction=reduction, backend=backend)
-    expected = 0.9 * ce + 0.4 * tnkd + 2 * cafd
+    matched = matched_cafd_loss(student, teacher, target, reduction=reduction)
+    jaccard = jaccard_loss(student, teacher, target)
+    expected = 0.9 * ce + 0.3 * matched + 0.6 * jaccard + 0.4 * tnkd + 2 * cafd
     torch.testing.assert_close(losses.total, expected.float())
     torch.testing.assert_close(0.7 * losses.tckd + 1.3 * losses.nckd, tnkd.detach())
-    torch.testing.assert_close(losses.cafd, cafd.detach())
+    for part, alone in ((losses.cafd, cafd), (losses.matched, matched), (losses.jaccard, jaccard)):
+        torch.testing.assert_close(part, alone.detach())
     assert losses.total.requires_grad and not any(x.requires_grad for x in losses[1:])
     got = torch.autograd.grad(losses.total, (student, s))
     want = torch.autograd.grad(expected, (student, s))
@@ -245,10 +257,12 @@ def test_dsct_without_labels_weighs_the_teachers_classes(device, backend, classe
 def test_dsct_leaves_out_what_has_no_weight_or_no_features(device, backend):
     student, teacher, target = problem(device)
     s, t = features(device)
-    only_tnkd = dsct_loss(student, teacher, target, s, t, ce_weight=0, cafd_weight=0, backend=backend)
+    off = {"ce_weight": 0, "matched_weight": 0, "jaccard_weight": 0, "cafd_weight": 0, "backend": backend}
+    only_tnkd = dsct_loss(student, teacher, target, s, t, tnkd_weight=1, **off)
     torch.testing.assert_close(only_tnkd.total, tnkd_loss(student, teacher, target, backend=backend))
-    assert only_tnkd.ce == 0 and only_tnkd.cafd == 0
-    assert dsct_loss(student, teacher, target, backend=backend).cafd == 0
+    assert not any((only_tnkd.ce, only_tnkd.cafd, only_tnkd.matched, only_tnkd.jaccard))
+    plain = dsct_loss(student, teacher, target, backend=backend)
+    assert not any((plain.cafd, plain.tckd, plain.nckd)) and all((plain.ce, plain.matched, plain.jaccard))
 
 
 def test_stages_are_averaged(device, backend):

@@ -124,7 +124,10 @@ def test_a_module_whose_attributes_change_compiles_once_even_for_ints():
 
 def test_what_eager_refuses_a_compiled_graph_refuses_too():
     s, t, y = problem()
-    step = lambda w, tau, c: dsct_loss(s, t, y, alpha=w, temperature=tau, class_weight=c, backend="native").total  # noqa: E731
+
+    def step(w, tau, c):
+        return dsct_loss(s, t, y, tnkd_weight=1.0, alpha=w, temperature=tau, class_weight=c, backend="native").total
+
     ones = torch.ones(5)
     for bad, match in [
         ((-1.0, 2.0, ones), "alpha"),
@@ -169,7 +172,7 @@ def test_modules_are_made_under_accelerates_empty_weights():
     accelerate = pytest.importorskip("accelerate", reason="the trainer's extra [train] is not installed")
     with accelerate.init_empty_weights(include_buffers=True):
         criterion = torch.nn.ModuleList([DSCTLoss(class_weight=torch.tensor([1.0, 2.0])), TNKDLoss(), CAFDLoss()])
-    assert criterion[0].class_weight.is_meta and criterion[0].temperature == 2.0
+    assert criterion[0].class_weight.is_meta and criterion[0].matched_temperature == 4.0
 
 
 # --- traced, faked, mapped -------------------------------------------------------------------------------------------

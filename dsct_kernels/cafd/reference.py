@@ -4,7 +4,6 @@ Autograd differentiates it; the kernels use the closed forms of docs/derivations
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import values

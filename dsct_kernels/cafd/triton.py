@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import values
+from ..pool import pooling
 from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
 from ..values import Number
 from . import autograd
-from ..pool import pooling
 
 __all__ = ["attention_map", "cafd", "why_not"]
 

@@ -65,8 +65,16 @@ def curves(folder: Path) -> None:
     if not keys:
         return
     figure, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 3.2), squeeze=False, layout="constrained")
-    names = {"total": "loss", "ce": "cross-entropy", "tckd": "TCKD", "nckd": "NCKD", "cafd": "CAFD",
-             "matched": "matched CAFD", "jaccard": "Jaccard", "miou": "mIoU"}
+    names = {
+        "total": "loss",
+        "ce": "cross-entropy",
+        "tckd": "TCKD",
+        "nckd": "NCKD",
+        "cafd": "CAFD",
+        "matched": "matched CAFD",
+        "jaccard": "Jaccard",
+        "miou": "mIoU",
+    }
     for axis, key in zip(axes[0], keys, strict=True):
         for k, phase in enumerate(series["total"]):
             if phase in series[key]:

@@ -466,9 +466,21 @@ def test_empty_batch(backend: str, reduction: str, teacher_size: tuple[int, int]
     ("change", "error", "message"),
     [
         (dict(student_logits=torch.zeros(3)), ValueError, r"student_logits: expected shape \(N, K\) or .*, got \(3,\)"),
-        (dict(teacher_logits=torch.zeros(2, 3, 4, 4, dtype=torch.int32)), TypeError, "teacher_logits: expected dtype .* got int32"),
-        (dict(teacher_logits=torch.zeros(3, 3, 4, 4)), ValueError, r"teacher_logits: expected .* \(2, 3, 4, 4\), got \(3, 3, 4, 4\)"),
-        (dict(teacher_logits=torch.zeros(2, 4, 4, 4)), ValueError, r"teacher_logits: expected .* \(2, 3, 4, 4\), got \(2, 4, 4, 4\)"),
+        (
+            dict(teacher_logits=torch.zeros(2, 3, 4, 4, dtype=torch.int32)),
+            TypeError,
+            "teacher_logits: expected dtype .* got int32",
+        ),
+        (
+            dict(teacher_logits=torch.zeros(3, 3, 4, 4)),
+            ValueError,
+            r"teacher_logits: expected .* \(2, 3, 4, 4\), got \(3, 3, 4, 4\)",
+        ),
+        (
+            dict(teacher_logits=torch.zeros(2, 4, 4, 4)),
+            ValueError,
+            r"teacher_logits: expected .* \(2, 3, 4, 4\), got \(2, 4, 4, 4\)",
+        ),
         (dict(student_logits=torch.zeros(2, 0, 4, 4)), ValueError, "expected the batch, classes"),
         (dict(teacher_logits=None), TypeError, "teacher_logits: expected a Tensor, got NoneType"),
         (dict(temperature=0.0), ValueError, "temperature: expected a finite number > 0, got 0"),
