@@ -104,6 +104,7 @@ def dsct_loss(
     ce_weight, tnkd_weight = weight("ce_weight", ce_weight), weight("tnkd_weight", tnkd_weight)
     cafd_weight, alpha, beta = weight("cafd_weight", cafd_weight), weight("alpha", alpha), weight("beta", beta)
     matched_weight, jaccard_weight = weight("matched_weight", matched_weight), weight("jaccard_weight", jaccard_weight)
+    matched_temperature = positive("matched_temperature", matched_temperature)
     if reduction == "none":
         raise ValueError(NO_MAP)
     if (student_features is None) != (teacher_features is None):

@@ -100,8 +100,8 @@ def uniform(student: list[torch.Tensor], *, epsilon: float = 1e-6) -> torch.Tens
 
 def jaccard_labels(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Wang et al. 2023 (arXiv 2302.05666), JML1 against the labels, a control without a teacher: 1 - IoU per class over
-    the batch, IoU = (s - d) / (s + d), s = sum_i (p_i + y_i), d = sum_i |p_i - y_i|, y the labels' shares of a cell; the
-    mean over the classes that are labelled in more than half a cell."""
+    the batch, IoU = (s - d) / (s + d), s = sum_i (p_i + y_i), d = sum_i |p_i - y_i|, y the labels' shares of a cell;
+    the mean over the classes that are labelled in more than half a cell."""
     y = shares(target, student.shape[1], (student.shape[-2], student.shape[-1]))
     p = student.float().softmax(1) * y.sum(1, keepdim=True)
     both, apart = (p + y).sum((0, 2, 3)), (p - y).abs().sum((0, 2, 3))

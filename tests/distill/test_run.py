@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from dsct_kernels.distill import cli, data, loop, models
-from dsct_kernels.distill.config import Config, Loss, arm_loss
+from dsct_kernels.distill.config import ARMS, Config, Loss, arm_loss
 
 TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
-TINY += ["--teacher-steps=4", "--student-steps=5"]
+TINY += ["--teacher-steps=4", "--student-steps=5", "--strides=16,32", "--tnkd-weight=0.5"]  # every part of the loss
 CLASSES = data.scenes.CLASSES
 
 
@@ -68,7 +68,8 @@ def test_a_run_leaves_everything(finished, capsys):
     loss = Config.load(finished / "config.json").loss
     tnkd = loss.alpha * last["tckd"] + loss.beta * last["nckd"]
     parts = loss.ce_weight * last["ce"] + loss.tnkd_weight * tnkd + loss.cafd_weight * last["cafd"]
-    assert last["total"] == pytest.approx(parts, rel=1e-4) and min(last["tckd"], last["nckd"], last["cafd"]) > 0
+    parts += loss.matched_weight * last["matched"] + loss.jaccard_weight * last["jaccard"]
+    assert last["total"] == pytest.approx(parts, rel=1e-4) and all(last[name] > 0 for name in loop.PARTS)
 
 
 def test_both_students_start_from_the_same_weights_and_see_the_same_crops(tmp_path):
@@ -205,11 +206,15 @@ def test_errors_name_what_is_wrong(finished, tmp_path, capsys):
 
 
 def test_arms():
-    base = Loss(tnkd_weight=2.0, cafd_weight=3.0)
+    base = Loss(matched_weight=5.0, jaccard_weight=4.0, tnkd_weight=2.0, cafd_weight=3.0, strides=(16,))
+    names = ("matched_weight", "jaccard_weight", "tnkd_weight", "cafd_weight")
+    weights = {arm: tuple(getattr(arm_loss(arm, base), name) for name in names) for arm in ARMS}
+    assert weights == {"alone": (0, 0, 0, 0), "cafd": (5, 0, 0, 3), "jaccard": (0, 4, 0, 0), "tnkd": (0, 0, 2, 0),
+                       "dsct": (5, 4, 2, 3)}  # fmt: skip
     assert arm_loss("dsct", base) == base
-    assert (arm_loss("alone", base).tnkd_weight, arm_loss("alone", base).cafd_weight) == (0, 0)
-    assert (arm_loss("tnkd", base).tnkd_weight, arm_loss("tnkd", base).cafd_weight) == (2, 0)
-    assert (arm_loss("cafd", base).tnkd_weight, arm_loss("cafd", base).cafd_weight) == (0, 3)
+    assert arm_loss("tnkd", Loss()).tnkd_weight == 1  # whose default is 0
+    assert not arm_loss("alone", base).teaches and all(arm_loss(arm, Loss()).teaches for arm in ARMS if arm != "alone")
+    assert (Loss().compared, base.compared, replace(base, cafd_weight=0).compared) == ((), (16,), ())
     changed = arm_loss("dsct:temperature=4:strides=8+16", base)
     assert changed.temperature == 4 and changed.strides == (8, 16)
 

@@ -59,7 +59,7 @@ def refused(capsys, folder: Path, *arguments: str) -> str:
         "--teacher=segformer-b9", "--student=/nowhere", "--arms=dsct,dsct", "--arms=", "--arms=alone,",
         "--arms=dsct:temperature=0", "--arms=dsct:temperature=hot", "--arms=dsct:strides=0", "--arms=cafd:strides=999",
         "--arms=dsct:strides=a", "--arms=dsct:nonsense=1", "--arms=best", "--arms=tnkd:tnkd_weight=-1",
-        "--arms=dsct:alpha=nan", "--arms=dsct:tnkd_weight=0:cafd_weight=0:ce_weight=0",
+        "--arms=dsct:alpha=nan", "--arms=dsct:matched_weight=0:jaccard_weight=0:ce_weight=0",
         "--root=/somewhere", "--precision=fp16",
     ],
 )  # fmt: skip
@@ -129,10 +129,11 @@ def test_batch_1_is_fine_where_nothing_normalises_over_the_batch():
 
 def test_strides_must_be_there_in_both_networks():
     with pytest.raises(ValueError, match=r"--strides: student mobilenet-0.5 has no feature map at stride 16; it has: "):
-        networks(student="mobilenet-0.5")
+        networks(student="mobilenet-0.5", loss=replace(Loss(), strides=(16, 32)))
+    networks(student="mobilenet-0.5")  # which compares no features
     networks(student="mobilenet-0.5", loss=replace(Loss(), strides=(8,)))
     networks(crop=40)  # 40 / 32 is no whole number, and the stride is there all the same
-    networks(student="mobilenet-0.5", arms=("alone", "tnkd"))  # no CAFD, no strides
+    networks(student="mobilenet-0.5", arms=("alone", "tnkd"), loss=replace(Loss(), strides=(16,)))  # no CAFD there
 
 
 def test_a_student_folder_with_other_classes_is_refused_before_the_teacher_is_trained(capsys, tmp_path):
