@@ -57,9 +57,9 @@ def test_floor_counts_what_must_move():
     assert case(phase=cases.FORWARD).floor_bytes == 2 * 4 * logits + 8 * pixels
     assert case(dtype="bf16").floor_bytes == 3 * 2 * logits + 8 * pixels
     assert case("cafd").floor_bytes == 4 * 4 * logits  # the student is read again for its gradient
-    assert case("matched").floor_bytes == 5 * 4 * logits  # both are read again
+    assert case("matched").floor_bytes == 5 * 4 * logits + 8 * pixels  # both logits are read again
     joined = case("dsct", "2x3x4x4+2x5x2x2")
-    assert joined.floor_bytes == case().floor_bytes + 4 * 4 * (2 * 5 * 2 * 2)
+    assert joined.floor_bytes == case("jaccard").floor_bytes + 4 * 4 * (2 * 5 * 2 * 2)
     assert joined.student_bytes == 4 * (logits + 2 * 5 * 2 * 2)
 
 
