@@ -1,4 +1,4 @@
-// The tnkd op: TNKD and cross-entropy of two logit maps, loss and gradient in one pass. Schema in csrc/ops.cpp.
+// The tnkd ops: TNKD and cross-entropy of two logit maps, loss and gradient in one pass. Schema in csrc/ops.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,5 +16,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
                                                     bool with_ce, bool needs_grad);
+
+// Of (N, K, H, W) logits that are smaller than the labels.
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
+    const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
+    int64_t reduction, bool with_ce, bool align_corners, bool needs_grad);
 
 }  // namespace dsct

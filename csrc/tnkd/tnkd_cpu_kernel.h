@@ -5,7 +5,8 @@
 //   2. sums     exp once per logit, kept in place of the logit; the target's lane contributes nothing
 //   3. pixel    pixel_math.h: losses, and the coefficients of the gradient
 //   4. write    grad_j = coef_s e^S_j + coef_t e^T_j (+ cross-entropy), once, past the caches where it will not fit
-// Many classes in channels_last go another way, a lane per class: tnkd_cpu_rows.h.
+// Many classes in channels_last go another way, a lane per class: tnkd_cpu_rows.h. Logits smaller than the labels take
+// their steps 1 and 4 from tnkd_cpu_upsampled.h.
 #pragma once
 
 #include "../common/logit_blocks.h"
@@ -336,6 +337,20 @@ DSCT_INLINE void set_ce_factors(const TnkdArgs& args, Scratch<A>& s, int n) {
 
 // --- blocks ---
 
+// What makes Gradient 0 for n pixels.
+template <class A, Ce mode>
+DSCT_INLINE void clear_gradient(const TnkdArgs& args, Scratch<A>& s, int n) {
+  const size_t lanes = size_t((n + A::N - 1) / A::N * A::N);
+  const size_t bytes = size_t(args.classes) * lanes * sizeof(typename A::S);
+  memset(s.student, 0, bytes);
+  memset(s.teacher, 0, bytes);
+  if (mode == Ce::kOwn) memset(s.ce, 0, bytes);
+  memset(s.coef_s, 0, sizeof(s.coef_s));
+  memset(s.coef_t, 0, sizeof(s.coef_t));
+  memset(s.coef_ce, 0, sizeof(s.coef_ce));
+  memset(s.grad_target, 0, sizeof(s.grad_target));
+}
+
 template <class A, class P, Ce mode>
 DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel) {
   typedef typename A::S S;
@@ -354,17 +369,9 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block
     read<A>(args.student, s.at_student, n, args.classes, s.label, s.student, s.max_s, s.target_s);
     set_ce_factors<A>(args, s, n);
   } else {  // nothing but ignored pixels: nothing is read
-    const int lanes = (n + A::N - 1) / A::N * A::N;
     if (args.loss_map != nullptr) memset(static_cast<S*>(args.loss_map) + pixel, 0, size_t(n) * sizeof(S));
     if (args.grad.data == nullptr) return;
-    const size_t bytes = size_t(args.classes) * size_t(lanes) * sizeof(S);
-    memset(s.student, 0, bytes);
-    memset(s.teacher, 0, bytes);
-    if (mode == Ce::kOwn) memset(s.ce, 0, bytes);
-    memset(s.coef_s, 0, sizeof(s.coef_s));
-    memset(s.coef_t, 0, sizeof(s.coef_t));
-    memset(s.coef_ce, 0, sizeof(s.coef_ce));
-    memset(s.grad_target, 0, sizeof(s.grad_target));
+    clear_gradient<A, mode>(args, s, n);
   }
   for (int v0 = 0; v0 * A::N < n; v0 += kGroup) {
     if (any) {
@@ -385,16 +392,36 @@ namespace dsct {
 namespace DSCT_ISA {
 namespace {
 
-template <class A, Ce mode>
-PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
+template <class A>
+struct Wide {
 #ifdef DSCT_ISA_AVX512
   typedef Pair<A> P;  // it has the registers for two
 #else
   typedef A P;
 #endif
+};
+
+template <class A>
+DSCT_INLINE void clear_losses(Scratch<A>& s) {
   memset(s.lanes_ce, 0, sizeof(s.lanes_ce));
   memset(s.lanes_tckd, 0, sizeof(s.lanes_tckd));
   memset(s.lanes_nckd, 0, sizeof(s.lanes_nckd));
+}
+template <class A>
+DSCT_INLINE PixelSums losses_of(const Scratch<A>& s) {
+  PixelSums sums = {0, 0, 0};
+  for (int i = 0; i < Scratch<A>::kLanes; i++) {
+    sums.ce += s.lanes_ce[i];
+    sums.tckd += s.lanes_tckd[i];
+    sums.nckd += s.lanes_nckd[i];
+  }
+  return sums;
+}
+
+template <class A, Ce mode>
+PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
+  typedef typename Wide<A>::P P;
+  clear_losses(s);
   const int block = block_pixels(args);
   const bool rows = rows_are_faster<A>(args);
   for (int64_t pixel = begin; pixel < end;) {
@@ -412,13 +439,7 @@ PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>&
     pixel += n;
   }
   if (args.stream) stream_fence();
-  PixelSums sums = {0, 0, 0};
-  for (int i = 0; i < Scratch<A>::kLanes; i++) {
-    sums.ce += s.lanes_ce[i];
-    sums.tckd += s.lanes_tckd[i];
-    sums.nckd += s.lanes_nckd[i];
-  }
-  return sums;
+  return losses_of(s);
 }
 
 template <class A>
@@ -530,9 +551,18 @@ LabelCount count_labels(const TnkdArgs& args, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+}  // namespace DSCT_ISA
+}  // namespace dsct
+#include "tnkd_cpu_upsampled.h"
+namespace dsct {
+namespace DSCT_ISA {
 
 const TnkdKernels tnkd_kernels_f32 = {count_labels<float>, teacher_labels<F32>, run<F32>, scratch_bytes<F32>};
 const TnkdKernels tnkd_kernels_f64 = {count_labels<double>, teacher_labels<F64>, run<F64>, scratch_bytes<F64>};
+const UpsampledKernels upsampled_kernels_f32 = {upsampled_teacher_labels<F32>, run_strip<F32>, add_partials<F32>,
+                                                upsampled_scratch_bytes<F32>};
+const UpsampledKernels upsampled_kernels_f64 = {upsampled_teacher_labels<F64>, run_strip<F64>, add_partials<F64>,
+                                                upsampled_scratch_bytes<F64>};
 
 }  // namespace DSCT_ISA
 }  // namespace dsct

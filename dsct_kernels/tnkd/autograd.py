@@ -1,6 +1,7 @@
 """Autograd of the tnkd ops. The forward pass already holds the gradient; backward only multiplies it by what comes in.
 
-Every backend's op has the arguments and results of `dsct_kernels::tnkd` (docs/ops.md), so one rule serves them all.
+Every backend's op has the results and the first seven arguments of `dsct_kernels::tnkd` (docs/ops.md), so one rule
+serves them all.
 """
 
 import math
@@ -14,7 +15,6 @@ from .. import values
 from ..autograd import first_derivative_only
 from ..values import Number
 
-NUM_INPUTS = 9
 REDUCTION = 6  # position of the argument `reduction`, 0 for none
 InPlaceScale = Callable[[Tensor, Tensor], None]
 
@@ -56,7 +56,7 @@ class EagerTNKD(torch.autograd.Function):
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale, anchor)
-        ctx.per_pixel, ctx.scale_ = args[REDUCTION] == 0, scale_
+        ctx.per_pixel, ctx.scale_, ctx.others = args[REDUCTION] == 0, scale_, len(args) - 1
         # Somebody's saved_tensors_hooks may hold on to what is saved here.
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         return loss, parts, anchor
@@ -72,7 +72,7 @@ class EagerTNKD(torch.autograd.Function):
                 keep = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
                 grad = handed_over(grad, scale, grad_output, ctx.scale_, keep)
             grad = first_derivative_only(grad, anchor, "tnkd_loss")
-        return None, None, grad, *[None] * (NUM_INPUTS - 2)
+        return None, None, grad, *[None] * ctx.others
 
 
 def register(name: str) -> None:
@@ -83,7 +83,7 @@ def register(name: str) -> None:
         ctx.mark_non_differentiable(parts, grad, grad_scale)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale, inputs[0])
-        ctx.per_pixel = inputs[REDUCTION] == 0
+        ctx.per_pixel, ctx.others = inputs[REDUCTION] == 0, len(inputs) - 1
 
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grad = None
@@ -91,7 +91,7 @@ def register(name: str) -> None:
             grad, scale, student = ctx.saved_tensors
             factor = torch.ops.dsct_kernels.upstream(grad_output, student) * scale
             grad = first_derivative_only(scaled(grad, factor, ctx.per_pixel), student, "tnkd_loss")
-        return grad, *[None] * (NUM_INPUTS - 1)
+        return grad, *[None] * ctx.others
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
 
@@ -110,6 +110,26 @@ def fake(
     """Shapes, dtypes and strides of what the op returns."""
     acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     shape = [student_logits.shape[0], *student_logits.shape[2:]] if reduction == 0 else []
+    return (
+        student_logits.new_empty(shape, dtype=acc),
+        student_logits.new_empty([3], dtype=acc),
+        torch.empty_like(student_logits) if needs_grad else student_logits.new_empty([0]),
+        student_logits.new_empty([], dtype=acc),
+    )
+
+
+def fake_upsampled(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of tnkd_upsampled, whose map has the labels' size."""
+    reduction, needs_grad = rest[REDUCTION - 3], rest[-1]
+    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    shape = []
+    if reduction == 0 and target is not None:
+        shape = list(target.shape)
+    elif reduction == 0:
+        sizes = zip(student_logits.shape[2:], teacher_logits.shape[2:])
+        shape = [student_logits.shape[0], *(torch.sym_max(a, b) for a, b in sizes)]
     return (
         student_logits.new_empty(shape, dtype=acc),
         student_logits.new_empty([3], dtype=acc),

@@ -115,20 +115,13 @@ def logit_loss(
         checks.labels(target, student_logits.shape[1], ignored)  # the native CPU kernel looks at every label anyway
     elif target is not None and target.is_cuda and values.plain() and checks.label_checks_asked_for():
         checks.labels(target, student_logits.shape[1], ignored)
+    teacher = student_logits.detach() if teacher_logits is None else teacher_logits.detach()
+    rest = class_weight, ce_weight, tckd_weight, nckd_weight, temperature, ignored, reduce, with_ce
+    if module is native and native.upsamples(student_logits, teacher, size, reduce):
+        return native.tnkd_upsampled(student_logits, teacher, target, align_corners, *rest)
     student = upsample(student_logits, size, align_corners)
-    return module.tnkd(
-        student,
-        student.detach() if teacher_logits is None else upsample(teacher_logits.detach(), size, align_corners),
-        target,
-        class_weight,
-        ce_weight,
-        tckd_weight,
-        nckd_weight,
-        temperature,
-        ignored,
-        reduce,
-        with_ce,
-    )
+    teacher = student.detach() if teacher_logits is None else upsample(teacher, size, align_corners)
+    return module.tnkd(student, teacher, target, *rest)
 
 
 class TNKDLoss(ValueModule):
