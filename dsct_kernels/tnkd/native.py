@@ -38,7 +38,7 @@ def upsamples(student_logits: Tensor, teacher_logits: Tensor, size: list[int], r
 
     Not for the gradient of a map: what comes in for its pixels has to be known before they are added up.
     """
-    if not student_logits.device.type == "cpu" or len(size) != 2:
+    if student_logits.device.type != "cpu" or len(size) != 2:
         return False
     if list(student_logits.shape[2:]) == size and list(teacher_logits.shape[2:]) == size:
         return False
