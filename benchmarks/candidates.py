@@ -1,4 +1,5 @@
-"""Who is timed: the eager reference, the mask-trick formula, torch.compile of the reference, and each backend."""
+"""Who is timed: the eager reference, the mask-trick formula, torch.compile of the reference, the kernel on logits that
+were upsampled beforehand, and each backend."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from dsct_kernels.jaccard.reference import jaccard as jaccard_reference
 from dsct_kernels.pool import labelled
 from dsct_kernels.tnkd.reference import tnkd as tnkd_reference
 
-EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
-BASELINES = (EAGER, MASK_TRICK, COMPILE)
+EAGER, MASK_TRICK, COMPILE, BEFOREHAND = "eager", "mask-trick", "compile", "beforehand"
+BASELINES = (EAGER, MASK_TRICK, COMPILE, BEFOREHAND)
 BACKENDS = ("native", "triton")
 ALPHA, BETA, TEMPERATURE = 1.0, 2.0, 2.0  # tnkd_loss's defaults, stated for the mask-trick form
 
@@ -46,6 +47,43 @@ def mask_trick_dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tenso
     nckd = F.kl_div(log_q_student, q_teacher, reduction="none").sum(1)
     pixels = TEMPERATURE**2 * (ALPHA * tckd + BETA * nckd)
     return (pixels * valid).sum() / valid.sum()
+
+
+def align_corners(x: Inputs) -> bool:
+    """lowres: 129 columns over 512 are cells of four with a border, as align_corners has them."""
+    return _given(x.student_logits).shape[-1] % 2 == 1
+
+
+def upsampled(x: Inputs) -> tuple[Tensor, Tensor]:
+    """lowres: both logits at the labels' size."""
+    size, align = _given(x.target).shape[1:], align_corners(x)
+    student, teacher = (
+        F.interpolate(_given(logits).float(), size=size, mode="bilinear", align_corners=align)
+        for logits in (x.student_logits, x.teacher_logits)
+    )
+    return student, teacher
+
+
+def tnkd_and_ce(student: Tensor, teacher: Tensor, target: Tensor, align: bool, backend: str) -> Tensor:
+    return dsct_loss(
+        student,
+        teacher,
+        target,
+        matched_weight=0.0,
+        jaccard_weight=0.0,
+        tnkd_weight=1.0,
+        alpha=ALPHA,
+        beta=BETA,
+        temperature=TEMPERATURE,
+        ignore_index=IGNORE_INDEX,
+        align_corners=align,
+        backend=backend,
+    ).total
+
+
+def beforehand(x: Inputs) -> Tensor:
+    """The native kernel on logits that F.interpolate has made as large as the labels."""
+    return tnkd_and_ce(*upsampled(x), _given(x.target), False, "native")
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -90,7 +128,12 @@ def backend_loss(loss: str, backend: str) -> Loss:
         student, teacher = _given(x.student_logits), _given(x.teacher_logits)
         return jaccard_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend=backend)
 
-    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}[loss]
+    def lowres(x: Inputs) -> Tensor:
+        student, teacher, target = _given(x.student_logits), _given(x.teacher_logits), _given(x.target)
+        return tnkd_and_ce(student, teacher, target, align_corners(x), backend)
+
+    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct, "lowres": lowres}
+    return losses[loss]
 
 
 def reference_loss(loss: str) -> Loss:
@@ -125,7 +168,14 @@ def reference_loss(loss: str) -> Loss:
         total = ce + 3 * matched(x) + 3 * jaccard(x)
         return total if x.student_features is None else total + cafd(x)
 
-    return {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}[loss]
+    def lowres(x: Inputs) -> Tensor:
+        student, teacher = upsampled(x)
+        ce = F.cross_entropy(student, _given(x.target), ignore_index=IGNORE_INDEX)
+        settings = (None, 0.0, ALPHA, BETA, TEMPERATURE, IGNORE_INDEX, 1, False)
+        return ce + tnkd_reference(student, teacher, x.target, *settings)[0]
+
+    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct, "lowres": lowres}
+    return losses[loss]
 
 
 def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Loss]:
@@ -141,6 +191,8 @@ def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, 
     if COMPILE in baselines:
         torch.compiler.reset()
         candidates[COMPILE] = torch.compile(reference)
+    if BEFOREHAND in baselines and loss == "lowres":
+        candidates[BEFOREHAND] = beforehand
     candidates.update({backend: backend_loss(loss, backend) for backend in backends})
     return candidates
 
@@ -149,7 +201,7 @@ def auto_backend(loss: str, inputs: Inputs) -> str:
     """The backend that `backend="auto"` stands for with these inputs."""
     from dsct_kernels import backends
 
-    folder = {"matched": "cafd", "dsct": "tnkd"}.get(loss, loss)
+    folder = {"matched": "cafd", "dsct": "tnkd", "lowres": "tnkd"}.get(loss, loss)
     prefix = "matched_" if loss == "matched" else ""
     reference, native = (
         importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", f"{prefix}native")

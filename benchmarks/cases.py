@@ -13,17 +13,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 LAYOUTS = ("contiguous", "channels_last")
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PHASES = (FORWARD, FORWARD_BACKWARD)
-LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct")
+LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct", "lowres")
 IGNORE_INDEX = 255
 IGNORED_SHARE = 0.05
 
-# logits, of cafd features; dsct names logits and, after "+", features
+LOWRES_LABELS = 512  # lowres: height and width of the labels
+
+# logits, of cafd features; dsct names logits and, after "+", features; lowres, TNKD and cross-entropy of logits smaller
+# than the labels, the student's logits and, after "+", the teacher's where they differ
 SHAPES = {
     "tnkd": ["4x6x512x512", "2x19x512x512", "1x150x512x512", "128x100x1x1"],
     "cafd": ["4x512x64x64", "4x256x128x128", "8x64x32x32"],
     "matched": ["4x6x128x128", "2x19x128x128", "1x150x128x128", "4x64x64x64"],
     "dsct": ["4x6x512x512+4x512x64x64", "2x19x512x512"],
     "jaccard": ["4x6x128x128", "2x19x128x128", "1x150x128x128"],
+    "lowres": [
+        shape
+        for batch in ("4x6", "2x19", "1x150")
+        for shape in (f"{batch}x128x128", f"{batch}x64x64", f"{batch}x128x128+{batch}x64x64", f"{batch}x129x129")
+    ],
 }
 SHAPES_CUDA = {  # added on a GPU: batch 16 of the large ones
     "tnkd": ["16x6x512x512", "16x19x512x512", "16x150x512x512"],
@@ -31,6 +39,7 @@ SHAPES_CUDA = {  # added on a GPU: batch 16 of the large ones
     "matched": [],
     "dsct": ["16x19x512x512+16x512x64x64"],
     "jaccard": [],
+    "lowres": [],
 }
 SHAPES_QUICK = {
     "tnkd": ["4x6x512x512", "2x19x512x512", "128x100x1x1"],
@@ -38,6 +47,7 @@ SHAPES_QUICK = {
     "matched": ["4x6x128x128"],
     "dsct": ["2x19x512x512"],
     "jaccard": ["2x19x128x128"],
+    "lowres": ["2x19x128x128"],
 }
 
 
@@ -58,7 +68,20 @@ class Case:
     @property
     def features(self) -> tuple[int, ...] | None:
         shapes = parse_shape(self.shape)
+        if self.loss == "lowres":
+            return None
         return shapes[0] if self.loss == "cafd" else shapes[1] if len(shapes) > 1 else None
+
+    @property
+    def teacher_logits(self) -> tuple[int, ...] | None:
+        return parse_shape(self.shape)[-1] if self.loss == "lowres" else self.logits
+
+    @property
+    def labels(self) -> tuple[int, ...] | None:
+        if not self.logits:
+            return None
+        size = (LOWRES_LABELS, LOWRES_LABELS) if self.loss == "lowres" else self.logits[2:]
+        return (self.logits[0], *size)
 
     @property
     def student_bytes(self) -> int:
@@ -78,10 +101,11 @@ class Case:
         size = DTYPES[self.dtype].itemsize
         backward = self.phase == FORWARD_BACKWARD
         total = 0
-        if self.logits:
-            labels = math.prod(self.logits) // self.logits[1] * torch.int64.itemsize
-            passes = 2 if not backward else 3 if self.loss == "tnkd" else 5
-            total += math.prod(self.logits) * size * passes + labels
+        if self.logits and self.teacher_logits and self.labels:
+            student = 1 if not backward else 2 if self.loss in ("tnkd", "lowres") else 3
+            teacher = 2 if backward and self.loss not in ("tnkd", "lowres") else 1
+            total += math.prod(self.logits) * size * student + math.prod(self.teacher_logits) * size * teacher
+            total += math.prod(self.labels) * torch.int64.itemsize
         if self.features:
             total += math.prod(self.features) * size * (4 if backward else 2)
         return total
@@ -141,13 +165,15 @@ def make_cases(
     dtypes = dtypes or (["fp32"] if quick else ["fp32", "bf16"])
     cases = []
     for loss in losses:
-        if loss in ("matched", "jaccard") and device == "cuda" and not shapes:
+        if loss in ("matched", "jaccard", "lowres") and device == "cuda" and not shapes:
             continue  # no kernel there: nothing to compare
-        # dsct is what a training step calls, always with its gradient
-        in_phases = phases or ([FORWARD_BACKWARD] if quick or loss == "dsct" else PHASES)
+        # dsct and lowres are what a training step calls, always with its gradient
+        in_phases = phases or ([FORWARD_BACKWARD] if quick or loss in ("dsct", "lowres") else PHASES)
         for shape in shapes or default_shapes(loss, device, quick):
             parsed = parse_shape(shape)
-            if len(parsed) > 1 and loss != "dsct":
+            if len(parsed) > 1 and loss not in ("dsct", "lowres"):
+                continue
+            if loss == "lowres" and any(sizes[2] > LOWRES_LABELS or sizes[3] > LOWRES_LABELS for sizes in parsed):
                 continue
             one_layout = all(height * width == 1 for _, _, height, width in parsed)
             for layout in LAYOUTS[:1] if one_layout else layouts:
@@ -169,8 +195,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         return values.requires_grad_(student and requires_grad)
 
     target = None
-    if case.logits:
-        size, classes = (case.logits[0], *case.logits[2:]), case.logits[1]
+    if case.logits and case.labels:
+        size, classes = case.labels, case.logits[1]
         if classes > IGNORE_INDEX:
             raise ValueError(f"shape: at most {IGNORE_INDEX} classes, as {IGNORE_INDEX} is ignored; got {classes}")
         target = torch.randint(0, classes, size, generator=generator, device=device)
@@ -178,7 +204,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         target[ignored] = IGNORE_INDEX
     return Inputs(
         tensor(case.logits, 2.0, True),
-        tensor(case.logits, 3.0, False),
+        tensor(case.teacher_logits, 3.0, False),
         target,
         tensor(case.features, 1.0, True),
         tensor(case.features, 1.0, False),

@@ -58,6 +58,9 @@ def test_floor_counts_what_must_move():
     assert case(dtype="bf16").floor_bytes == 3 * 2 * logits + 8 * pixels
     assert case("cafd").floor_bytes == 4 * 4 * logits  # the student is read again for its gradient
     assert case("matched").floor_bytes == 5 * 4 * logits + 8 * pixels  # both logits are read again
+    small = case("lowres", "2x3x4x4+2x3x2x2")  # student and gradient, the smaller teacher, labels of 512 x 512
+    assert small.floor_bytes == 2 * 4 * logits + 4 * 2 * 3 * 2 * 2 + 8 * 2 * 512 * 512
+    assert small.student_bytes == 4 * logits
     joined = case("dsct", "2x3x4x4+2x5x2x2")
     assert joined.floor_bytes == case("jaccard").floor_bytes + 4 * 4 * (2 * 5 * 2 * 2)
     assert joined.student_bytes == 4 * (logits + 2 * 5 * 2 * 2)
@@ -100,11 +103,22 @@ def test_mask_trick_is_the_same_loss_where_it_is_safe():
 
 
 @pytest.mark.parametrize(
-    "loss,shape", [("tnkd", "2x5x8x8"), ("cafd", "2x5x8x8"), ("matched", "2x5x8x8"), ("dsct", "2x5x8x8+2x4x4x4")]
+    "loss,shape",
+    [
+        ("tnkd", "2x5x8x8"),
+        ("cafd", "2x5x8x8"),
+        ("matched", "2x5x8x8"),
+        ("dsct", "2x5x8x8+2x4x4x4"),
+        ("lowres", "1x3x8x8+1x3x9x4"),
+        ("lowres", "1x3x9x9"),
+    ],
 )
 def test_baseline_and_public_function_compute_the_same(loss, shape):
     x = cases.make_inputs(case(loss, shape, dtype="fp64"), torch.device("cpu"))
-    torch.testing.assert_close(candidates.backend_loss(loss, "reference")(x), candidates.reference_loss(loss)(x))
+    # upsampled in float32 or better by the library, in float32 by the baseline
+    tolerance = dict(rtol=1e-5, atol=0) if loss == "lowres" else {}
+    got, want = candidates.backend_loss(loss, "reference")(x), candidates.reference_loss(loss)(x)
+    torch.testing.assert_close(got, want, check_dtype=loss != "lowres", **tolerance)
 
 
 def test_turns_are_spread_evenly():
@@ -265,7 +279,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--one-process", "--json", str(path)]) == 1
     data = json.loads(path.read_text())
-    assert {m["loss"] for m in data["measurements"]} == {"cafd", "matched", "jaccard", "dsct"}
+    assert {m["loss"] for m in data["measurements"]} == {"cafd", "matched", "jaccard", "dsct", "lowres"}
     assert [failure["reason"] for failure in data["failed"]] == ["no such luck"]
 
 
