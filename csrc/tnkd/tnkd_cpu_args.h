@@ -44,6 +44,7 @@ struct UpsampledArgs : TnkdArgs {
   int64_t height, width;
   Resized of_student, of_teacher;
   bool same;           // the teacher is the student
+  int64_t tile;        // columns of labels that are walked together: 16 to kMaxBlock
   int64_t strip_rows;  // most rows of the student's that a strip reaches
 };
 

@@ -77,21 +77,15 @@ struct UpsampledScratch {
   S* rows;        // the gradient of the strip's rows, [row][column][class]
 };
 
-// Two rows of both networks, the gradient's two, and the columns of a block: nine or ten such arrays should stay in L1,
-// or, where classes are many, in a part of L2.
-template <class A>
-DSCT_INLINE int tile_pixels(const UpsampledArgs& args) {
-  return args.classes <= 24 ? 128 : args.classes <= 64 ? 64 : 32;
-}
 // A tile's array. 448 bytes past a page: arrays a multiple of 4 KiB apart would share the sets of L1.
 template <class A>
 DSCT_INLINE size_t tile_bytes(const UpsampledArgs& args) {
-  return round_up(size_t(args.classes) * size_t(tile_pixels<A>(args)) * sizeof(typename A::S), 4096) + 448;
+  return round_up(size_t(args.classes) * size_t(args.tile) * sizeof(typename A::S), 4096) + 448;
 }
 // The most columns that a tile looks at, and what a vector may read past them.
 template <class A>
 DSCT_INLINE int64_t segment_pitch(const UpsampledArgs& args, const Resized& of) {
-  const int64_t tile = tile_pixels<A>(args);
+  const int64_t tile = args.tile;
   int64_t most = 0;
   for (int64_t x = 0; x < args.width && !of.full; x += tile) {
     const int64_t end = x + tile < args.width ? x + tile : args.width;
@@ -423,7 +417,7 @@ DSCT_INLINE void run_upsampled_block(const UpsampledArgs& args, UpsampledScratch
   Scratch<A>& s = u.block;
   constexpr int kGroup = Scratch<A>::kGroup;
   const int64_t pixel = (sample * args.height + y) * args.width + x0;
-  const int block = tile_pixels<A>(args);
+  const int block = int(args.tile);
   const bool write_here = args.grad.data != nullptr && args.of_student.full;
   if (write_here) locate_full(args.grad.pixel_strides, sample, y, x0, &s.at_grad);
   bool any = true;
@@ -486,7 +480,7 @@ PixelSums run_strip_mode(const UpsampledArgs& args, int64_t sample, const Strip&
   const int64_t numbers = row_numbers<A>(args);
   clear_losses(u.block);
   if (keep) memset(u.rows, 0, size_t((strip.last - strip.first) * numbers + A::N) * sizeof(S));
-  const int64_t tile = tile_pixels<A>(args);
+  const int64_t tile = args.tile;
   for (int64_t x0 = 0; x0 < args.width; x0 += tile) {
     const int n = int(args.width - x0 < tile ? args.width - x0 : tile);
     u.student.row[0] = u.student.row[1] = u.teacher.row[0] = u.teacher.row[1] = u.row = -1;
@@ -540,7 +534,7 @@ void upsampled_teacher_labels(const UpsampledArgs& args, int64_t sample, const S
   typedef typename A::S S;
   UpsampledScratch<A>& u = lay_out_upsampled<A>(args, memory);
   Scratch<A>& s = u.block;
-  const int64_t tile = tile_pixels<A>(args);
+  const int64_t tile = args.tile;
   for (int64_t x0 = 0; x0 < args.width; x0 += tile) {
     const int n = int(args.width - x0 < tile ? args.width - x0 : tile);
     u.teacher.row[0] = u.teacher.row[1] = -1;

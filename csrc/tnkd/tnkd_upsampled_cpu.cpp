@@ -21,6 +21,11 @@ const UpsampledKernels& upsampled_kernels(bool is_double) {
   return is_double ? baseline::upsampled_kernels_f64 : baseline::upsampled_kernels_f32;
 }
 
+// Columns walked together. Two rows of both networks, the gradient's two, and a block's columns, nine or ten such
+// arrays, should stay in L1 or in a part of L2; but for a few columns a row of small logits is not worth fetching.
+// Flat: of 32, 64 and 128 none is ever 10% behind, 16 is 30% behind.
+int64_t tile_of(int64_t classes) { return classes <= 24 ? 128 : classes <= 1024 ? 64 : 32; }
+
 // The taps of one dimension: as dsct_kernels/tnkd/upsample.py has them, in float64.
 class Dimension {
  public:
@@ -198,6 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
   for (int64_t d = 0; d < 4; d++)
     args.same &= sizes_s[size_t(d)] == sizes_t[size_t(d)] && student_logits.stride(d) == teacher_logits.stride(d);
 
+  args.tile = tile_of(classes);
   const int64_t rows = std::max(kStripRows, kStripLogits / (width * classes));
   int64_t shared = 0;
   const std::vector<Strip> strips = strips_of(args.of_student.full ? y_t : y_s, height, rows, &shared);
