@@ -11,7 +11,9 @@ namespace dsct {
 namespace {
 
 constexpr int64_t kStripLogits = 1 << 17;  // work of one task, fixed: sums must not depend on the threads
-constexpr int64_t kStripRows = 16;         // but never fewer: each strip fetches a row of small logits anew
+// But never fewer rows than four of the student's, within these bounds: each strip fetches a row of small logits anew,
+// and leaves one of the gradient to be added up. 16 rows for logits of an eighth: twice the student's memory, not 1.5.
+constexpr int64_t kLeastRows = 16, kEnoughRows = 32;
 
 const UpsampledKernels& upsampled_kernels(bool is_double) {
 #ifdef DSCT_X86_ISAS
@@ -204,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     args.same &= sizes_s[size_t(d)] == sizes_t[size_t(d)] && student_logits.stride(d) == teacher_logits.stride(d);
 
   args.tile = tile_of(classes);
-  const int64_t rows = std::max(kStripRows, kStripLogits / (width * classes));
+  const int64_t four = 4 * height / sizes_s[2];
+  const int64_t rows = std::max(std::clamp(four, kLeastRows, kEnoughRows), kStripLogits / (width * classes));
   int64_t shared = 0;
   const std::vector<Strip> strips = strips_of(args.of_student.full ? y_t : y_s, height, rows, &shared);
   if (!args.of_student.full)
