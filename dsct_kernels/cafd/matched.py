@@ -35,8 +35,8 @@ def matched_cafd_loss(
 
     with i over positions. Channels weigh as much as they do in the teacher's `channel_attention_map`, but each is
     compared with its own counterpart. With ``channel_temperature=None`` all weigh 1 / C: that is CWD (Shu et al., ICCV
-    2021, arXiv 2011.13256) exactly. Maps that differ in H or W are average-pooled (adaptively, by what is not ignored) to
-    the smaller of the two, in float32 (float64).
+    2021, arXiv 2011.13256) exactly. Maps that differ in H or W are average-pooled (adaptively, by what is not ignored)
+    to the smaller of the two, in float32 (float64).
 
     Args:
         student_logits: (N, C, H, W), float16, bfloat16, float32 or float64, any strides; also (N, C) and
