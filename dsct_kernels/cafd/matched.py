@@ -35,8 +35,8 @@ def matched_cafd_loss(
 
     with i over positions. Channels weigh as much as they do in the teacher's `channel_attention_map`, but each is
     compared with its own counterpart. With ``channel_temperature=None`` all weigh 1 / C: that is CWD (Shu et al., ICCV
-    2021, arXiv 2011.13256) exactly. Maps that differ in H or W are average-pooled (adaptively) to the smaller of the
-    two, in float32 (float64).
+    2021, arXiv 2011.13256) exactly. Maps that differ in H or W are average-pooled (adaptively, by what is not ignored)
+    to the smaller of the two, in float32 (float64).
 
     Args:
         student_logits: (N, C, H, W), float16, bfloat16, float32 or float64, any strides; also (N, C) and
@@ -80,8 +80,8 @@ def matched_cafd_loss(
     checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
     acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     mask = None if target is None or ignored is None else _maps(labelled(target, ignored, size, acc).unsqueeze(1) > 0)
-    student = _maps(averaged(student_logits, size, acc))
-    teacher = _maps(averaged(teacher_logits.detach(), size, acc))
+    student = _maps(averaged(student_logits, size, acc, target, ignored))
+    teacher = _maps(averaged(teacher_logits.detach(), size, acc, target, ignored))
     module = _choose(backend, student, teacher)
     return module.matched_cafd(student, teacher, mask, channel_temperature, temperature, reduce)
 

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -656,7 +657,13 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the comparison; again: it goes on")
+    p.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the runs of any students and steps, and of a table and a chart for each; again: it goes on",
+    )
     p.add_argument(
         "--methods", type=commas, default=DEFAULT_METHODS, metavar="A,B", help=f"default {','.join(DEFAULT_METHODS)}"
     )
@@ -684,7 +691,7 @@ TEACHER_HELP = (
     f"to train: {', '.join(TEACHER_PRESETS)}, or a function that makes a torch.nn.Module, given the number of classes; "
     "as it is: a model folder (default efficientnet-lite0)"
 )
-DEFAULT_METHODS = ("alone", "balanced", "kd", "dkd", "cwd", "at", "uniform", "tnkd", "cafd", "dsct")
+DEFAULT_METHODS = ("alone", "balanced", "kd", "at", "dkd", "cwd", "dsct")
 CONFIG_FLAGS = (
     "teacher_seed", "crop", "batch", "teacher_steps", "student_steps", "teacher_lr", "student_lr", "weight_decay",
     "scale_jitter", "colour_jitter", "scenes", "scene_size", "downscale", "window", "cache_mb", "device",
@@ -860,8 +867,9 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
     rows = [{**row, "method": wanted[row["key"]].method} for row in read_rows(file) if row["key"] in wanted]
     if rows:
         text = table(rows, list(own.methods), list(own.against), classes_of(cfg)[0])
-        replace_file(own.out / "comparison.md", f"{text}\n`{command}`\n".encode())
-        chart(own.out / "comparison.png", rows, list(own.methods), own.against[0])
+        name = f"comparison-{re.sub(r'[^A-Za-z0-9.-]+', '-', cfg.student)}-{cfg.student_steps}"
+        replace_file(own.out / f"{name}.md", f"{text}\n`{command}`\n".encode())
+        chart(own.out / f"{name}.png", rows, list(own.methods), own.against[0])
         print(text)
     if len(rows) < len(jobs):
         print(f"{len(jobs) - len(rows)} runs to go; the same command goes on")

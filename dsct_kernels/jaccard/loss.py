@@ -35,7 +35,8 @@ def jaccard_loss(
     Args:
         student_logits: (N, K) or (N, K, *spatial), K >= 2; float16, bfloat16, float32 or float64, any strides.
         teacher_logits: the same N, K and number of dimensions; may differ in dtype and strides, and (N, K, H, W) in
-            size: the larger is averaged down (adaptively) to the smaller H and the smaller W. Never gets a gradient.
+            size: the larger is averaged down (adaptively, by what is not ignored) to the smaller H and the smaller
+            W. Never gets a gradient.
         target: (N, *spatial) labels, uint8, int8, int16, int32 or int64; (N, H', W') of the logits' size or larger.
             It only says what is ignored: a cell of the logits counts by the share of its labels that are not
             `ignore_index`, and with none of them contributes exactly nothing. None: every cell counts.
@@ -71,7 +72,8 @@ def jaccard_loss(
     module = backends.choose(backend, reference, native, None, student_logits, teacher_logits)
     acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
     share = None if target is None or ignored is None else labelled(target, ignored, size, acc)
-    student, teacher = averaged(student_logits, size, acc), averaged(teacher_logits.detach(), size, acc)
+    student = averaged(student_logits, size, acc, target, ignored)
+    teacher = averaged(teacher_logits.detach(), size, acc, target, ignored)
     return module.jaccard(student, teacher, share, temperature)
 
 

@@ -118,7 +118,8 @@ def check(
         keywords = dict(alpha=alpha, beta=beta, temperature=tau, reduction=reduction, backend=backend)
         given = target if labelled else None
         if ce_weight:
-            got = dsct_loss(leaf, other, given, ce_weight=ce_weight, cafd_weight=0.0, **keywords).total
+            only_these = dict(ce_weight=ce_weight, tnkd_weight=1.0, matched_weight=0.0, jaccard_weight=0.0)
+            got = dsct_loss(leaf, other, given, **only_these, **keywords).total
         else:
             got = tnkd_loss(leaf, other, given, **keywords)
         (g,) = torch.autograd.grad(got.sum(), leaf)

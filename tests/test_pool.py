@@ -1,0 +1,58 @@
+"""Maps of two sizes brought together: what is ignored has no part in an average, whatever it holds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsct_kernels import dsct_loss, jaccard_loss, matched_cafd_loss
+from dsct_kernels.pool import averaged, labelled
+
+LOSSES = {
+    "matched": matched_cafd_loss,
+    "jaccard": jaccard_loss,
+    "dsct": lambda *arguments, **keywords: dsct_loss(*arguments, **keywords).total,
+}
+
+
+def test_an_average_weighs_a_position_by_the_share_of_its_labels_that_counts():
+    maps = torch.tensor([[[[1.0, 2.0, 5.0, torch.nan], [3.0, 4.0, 7.0, 9.0]]]])
+    target = torch.zeros(1, 4, 8)
+    target[0, :2, 6:] = 255  # the NaN
+    target[0, 2:, 7:] = 255  # half of the 9
+    target = target.long()
+    assert labelled(target, 255, [2, 4], torch.float32).tolist() == [[[1, 1, 1, 0], [1, 1, 1, 0.5]]]
+    got = averaged(maps, [1, 2], torch.float32, target, 255)
+    assert got.flatten().tolist() == pytest.approx([2.5, (5 + 7 + 0.5 * 9) / 2.5])
+    nothing = averaged(maps, [1, 2], torch.float32, torch.full_like(target, 255), 255)
+    assert not nothing.any()
+
+
+def test_with_every_label_it_is_torchs_average():
+    maps = torch.randn(2, 3, 9, 14)
+    target = torch.zeros(2, 20, 30, dtype=torch.uint8)
+    torch.testing.assert_close(averaged(maps, [4, 5], torch.float32, target, 255), F.adaptive_avg_pool2d(maps, (4, 5)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("value", [0.0, 1e4, torch.nan, torch.inf])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ignored_pixels_of_the_larger_network_change_nothing_and_learn_nothing(name, value, backend, compiled):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randint(0, 4, (2, 16, 16), generator=generator)
+    target[:, 5:9, 3:12] = 255
+    gone = (target == 255).unsqueeze(1).expand(2, 4, 16, 16)
+    student, teacher = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 4, 4, 8, generator=generator)
+    loss = LOSSES[name]
+    call = lambda s: loss(s, teacher, target, backend=backend)  # noqa: E731
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    results = []
+    for held in (0.5, value):
+        leaf = torch.where(gone, held, student).requires_grad_()
+        out = call(leaf)
+        out.backward()
+        assert leaf.grad is not None and not leaf.grad[gone].any() and leaf.grad[~gone].any()
+        results.append((out.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
