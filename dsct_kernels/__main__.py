@@ -6,6 +6,7 @@ import platform
 import torch
 
 from . import __version__, backends
+from .cafd import matched_native
 from .cafd import native as cafd_native
 from .cafd import reference as cafd_reference
 from .cafd import triton as cafd_triton
@@ -18,6 +19,7 @@ from .tnkd import triton as tnkd_triton
 LOSSES = {
     "tnkd": (tnkd_reference, tnkd_native, tnkd_triton),
     "cafd": (cafd_reference, cafd_native, cafd_triton),
+    "matched": (cafd_reference, matched_native, None),  # matched CAFD
     "jaccard": (jaccard_reference, jaccard_native, None),
 }
 
@@ -52,7 +54,7 @@ def main() -> None:
             except (RuntimeError, ValueError) as error:  # DSCT_KERNELS_BACKEND cannot serve, or names no backend
                 chosen, refusal = None, error
             for module in filter(None, modules):
-                backend = module.__name__.rpartition(".")[2]
+                backend = module.__name__.rpartition(".")[2].removeprefix("matched_")
                 reason = module.why_not(x)
                 state = "usable" if reason is None else f"not usable: {reason}"
                 print(f"  {loss:7} {backend:10} {state}{', chosen by auto' if module is chosen else ''}")

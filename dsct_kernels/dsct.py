@@ -11,9 +11,10 @@ from torch import Tensor
 from . import backends, checks, values
 from .cafd import matched_native
 from .cafd.loss import Features, cafd_loss
-from .cafd.matched import matched_cafd_loss
+from .cafd.matched import of_maps as matched_of_maps
 from .jaccard import native as jaccard_native
-from .jaccard.loss import jaccard_loss
+from .jaccard.loss import of_maps as jaccard_of_maps
+from .pool import overlaid
 from .tnkd.loss import logit_loss
 from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 
@@ -105,6 +106,7 @@ def dsct_loss(
     cafd_weight, alpha, beta = weight("cafd_weight", cafd_weight), weight("alpha", alpha), weight("beta", beta)
     matched_weight, jaccard_weight = weight("matched_weight", matched_weight), weight("jaccard_weight", jaccard_weight)
     matched_temperature = positive("matched_temperature", matched_temperature)
+    channel_temperature = positive("channel_temperature", channel_temperature)
     if reduction == "none":
         raise ValueError(NO_MAP)
     if (student_features is None) != (teacher_features is None):
@@ -137,26 +139,16 @@ def dsct_loss(
     cafd = matched = jaccard = torch.zeros_like(ce)
     if untaught:
         tckd = nckd = cafd
-    if not values.known_zero(matched_weight):
-        matched = matched_cafd_loss(
-            student_logits,
-            teacher_logits,
-            target,
-            temperature=matched_temperature,
-            channel_temperature=channel_temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            backend=backends.else_reference(backend, matched_native, student_logits),
-        )
+    with_matched, with_jaccard = not values.known_zero(matched_weight), not values.known_zero(jaccard_weight)
+    if with_matched or with_jaccard:
+        maps = overlaid(student_logits, teacher_logits, target, ignore_index)
+    if with_matched:
+        where = backends.else_reference(backend, matched_native, student_logits)
+        matched = matched_of_maps(*maps, matched_temperature, channel_temperature, reduction, where)
         total = total + _weighted(matched_weight, matched)
-    if not values.known_zero(jaccard_weight):
-        jaccard = jaccard_loss(
-            student_logits,
-            teacher_logits,
-            target,
-            ignore_index=ignore_index,
-            backend=backends.else_reference(backend, jaccard_native, student_logits),
-        )
+    if with_jaccard:
+        where = backends.else_reference(backend, jaccard_native, student_logits)
+        jaccard = jaccard_of_maps(*maps, 1.0, where)
         total = total + _weighted(jaccard_weight, jaccard)
     if student_features is not None and teacher_features is not None and not values.known_zero(cafd_weight):
         cafd = cafd_loss(

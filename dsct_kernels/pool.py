@@ -1,4 +1,4 @@
-"""Maps brought to a smaller size by averages over cells, and what the labels of a cell say."""
+"""Logits of two networks laid over each other at the smaller size: averages over cells, and what their labels say."""
 
 from typing import Any
 
@@ -6,7 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import checks
 from .autograd import LIBRARY
+from .values import label_value
+
+
+def overlaid(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    ignore_index: int | Tensor | None,
+    classes: int = 2,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Student, teacher and the share of each cell's labels that counts, checked, at the smaller of the two sizes.
+
+    The share is (N, *spatial) in the dtype that the loss computes in; None: all of every cell. The teacher is detached.
+    """
+    ignored = label_value("ignore_index", ignore_index)
+    size = checks.overlaid(student_logits, teacher_logits, target, classes)
+    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
+    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    share = None if target is None or ignored is None else labelled(target, ignored, size, acc)
+    student = averaged(student_logits, size, acc, target, ignored)
+    return student, averaged(teacher_logits.detach(), size, acc, target, ignored), share
 
 
 def pool(a: Tensor, size: tuple[int, int]) -> Tensor:

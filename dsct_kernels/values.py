@@ -113,10 +113,6 @@ def known_zero(value: Number) -> bool:
     return not torch.compiler.is_compiling() and not isinstance(value, Tensor) and value == 0
 
 
-def times(a: Number, b: Number) -> Number:
-    return a * b
-
-
 def packed(values: tuple[Number, ...], device: torch.device) -> Tensor:
     """(len(values),) float64 as the ops take them: on the CPU where all are known, else on `device`."""
     if not torch.compiler.is_compiling():

@@ -695,3 +695,27 @@ def test_every_public_keyword_is_documented():
         function = getattr(dsct_kernels, name)
         for parameter in inspect.signature(function).parameters:
             assert parameter in function.__doc__, f"{name}: {parameter}"
+
+
+def test_there_is_one_set_of_defaults():
+    """In functions, modules and trainer alike: what was measured."""
+    from dsct_kernels.distill.config import Loss
+
+    def defaults(f):
+        return {name: p.default for name, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    whole = defaults(dsct_loss)
+    for function, names in (
+        (tnkd_loss, ("alpha", "beta", "temperature", "ignore_index", "align_corners")),
+        (cafd_loss, ("channel_temperature", "spatial_temperature")),
+        (matched_cafd_loss, ("channel_temperature", "ignore_index")),
+        (jaccard_loss, ("ignore_index",)),
+    ):
+        assert {name: defaults(function)[name] for name in names} == {name: whole[name] for name in names}, function
+    assert defaults(matched_cafd_loss)["temperature"] == whole["matched_temperature"]
+    for module, function in ((DSCTLoss, dsct_loss), (TNKDLoss, tnkd_loss), (CAFDLoss, cafd_loss),
+                             (dsct_kernels.MatchedCAFDLoss, matched_cafd_loss),
+                             (dsct_kernels.JaccardLoss, jaccard_loss)):  # fmt: skip
+        assert defaults(module.__init__) == defaults(function), module
+    trained = {f: v for f, v in vars(Loss()).items() if f != "strides"}
+    assert trained == {name: whole[name] for name in trained}

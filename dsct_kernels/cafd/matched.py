@@ -3,11 +3,10 @@
 from types import ModuleType
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..pool import averaged, labelled
+from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from . import matched_native, reference
 
@@ -74,15 +73,24 @@ def matched_cafd_loss(
     """
     temperature = positive("temperature", temperature)
     channel_temperature = _positive_or_none("channel_temperature", channel_temperature)
-    ignored = label_value("ignore_index", ignore_index)
-    reduce = checks.reduction(reduction)
-    size = checks.overlaid(student_logits, teacher_logits, target, classes=1)
-    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    mask = None if target is None or ignored is None else _maps(labelled(target, ignored, size, acc).unsqueeze(1) > 0)
-    student = _maps(averaged(student_logits, size, acc, target, ignored))
-    teacher = _maps(averaged(teacher_logits.detach(), size, acc, target, ignored))
+    maps = overlaid(student_logits, teacher_logits, target, ignore_index, classes=1)
+    return of_maps(*maps, temperature, channel_temperature, reduction, backend)
+
+
+def of_maps(
+    student: Tensor,
+    teacher: Tensor,
+    share: Tensor | None,
+    temperature: Number,
+    channel_temperature: Number | None,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """The loss of what `overlaid` returns; the numbers are checked already."""
+    student, teacher = _maps(student), _maps(teacher)
+    mask = None if share is None else _maps(share.unsqueeze(1) > 0)
     module = _choose(backend, student, teacher)
+    reduce = checks.reduction(reduction)
     return module.matched_cafd(student, teacher, mask, channel_temperature, temperature, reduce)
 
 

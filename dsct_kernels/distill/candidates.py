@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dsct_kernels import tnkd_loss
+from dsct_kernels.cafd.reference import channel_weights
 
 from .rivals import IGNORE, at_labels, same_size, shares
 
@@ -14,12 +15,6 @@ from .rivals import IGNORE, at_labels, same_size, shares
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
-def channel_weights(maps: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """CAFD's w, (N, C): softmax_c of a channel's mean magnitude relative to the others'."""
-    g = maps.float().abs().flatten(2).mean(-1)
-    return (g / g.mean(1, keepdim=True).clamp(min=1e-30) / temperature).softmax(1)
 
 
 def over_positions(
@@ -68,7 +63,7 @@ def over_positions(
     )
     per_class = alpha * tc + beta_in * kl_in + beta_out * kl_out
     if weights == "cafd":
-        w = channel_weights(t)
+        w = channel_weights(t.abs().mean((2, 3)), 1.0)
     elif weights == "present":
         w = has_in.float() / has_in.sum(1, keepdim=True).clamp(min=1)
     else:

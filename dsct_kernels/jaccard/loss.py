@@ -2,11 +2,10 @@
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .. import backends, checks
-from ..pool import averaged, labelled
+from .. import backends
+from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from . import native, reference
 
@@ -66,15 +65,14 @@ def jaccard_loss(
         torch.Size([2, 6, 32, 32])
     """
     temperature = positive("temperature", temperature)
-    ignored = label_value("ignore_index", ignore_index)
-    size = checks.overlaid(student_logits, teacher_logits, target)
-    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
-    module = backends.choose(backend, reference, native, None, student_logits, teacher_logits)
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    share = None if target is None or ignored is None else labelled(target, ignored, size, acc)
-    student = averaged(student_logits, size, acc, target, ignored)
-    teacher = averaged(teacher_logits.detach(), size, acc, target, ignored)
-    return module.jaccard(student, teacher, share, temperature)
+    return of_maps(*overlaid(student_logits, teacher_logits, target, ignore_index), temperature, backend)
+
+
+def of_maps(student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Number, backend: str) -> Tensor:
+    """The loss of what `overlaid` returns; the temperature is checked already."""
+    module = backends.choose(backend, reference, native, None, student, teacher)
+    loss: Tensor = module.jaccard(student, teacher, share, temperature)
+    return loss
 
 
 class JaccardLoss(ValueModule):

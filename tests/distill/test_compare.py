@@ -14,7 +14,7 @@ import torch
 
 from dsct_kernels.distill import cli, compare, models, rivals
 from dsct_kernels.distill.config import Config
-from dsct_kernels.distill.files import DataError
+from dsct_kernels.distill.files import DataError, only_writer
 
 TINY = Config(
     data="synthetic",
@@ -436,3 +436,16 @@ def test_the_help_names_every_method_with_its_settings(capsys):
     for name in ("balanced", *compare.TERMS):
         assert name in said
     assert "temperature=4.0" in said.replace("\n", "")
+
+
+def test_a_folder_that_another_comparison_writes_is_refused(tmp_path, capsys):
+    typed = ["compare", *TYPED, "--out", str(tmp_path), "--folds", "0", "--seeds", "0", "--methods", "alone"]
+    with only_writer(tmp_path):
+        assert cli.main(typed) == 2
+    assert "another process is writing" in capsys.readouterr().err
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_a_run_without_a_number_is_not_written_as_something_that_json_does_not_know(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        compare.append_row(tmp_path / "runs.jsonl", {"miou": math.nan})
