@@ -1,9 +1,44 @@
-"""What the test files share: the error rule, and strided copies of a tensor."""
+"""What the test files share: the error rule, strided copies of a tensor, and the kernels' other instruction sets."""
 
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch import Tensor
 
+from dsct_kernels import backends
 from dsct_kernels.cafd import reference as cafd_reference
+
+ISAS = ("default", "avx2", "avx512")
+
+
+def run_again_with(isa: str, file: str, chosen: str) -> None:
+    """The tests of `file` whose names hold what is chosen, in a process of their own, with the kernels of `isa`."""
+    info = backends.build_info()
+    if os.environ.get("DSCT_KERNELS_CPU"):
+        pytest.skip("already in such a process")
+    if isa not in info["cpu_isas"]:  # type: ignore[operator]
+        pytest.skip(f"{isa} is not built in")
+    if ISAS.index(isa) >= ISAS.index(str(info["cpu_isa"])):
+        pytest.skip(f"this run is {info['cpu_isa']} already, or the machine has no {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file]
+    done = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def before_a_forbidden_page(x: Tensor) -> Tensor:
+    """A copy that ends where a page ends, and the next one must not be touched: who does ends the process. Linux."""
+    bytes = x.numel() * x.element_size()
+    room = -(-bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - bytes)
+    return flat.as_strided(x.shape, x.stride()).copy_(x)
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

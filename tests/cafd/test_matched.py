@@ -1,8 +1,5 @@
 """Matched CAFD: the kernels against the reference, both against the formula, and every edge from first principles."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import MatchedCAFDLoss, backends, matched_cafd_loss
 
-from ..helpers import assert_as_good_as_reference, relative_error
+from ..helpers import ISAS, assert_as_good_as_reference, relative_error, run_again_with
 from .test_native import FLOATS, LAYOUTS, features, laid_out
 
 INF, NAN = float("inf"), float("nan")
@@ -667,23 +664,11 @@ def test_same_bits_every_time_and_for_any_number_of_threads(layout: str, shape: 
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """The rest of this file for the sets that this run does not use, in a process each."""
-    best = backends.build_info()["cpu_isa"]
-    order = ("default", "avx2", "avx512")
-    if order.index(isa) >= order.index(str(best)):
-        pytest.skip(f"this run is {best} already, or the machine has no {isa}")
-    if os.environ.get("DSCT_KERNELS_CPU"):
-        pytest.skip("already in such a process")
-    chosen = "shapes or temperatures or magnitudes or Infinities or block or mask or silent or any_maps"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**os.environ, "DSCT_KERNELS_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    chosen = "shapes or temperatures or magnitudes or Infinities or block or mask or ignored or silent or any_maps"
+    run_again_with(isa, __file__, chosen)
 
 
 # --- where nothing is labelled ---

@@ -1,8 +1,5 @@
 """The native CPU kernels of CAFD against the reference, called as the ops."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ from torch import Tensor
 from dsct_kernels import backends, values
 from dsct_kernels.cafd import reference
 
-from ..helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
+from ..helpers import ISAS, assert_as_good_as_reference, assert_cafd_as_good_as_reference, run_again_with, strided_copy
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
@@ -378,23 +375,11 @@ def test_inputs_are_left_as_they_are() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """The rest of this file for the sets that this run does not use, in a process each."""
-    best = backends.build_info()["cpu_isa"]
-    order = ("default", "avx2", "avx512")
-    if order.index(isa) >= order.index(str(best)):
-        pytest.skip(f"this run is {best} already, or the machine has no {isa}")
-    if os.environ.get("DSCT_KERNELS_CPU"):
-        pytest.skip("already in such a process")
     chosen = "shapes or temperatures or magnitudes or nan or zero or one_hot or upstream or equal_networks"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**os.environ, "DSCT_KERNELS_CPU": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    run_again_with(isa, __file__, chosen)
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,8 +1,5 @@
 """The soft Jaccard loss: the formula from first principles, the kernels by the error rule, and every edge case."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from dsct_kernels import JaccardLoss, backends, jaccard_loss
 from dsct_kernels.jaccard import reference
 from dsct_kernels.pool import averaged
 
-from ..helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+from ..helpers import ISAS, LAYOUTS, assert_as_good_as_reference, run_again_with, strided_copy
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -255,18 +252,14 @@ def test_large_gradients_take_the_streaming_path() -> None:
 
 
 @needs_native
-@pytest.mark.skipif("DSCT_KERNELS_CPU" in os.environ, reason="this is the run with the instruction set lowered")
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """These tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    if isa not in str(backends.build_info()["cpu_isas"]):
-        pytest.skip(f"{isa} is not built in")
-    if isa == backends.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is what the tests above ran with")
-    again = "formula or shapes or classes or magnitudes or streaming or count or nan or absent or equal or property"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", again, __file__]
-    done = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_again_with(
+        isa,
+        __file__,
+        "formula or shapes or classes or magnitudes or streaming or count or nan or absent or equal or property",
+    )
 
 
 # --- edge cases ------------------------------------------------------------------------------------------------------

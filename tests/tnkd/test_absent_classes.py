@@ -4,9 +4,6 @@ set."""
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsct_kernels import backends, dsct_loss, tnkd_loss
-from tests.helpers import strided_copy
+from tests.helpers import ISAS, run_again_with, strided_copy
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -216,15 +213,8 @@ def test_infinity_is_no_certain_teacher_without_labels_either(device, backend, n
     assert per_pixel[1, 3, 1].isnan() and per_pixel.isnan().sum() == 1
 
 
-@pytest.mark.skipif("DSCT_KERNELS_CPU" in os.environ, reason="this is the run with the instruction set lowered")
 @pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     """The native backend's tests again, in a process of their own, with the kernels of `isa`."""
-    if isa not in str(backends.build_info()["cpu_isas"]):
-        pytest.skip(f"{isa} is not built in")
-    if isa == backends.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is what the tests above ran with")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native", __file__]
-    run = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
+    run_again_with(isa, __file__, "native")

@@ -1,10 +1,6 @@
 """The kernel that upsamples on the way, against the reference on logits upsampled in float64 beforehand."""
 
-import ctypes
 import math
-import mmap
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -19,7 +15,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dsct_kernels import backends, dsct_loss, tnkd_loss
 from dsct_kernels.tnkd import autograd, native, reference, upsample
 
-from ..helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
+from ..helpers import (
+    ISAS,
+    LAYOUTS,
+    assert_as_good_as_reference,
+    before_a_forbidden_page,
+    relative_error,
+    run_again_with,
+    strided_copy,
+)
 from .test_native import DEFAULTS, FLOATS, LABELS, MEAN, NONE, SUM, labels, logits
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
@@ -342,15 +346,7 @@ def test_nothing_is_read_past_the_end(classes: int, layout: str, dtype: torch.dt
     format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     values = [logits(*shape, dtype=dtype, seed=seed).contiguous(memory_format=format) for seed in (0, 2)]
     target = labels(1, 10, 50, classes=classes)
-    at_the_end = []
-    for x in values:
-        bytes = x.numel() * x.element_size()
-        room = -(-bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, room + mmap.PAGESIZE)
-        start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
-        flat = torch.frombuffer(memory, dtype=dtype, count=x.numel(), offset=room - bytes)
-        at_the_end.append(flat.as_strided(x.shape, x.stride()).copy_(x))
+    at_the_end = [before_a_forbidden_page(x) for x in values]
     for a, b in zip(low(*at_the_end, target), low(*values, target)):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -536,15 +532,7 @@ def test_any_problem(problem: dict[str, Any]) -> None:
     compare(**problem)
 
 
-@pytest.mark.skipif("DSCT_KERNELS_CPU" in os.environ, reason="this is the run with the instruction set lowered")
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """The tests of numbers again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    if isa not in str(backends.build_info()["cpu_isas"]):
-        pytest.skip(f"{isa} is not built in")
-    if isa == backends.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is what the tests above ran with")
-    again = "(sizes and not sliced) or ignored or nan or absent or bits or any"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", again, __file__]
-    run = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
+    run_again_with(isa, __file__, "(sizes and not sliced) or ignored or nan or absent or bits or any")

@@ -1,10 +1,6 @@
 """The native CPU kernel of TNKD + CE against the reference, called as the op."""
 
-import ctypes
 import math
-import mmap
-import os
-import subprocess
 import sys
 from typing import Any
 
@@ -17,7 +13,15 @@ from torch import Tensor
 from dsct_kernels import backends
 from dsct_kernels.tnkd import autograd, reference
 
-from ..helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
+from ..helpers import (
+    ISAS,
+    LAYOUTS,
+    assert_as_good_as_reference,
+    before_a_forbidden_page,
+    relative_error,
+    run_again_with,
+    strided_copy,
+)
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
@@ -500,15 +504,7 @@ def test_nothing_is_read_past_the_end(classes: int, layout: str, dtype: torch.dt
     format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     values = [logits(*shape, dtype=dtype, seed=seed).contiguous(memory_format=format) for seed in (0, 2)]
     target = labels(1, 5, 23, classes=classes)
-    at_the_end = []
-    for x in values:
-        bytes = x.numel() * x.element_size()
-        room = -(-bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, room + mmap.PAGESIZE)
-        start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
-        flat = torch.frombuffer(memory, dtype=dtype, count=x.numel(), offset=room - bytes)
-        at_the_end.append(flat.as_strided(x.shape, x.stride()).copy_(x))
+    at_the_end = [before_a_forbidden_page(x) for x in values]
     for a, b in zip(native(*at_the_end, target), native(*values, target)):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -544,18 +540,14 @@ def test_inputs_are_never_written() -> None:
         assert all(torch.equal(a, b) for a, b in zip((student, teacher, target), before))
 
 
-@pytest.mark.skipif("DSCT_KERNELS_CPU" in os.environ, reason="this is the run with the instruction set lowered")
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """Some of these tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    if isa not in str(backends.build_info()["cpu_isas"]):
-        pytest.skip(f"{isa} is not built in")
-    if isa == backends.build_info()["cpu_isa"]:
-        pytest.skip(f"{isa} is what the tests above ran with")
-    again = "shapes or temperature or magnitudes or ignored or nan or absent or streaming or argmax or strides"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", again, __file__]
-    run = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
+    run_again_with(
+        isa,
+        __file__,
+        "shapes or temperature or magnitudes or ignored or nan or absent or streaming or argmax or strides",
+    )
 
 
 @st.composite
