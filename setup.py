@@ -24,8 +24,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-CPU_SOURCES = ("ops.cpp", "module.cpp", "*/*_cpu*.cpp")
-CUDA_SOURCES = ("ops_cuda.cpp", "*/*_cuda.cu")
+CPU_SOURCES = ("ops.cpp", "module.cpp", "*/cpu/*.cpp")
+CUDA_SOURCES = ("ops_cuda.cpp", "*/cuda/*.cu")
 CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # libtorch's stable ABI as of 2.10: one build for every later torch
 CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", ABI]

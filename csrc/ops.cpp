@@ -3,12 +3,13 @@
 // spatial). Each lies on the CPU, where the host reads it, or beside the logits, where only kernels do. Kernels are
 // registered beside it per device: CPU here, CUDA in ops_cuda.cpp. Arguments and results are explained in docs/ops.md;
 // dsct_kernels/{tnkd,cafd,jaccard}/native.py call them.
+#include "cafd/cpu/ops.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include "cafd/cafd.h"
-#include "cafd/matched.h"
-#include "jaccard/jaccard.h"
-#include "tnkd/tnkd.h"
+#include "cafd/cpu/matched_ops.h"
+#include "jaccard/cpu/ops.h"
+#include "tnkd/cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
   m.def(

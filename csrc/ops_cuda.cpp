@@ -1,8 +1,8 @@
 // The CUDA kernels of the ops whose schemas stand in ops.cpp. Built only where torch has CUDA and an nvcc is found.
 #include <torch/csrc/stable/library.h>
 
-#include "cafd/cafd_cuda.h"
-#include "tnkd/tnkd_cuda.h"
+#include "cafd/cuda/ops.h"
+#include "tnkd/cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CUDA, m) {
   m.impl("tnkd", TORCH_BOX(&dsct::tnkd_cuda));

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc")
-SOURCES = ("tnkd/tnkd_cuda.cu", "cafd/cafd_cuda.cu")
+SOURCES = ("tnkd/cuda/tnkd.cu", "cafd/cuda/cafd.cu")
 
 # As in setup.py.
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--prec-div=false"]

@@ -138,8 +138,8 @@ def test_every_file_that_a_page_names_is_there(page):
 @pytest.mark.parametrize(
     "pattern,found",
     [
-        ("csrc/NAME/NAME_cpu*.cpp", True),
-        ("csrc/NAME_cpu.cpp", False),
+        ("csrc/NAME/cpu/*.cpp", True),
+        ("csrc/NAME/NAME.cpp", False),
         ("dsct_kernels/*/triton.py", True),
         ("dsct_kernels/NAME/fake.py", False),
         ("pixel_math.h", True),

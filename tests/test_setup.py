@@ -164,7 +164,7 @@ class Project:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.folder / name)
         self.write("dsct_kernels/__init__.py")
-        for name in ("ops.cpp", "ops_cuda.cpp", "none/none_cpu.cpp", "none/none_cuda.cu"):
+        for name in ("ops.cpp", "ops_cuda.cpp", "none/cpu/none.cpp", "none/cuda/none.cu"):
             self.write(f"csrc/{name}")
         self.package = self.folder / "lib" / "dsct_kernels"
 
@@ -276,7 +276,7 @@ def test_an_nvcc_that_works_is_asked_for_what_it_knows_and_the_build_says_so(pro
 def test_a_cpu_build_that_fails_installs_pure_python_and_nothing_of_an_earlier_build(project):
     project.shorten()
     stand_in(project.home)
-    project.write("csrc/none/none_cpu.cpp", '#error "no such luck"\n')
+    project.write("csrc/none/cpu/none.cpp", '#error "no such luck"\n')
     project.write("lib/dsct_kernels/_C" + importlib.machinery.EXTENSION_SUFFIXES[0], "the kernels of last week")
     done = project.build(MAX_JOBS="1")
     assert done.returncode == 0, done.stderr

@@ -3,9 +3,9 @@
 // A translation unit says which set it is (-> DSCT_ISA, the name of its namespace) and includes this header FIRST:
 //
 //     #define DSCT_ISA_AVX512        // or DSCT_ISA_AVX2, or neither: the baseline
-//     #include "../common/vec.h"     // system headers, then `#pragma GCC target`, then the vectors
+//     #include "common/vec.h"     // system headers, then `#pragma GCC target`, then the vectors
 //     #include "kernel.h"            // namespace dsct { namespace DSCT_ISA { ... } }
-//     #include "../common/vec_end.h"
+//     #include "common/vec_end.h"
 //
 // From here to the end of that file every function is compiled for that set. So kernel code must not instantiate inline
 // functions or templates of the standard library: the linker keeps one copy for all, and it may be this one.

@@ -39,7 +39,7 @@ if NATIVE_MISSING is None:
         n, c = student.shape[:2]
         acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         loss = student.new_empty([n] if reduction == 0 else [], dtype=acc)
-        return loss, student.new_empty([n, 5, c], dtype=torch.float64)  # MatchedStat in csrc/cafd/matched_cpu.h
+        return loss, student.new_empty([n, 5, c], dtype=torch.float64)  # MatchedStat in csrc/cafd/cpu/matched_args.h
 
     @torch.library.register_fake("dsct_kernels::matched_cafd_backward")
     def _(

@@ -9,10 +9,10 @@
 
 // A build may leave out what its cases do not need: the planted mistakes are compiled one loss at a time.
 #ifndef WITHOUT_CAFD
-#include "cafd/cafd_kernels.cuh"
+#include "cafd/cuda/kernels.cuh"
 #endif
 #ifndef WITHOUT_TNKD
-#include "tnkd/tnkd_kernels.cuh"
+#include "tnkd/cuda/kernels.cuh"
 #endif
 
 namespace {

@@ -1,4 +1,4 @@
-// CUDA's words for a host compiler: the kernels of csrc/*/*_kernels.cuh run here, unchanged, on the CPU. Test-only.
+// CUDA's words for a host compiler: the kernels of csrc/*/cuda/*.cuh run here, unchanged, on the CPU. Test-only.
 //
 // A block is a group of CUDA threads that meet at barriers; blocks run one after the other. A CUDA thread is a fibre,
 // or, with SHIM_THREADS, a std::thread: slow, but ThreadSanitizer then sees a missing __syncthreads as the race it is.

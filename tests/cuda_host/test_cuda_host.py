@@ -144,7 +144,7 @@ def test_no_overrun(folder: Path) -> None:
 
 
 # What is broken, and what is put in its place: the sanitizer has to find each of them.
-TNKD_FILE, CAFD_FILE = "tnkd/tnkd_kernels.cuh", "cafd/cafd_kernels.cuh"
+TNKD_FILE, CAFD_FILE = "tnkd/cuda/kernels.cuh", "cafd/cuda/kernels.cuh"
 PLANTS = {
     "staged: sums are judged before they are all there": (
         "thread",

@@ -1,7 +1,0 @@
-// CAFD's CPU loops for the baseline instruction set.
-#include "../common/vec.h"
-#include "cafd_cpu_loops.h"
-
-namespace dsct {
-const CafdKernels& cafd_kernels_default() { return DSCT_ISA::kernels; }
-}  // namespace dsct

@@ -1,0 +1,12 @@
+// CAFD's CPU loops for AVX2.
+#if defined(__x86_64__)
+#define DSCT_ISA_AVX2
+#include "common/vec.h"
+#include "loops.h"
+
+namespace dsct {
+const CafdKernels& cafd_kernels_avx2() { return DSCT_ISA::kernels; }
+}  // namespace dsct
+
+#include "common/vec_end.h"
+#endif

@@ -1,0 +1,599 @@
+// The loops of matched CAFD, compiled once per instruction set (common/vec.h). Per sample and channel, x = z / T:
+//
+//     KL(P^T || P^S) = sum_i P^T_i (x^T_i - x^S_i) - log(Z^T / Z^S)
+//     gradient       = T w (P^S - P^T)
+//
+// Floor: the forward reads s and t once from memory and takes two exps an element; so does the backward, which writes
+// g. Positions are cut into blocks that stay in a near cache for their second walk: the first takes the maxima, the
+// second the sums against these, and `join` brings the sums of all blocks, in double, to the maxima of the row. That
+// way one read of memory does in both layouts, whatever the size of the map.
+//
+// Differences are taken against maxima, so that magnitudes cost no digits. k = log2(e) / T is rounded to the loops'
+// type once and used everywhere, `join` included: what comes out is the exact formula at a temperature 1e-8 beside T,
+// while a k of its own for any part would not cancel where the networks agree.
+//
+// -inf pads whatever is no whole vector: it has no mass in either network.
+#pragma once
+
+#include "common/vec_math.h"
+#include "matched_args.h"
+
+namespace dsct {
+namespace DSCT_ISA {
+namespace {
+
+constexpr double kInfinity = __builtin_inf(), kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class A>
+struct Matched {
+  using V = typename A::V;
+  using S = typename A::S;
+  using D = F64;
+  using W = F64::V;
+  static constexpr int64_t N = A::N;
+  static constexpr int64_t kChunk = 2048;   // positions of a row in one block: both networks' fit into L1
+  static constexpr int64_t kTile = 128;     // channels that are walked together where they lie side by side
+  static constexpr int64_t kRows = 128;     // positions of such a block: what a lane sums before it meets a double
+  static constexpr int64_t kPeriod = 4096;  // most lanes that the backward walks before channel 0 is in lane 0 again
+  static constexpr int64_t kAhead = 1024 / sizeof(S);  // how far the backward asks memory ahead
+
+  static int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+  static int64_t pitch(int64_t count) { return round_up(count, N); }
+  static int64_t pitch_c(int64_t C) { return round_up(C, 16); }
+  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  static S k_of(const MatchedMaps& m) { return static_cast<S>(kLog2e / m.temperature); }
+
+  // 2^(k x) for x <= 0. The product less a whole number: the fma makes that exact.
+  struct Exponential {
+    V k, lowest;
+#if defined(DSCT_ISA_AVX512)
+    static constexpr S kLowest = Coefficients<A>::exp2_low;
+#else
+    static constexpr S kLowest = -A::bias;  // comes out as 0, as in exp2_nonpositive
+#endif
+    DSCT_INLINE Exponential of(const MatchedMaps& m) {
+      const S k = k_of(m);
+      return {A::set1(k), A::set1(kLowest / k)};
+    }
+    __attribute__((always_inline)) V operator()(V x) const {
+      x = A::max(lowest, x);  // hands a NaN in x on
+      const V n = A::round(x * k);
+      const V y = horner<A>(A::fma(x, k, -n), Coefficients<A>::exp2);
+#if defined(DSCT_ISA_AVX512)
+      return A::scale(y, n);
+#else
+      return y * A::power(A::to_int(n));
+#endif
+    }
+  };
+
+  // --- numbers of any type, as S ---
+
+  template <class T>
+  static void widen(const T* p, int64_t count, S* to) {
+    int64_t i = 0;
+    for (; i + N <= count; i += N) A::store(to + i, A::load(p + i));
+    if (i < count) {
+      const int left = static_cast<int>(count - i);
+      A::store(to + i, A::select(A::first(left), load_n<A>(p + i, left), A::set1(S(-kInfinity))));
+    }
+  }
+  // The same where another vector's worth of numbers comes after them: a tail that need not be copied.
+  template <class T>
+  static void widen_within(const T* p, int64_t count, S* to) {
+    int64_t i = 0;
+    for (; i + N <= count; i += N) A::store(to + i, A::load(p + i));
+    if (i < count)
+      A::store(to + i, A::select(A::first(static_cast<int>(count - i)), A::load(p + i), A::set1(S(-kInfinity))));
+  }
+  template <class T>
+  static void narrow(const S* from, int64_t count, T* p) {
+    int64_t i = 0;
+    for (; i + N <= count; i += N) A::store(p + i, A::load(from + i));
+    if (i < count) store_n<A>(p + i, A::load(from + i), static_cast<int>(count - i));
+  }
+
+  // Calls f with a typed pointer to element `at`.
+  template <class F>
+  DSCT_INLINE void typed(void* data, FeatureType type, int64_t at, const F& f) {
+    switch (type) {
+      case FeatureType::kHalf:
+        return f(static_cast<f16*>(data) + at);
+      case FeatureType::kBFloat16:
+        return f(static_cast<bf16*>(data) + at);
+      case FeatureType::kFloat:
+        return f(static_cast<float*>(data) + at);
+      default:
+        if constexpr (sizeof(S) == sizeof(double)) return f(static_cast<double*>(data) + at);
+    }
+  }
+  static bool as_is(FeatureType type) {
+    return type == (sizeof(S) == sizeof(double) ? FeatureType::kDouble : FeatureType::kFloat);
+  }
+
+  // `count` numbers that lie side by side: in place where they are whole vectors of S, else in copy, padded.
+  static const S* run(const Features& x, FeatureType type, int64_t at, int64_t count, S* copy) {
+    if (as_is(type) && count % N == 0) return static_cast<const S*>(x.data) + at;
+    typed(x.data, type, at, [&](const auto* p) { widen(p, count, copy); });
+    return copy;
+  }
+  static void put_run(const Features& x, FeatureType type, int64_t at, int64_t count, const S* from) {
+    if (as_is(type) && static_cast<const S*>(x.data) + at == from) return;
+    typed(x.data, type, at, [&](auto* p) { narrow(from, count, p); });
+  }
+
+  static bool dense_rows(const Features& x) { return (x.W == 1 || x.stride_w == 1) && (x.H == 1 || x.stride_h == x.W); }
+
+  // The same of a channel's positions from `first` on, wherever they lie.
+  static const S* row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t first, int64_t count,
+                      S* copy) {
+    const int64_t at = n * x.stride_n + c * x.stride_c;
+    if (dense_rows(x)) return run(x, type, at + first, count, copy);
+    typed(x.data, type, at, [&](const auto* p) {
+      each_position(x, first, count, [&](int64_t i, int64_t offset) { copy[i] = static_cast<S>(to_float(p[offset])); });
+    });
+    for (int64_t i = count; i < pitch(count); i++) copy[i] = S(-kInfinity);
+    return copy;
+  }
+  static void put_row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t first, int64_t count,
+                      const S* from) {
+    const int64_t at = n * x.stride_n + c * x.stride_c;
+    if (dense_rows(x)) return put_run(x, type, at + first, count, from);
+    typed(x.data, type, at, [&](auto* p) {
+      each_position(x, first, count, [&](int64_t i, int64_t offset) { from_float(from[i], p + offset); });
+    });
+  }
+  template <class F>
+  DSCT_INLINE void each_position(const Features& x, int64_t first, int64_t count, const F& f) {
+    int64_t h = first / x.W, w = first % x.W;
+    for (int64_t i = 0; i < count; i++) {
+      f(i, h * x.stride_h + w * x.stride_w);
+      if (++w == x.W) w = 0, h++;
+    }
+  }
+
+  // --- where nothing counts ---
+
+  // The first position in [begin, end) that does not count, or end. Most maps have few, and those in one place.
+  static int64_t next_masked(const bool* mask, int64_t begin, int64_t end) {
+    constexpr uint64_t kAll = 0x0101010101010101;
+    for (uint64_t eight; begin + 8 <= end; begin += 8) {
+      memcpy(&eight, mask + begin, sizeof(eight));
+      if (eight != kAll) break;
+    }
+    while (begin < end && mask[begin]) begin++;
+    return begin;
+  }
+
+  // The numbers at `from`, `count` channels of positions, the first of them number `element` of the sample: as they
+  // are, or in copy, with -inf where the mask says so. Padding is handed on.
+  static const S* masked(const MatchedMaps& m, int64_t n, int64_t element, int64_t C, int64_t count, const S* from,
+                         S* copy) {
+    if (m.mask == nullptr) return from;
+    const bool* mask = m.mask + n * m.student.H * m.student.W;
+    const int64_t end = (element + count + C - 1) / C;
+    int64_t p = next_masked(mask, element / C, end);
+    if (p == end) return from;
+    if (C == 1) {
+      for (int64_t i = 0; i < pitch(count); i++) copy[i] = from[i];
+      mask += element;
+      for (int64_t i = 0; i < count; i++) {
+        const S x = copy[i];  // read whatever the mask says: then the compiler makes vectors of this
+        copy[i] = mask[i] ? x : S(-kInfinity);
+      }
+      return copy;
+    }
+    if (copy != from) memcpy(copy, from, static_cast<size_t>(pitch(count)) * sizeof(S));
+    for (; p < end; p = next_masked(mask, p + 1, end)) {
+      int64_t i = p * C - element, stop = i + C < count ? i + C : count;
+      for (i = i < 0 ? 0 : i; i < stop; i++) copy[i] = S(-kInfinity);
+    }
+    return copy;
+  }
+  static void masked_rows(const MatchedMaps& m, int64_t n, int64_t element, int64_t rows, int64_t lanes, int64_t last,
+                          int64_t stride, const S** from, S* copy, int64_t* row_stride) {
+    if (m.mask == nullptr) return;
+    const int64_t C = m.student.C, to = pitch(lanes), end = (element + (rows - 1) * stride + last + C - 1) / C;
+    if (next_masked(m.mask + n * m.student.H * m.student.W, element / C, end) == end) return;
+    for (int64_t r = 0; r < rows; r++) {
+      const S* one = *from + r * *row_stride;
+      S* row = copy + r * to;
+      const int64_t count = r + 1 < rows ? lanes : last;
+      if (masked(m, n, element + r * stride, C, count, one, row) == one && one != row)
+        memcpy(row, one, static_cast<size_t>(pitch(count)) * sizeof(S));
+    }
+    for (int64_t i = pitch(last); i < to; i++) copy[(rows - 1) * to + i] = S(-kInfinity);
+    *from = copy;
+    *row_stride = to;
+  }
+
+  // --- what is read next ---
+
+  // The second walk of a block computes and the first walk of the next one waits for memory: the one fetches for the
+  // other. Hardware would do it, but stops at the end of every page of 4 KiB.
+  struct Next {
+    const char* p;
+    int64_t size;  // of an element; 0: nothing comes next
+    DSCT_INLINE Next of(const Features& x, FeatureType type, int64_t at) {
+      const int64_t size = type == FeatureType::kDouble ? 8 : type == FeatureType::kFloat ? 4 : 2;
+      return {static_cast<const char*>(x.data) + at * size, size};
+    }
+    DSCT_INLINE Next none() { return {nullptr, 0}; }
+    __attribute__((always_inline)) void fetch(int64_t elements) {
+      for (int64_t i = 0; i < elements * size; i += 64) prefetch_l2(p + i);
+      p += elements * size;
+    }
+  };
+
+  // --- one vector of both networks ---
+
+  DSCT_INLINE V no_mass() { return A::set1(S(-kInfinity)); }
+  // What to take from the numbers of a block whose maximum this is: 0 if all of them are -inf.
+  DSCT_INLINE V base(V max) { return A::select(A::eq(max, no_mass()), V{}, max); }
+
+  struct Sums {
+    V teacher, student, cross, strength;
+    DSCT_INLINE Sums zero() { return {V{}, V{}, V{}, V{}}; }
+    __attribute__((always_inline)) void add(V t, V s, V base_t, V base_s, const Exponential& exponential) {
+      const V xt = t - base_t, xs = s - base_s;
+      const V et = exponential(xt);
+      teacher = teacher + et;
+      student = student + exponential(xs);
+      cross = fma_where<A>(A::ne(et, V{}), et, xt - xs, cross);  // 0 log 0 = 0; a NaN is no 0
+      strength = strength + A::keep(A::ne(t, no_mass()), A::abs(t));
+    }
+    __attribute__((always_inline)) void add(const Sums& o) {
+      teacher = teacher + o.teacher, student = student + o.student;
+      cross = cross + o.cross, strength = strength + o.strength;
+    }
+  };
+
+  // --- forward, a channel's positions side by side ---
+
+  static Next next_row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t end, int64_t first) {
+    if (c >= end || !dense_rows(x)) return Next::none();
+    return Next::of(x, type, n * x.stride_n + c * x.stride_c + first);
+  }
+
+  static void part_rows(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
+                        double* part, void* scratch) {
+    const Exponential exponential = Exponential::of(m);
+    const int64_t padded = pitch(count), field = pitch_c(m.student.C);
+    S* copy = static_cast<S*>(scratch);
+    for (int64_t c = begin; c < end; c++) {
+      const S* t = masked(m, n, first, 1, count, row(m.teacher, m.teacher_type, n, c, first, count, copy), copy);
+      const S* s = masked(m, n, first, 1, count, row(m.student, m.student_type, n, c, first, count, copy + padded),
+                          copy + padded);
+      V mt[2] = {no_mass(), no_mass()}, ms[2] = {no_mass(), no_mass()};
+      int64_t i = 0;
+      for (; i + 2 * N <= padded; i += 2 * N)
+        for (int k = 0; k < 2; k++) {
+          mt[k] = A::max(mt[k], A::load(t + i + k * N));
+          ms[k] = A::max(ms[k], A::load(s + i + k * N));
+        }
+      if (i < padded) mt[0] = A::max(mt[0], A::load(t + i)), ms[0] = A::max(ms[0], A::load(s + i));
+      const S max_t = largest<A>(A::max(mt[0], mt[1])), max_s = largest<A>(A::max(ms[0], ms[1]));
+      const V bt = base(A::set1(max_t)), bs = base(A::set1(max_s));
+      Sums a = Sums::zero(), b = Sums::zero();
+      Next next_t = next_row(m.teacher, m.teacher_type, n, c + 1, end, first);
+      Next next_s = next_row(m.student, m.student_type, n, c + 1, end, first);
+      for (i = 0; i + 2 * N <= padded; i += 2 * N) {
+        next_t.fetch(2 * N);
+        next_s.fetch(2 * N);
+        a.add(A::load(t + i), A::load(s + i), bt, bs, exponential);
+        b.add(A::load(t + i + N), A::load(s + i + N), bt, bs, exponential);
+      }
+      if (i < padded) a.add(A::load(t + i), A::load(s + i), bt, bs, exponential);
+      a.add(b);
+      part[kTeacherMax * field + c] = static_cast<double>(max_t);
+      part[kStudentMax * field + c] = static_cast<double>(max_s);
+      part[kTeacherSum * field + c] = static_cast<double>(sum<A>(a.teacher));
+      part[kStudentSum * field + c] = static_cast<double>(sum<A>(a.student));
+      part[kCross * field + c] = static_cast<double>(sum<A>(a.cross));
+      part[kStrength * field + c] = static_cast<double>(sum<A>(a.strength));
+    }
+  }
+
+  // --- forward, a position's channels side by side: a lane is a channel ---
+
+  static int64_t lcm_with_vector(int64_t C) {
+    int64_t g = N;
+    while (C % g != 0) g /= 2;  // N is a power of 2
+    return C / g * N;
+  }
+  // With few channels, lanes go through several positions, until channel 0 comes to lane 0 again: no lane is idle.
+  static bool few(int64_t C) { return C < 4 * N; }
+  static int64_t tile(int64_t C) {
+    if (few(C)) return lcm_with_vector(C);
+    const int64_t tiles = (C + kTile - 1) / kTile;
+    return pitch((C + tiles - 1) / tiles);
+  }
+  static int64_t block(const MatchedMaps& m, bool by_positions) {
+    if (!by_positions) return kChunk;
+    const int64_t C = m.student.C;
+    return few(C) ? tile(C) / C * kRows : kRows;
+  }
+
+  // `rows` runs of `lanes` numbers, of `last` in the last one, each `stride` after the one before: in place, or in
+  // copy.
+  static const S* runs(const Features& x, FeatureType type, int64_t at, int64_t rows, int64_t lanes, int64_t last,
+                       int64_t stride, S* copy, int64_t* row_stride) {
+    *row_stride = stride;
+    if (as_is(type) && lanes % N == 0 && last == lanes) return static_cast<const S*>(x.data) + at;
+    *row_stride = pitch(lanes);
+    typed(x.data, type, at, [&](const auto* p) {
+      for (int64_t r = 0; r + 1 < rows; r++) widen_within(p + r * stride, lanes, copy + r * pitch(lanes));
+      widen(p + (rows - 1) * stride, last, copy + (rows - 1) * pitch(lanes));
+    });
+    for (int64_t i = pitch(last); i < pitch(lanes); i++) copy[(rows - 1) * pitch(lanes) + i] = S(-kInfinity);
+    return copy;
+  }
+
+  // Lanes of one channel take the largest of their maxima, so that their sums can be added up.
+  static void share_maximum(S* max, int64_t C, int64_t width) {
+    for (int64_t j = 0; j < C; j++) {
+      S top = max[j];
+      for (int64_t i = j + C; i < width; i += C) top = max[i] > top ? max[i] : top;
+      for (int64_t i = j; i < width; i += C) max[i] = top;
+    }
+  }
+
+  static void part_positions(const MatchedMaps& m, int64_t n, int64_t first, int64_t count, double* part,
+                             void* scratch) {
+    const Exponential exponential = Exponential::of(m);
+    const int64_t C = m.student.C, width = tile(C), field = pitch_c(C);
+    S* max_t = static_cast<S*>(scratch);
+    S *max_s = max_t + width, *sums = max_s + width;  // sums: (4, width)
+    S* copy = sums + 4 * width;
+    const bool more = (first + 2 * count) <= m.student.H * m.student.W && C <= 2 * kTile;  // what a near cache holds
+    const int64_t after = (first + count) * C;
+    Next next_t = more ? Next::of(m.teacher, m.teacher_type, n * m.teacher.stride_n + after) : Next::none();
+    Next next_s = more ? Next::of(m.student, m.student_type, n * m.student.stride_n + after) : Next::none();
+    for (int64_t c = 0; c < C; c += width) {
+      int64_t rows = count, lanes = smaller(width, C - c), last = lanes, stride = C;
+      if (few(C)) {
+        lanes = stride = width;
+        rows = (count * C + width - 1) / width;
+        last = count * C - (rows - 1) * width;
+      }
+      const int64_t padded = pitch(lanes);
+      int64_t stride_t, stride_s;
+      const S* t = runs(m.teacher, m.teacher_type, n * m.teacher.stride_n + first * C + c, rows, lanes, last, stride,
+                        copy, &stride_t);
+      const S* s = runs(m.student, m.student_type, n * m.student.stride_n + first * C + c, rows, lanes, last, stride,
+                        copy + kRows * width, &stride_s);
+      masked_rows(m, n, first * C + c, rows, lanes, last, stride, &t, copy, &stride_t);
+      masked_rows(m, n, first * C + c, rows, lanes, last, stride, &s, copy + kRows * width, &stride_s);
+      for (int64_t i = 0; i < padded; i++) max_t[i] = max_s[i] = S(-kInfinity);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < padded; i += N) {
+          A::store(max_t + i, A::max(A::load(max_t + i), A::load(t + r * stride_t + i)));
+          A::store(max_s + i, A::max(A::load(max_s + i), A::load(s + r * stride_s + i)));
+        }
+      if (few(C)) share_maximum(max_t, C, width), share_maximum(max_s, C, width);
+      for (int64_t i = 0; i < padded; i += N) {
+        const V bt = base(A::load(max_t + i)), bs = base(A::load(max_s + i));
+        Sums a = Sums::zero(), b = Sums::zero();
+        int64_t r = 0;
+        for (; r + 2 <= rows; r += 2) {
+          next_t.fetch(2 * N);
+          next_s.fetch(2 * N);
+          a.add(A::load(t + r * stride_t + i), A::load(s + r * stride_s + i), bt, bs, exponential);
+          b.add(A::load(t + (r + 1) * stride_t + i), A::load(s + (r + 1) * stride_s + i), bt, bs, exponential);
+        }
+        if (r < rows) a.add(A::load(t + r * stride_t + i), A::load(s + r * stride_s + i), bt, bs, exponential);
+        a.add(b);
+        A::store(sums + i, a.teacher);
+        A::store(sums + width + i, a.student);
+        A::store(sums + 2 * width + i, a.cross);
+        A::store(sums + 3 * width + i, a.strength);
+      }
+      const int64_t channels = few(C) ? C : lanes;
+      for (int64_t j = 0; j < channels; j++) {
+        part[kTeacherMax * field + c + j] = static_cast<double>(max_t[j]);
+        part[kStudentMax * field + c + j] = static_cast<double>(max_s[j]);
+      }
+      for (int64_t f = 0; f < 4; f++) {
+        double* to = part + (kTeacherSum + f) * field + c;
+        for (int64_t j = 0; j < channels; j++) to[j] = static_cast<double>(sums[f * width + j]);
+        for (int64_t i = channels; i < lanes; i += channels)
+          for (int64_t j = 0; j < channels; j++) to[j] += static_cast<double>(sums[f * width + i + j]);
+      }
+    }
+  }
+
+  // --- a channel's blocks together, in double ---
+
+  static void join(const MatchedMaps& m, int64_t begin, int64_t end, const double* parts, int64_t blocks, double* stats,
+                   double* kl, double* strength) {
+    const int64_t C = m.student.C, field = pitch_c(C), stride = kMatchedFields * field;
+    const W k = D::set1(static_cast<double>(k_of(m))), zero = {}, none = D::set1(-kInfinity);
+    const auto at = [&](int64_t b, int which, int64_t c) { return D::load(parts + b * stride + which * field + c); };
+    for (int64_t c = begin; c < end; c += D::N) {
+      W mt = none, ms = none;
+      for (int64_t b = 0; b < blocks; b++) {
+        mt = D::max(mt, at(b, kTeacherMax, c));
+        ms = D::max(ms, at(b, kStudentMax, c));
+      }
+      mt = D::select(D::eq(mt, none), zero, mt);
+      ms = D::select(D::eq(ms, none), zero, ms);
+      W zt = {}, zs = {}, cross = {}, size = {};
+      for (int64_t b = 0; b < blocks; b++) {
+        const W bt = at(b, kTeacherMax, c), bs = at(b, kStudentMax, c);
+        const W sum_t = at(b, kTeacherSum, c), sum_s = at(b, kStudentSum, c);
+        const W scale_t = exp2<D>((bt - mt) * k), scale_s = exp2<D>((bs - ms) * k);
+        zt = zt + D::keep(D::ne(sum_t, zero), sum_t * scale_t);
+        zs = zs + D::keep(D::ne(sum_s, zero), sum_s * scale_s);
+        // From the block's maxima to the row's. A block in which the student has no mass stood against 0; cross is
+        // +inf.
+        const W shift_s = D::select(D::eq(bs, none), zero, bs - ms);
+        const W moved = scale_t * D::fma(sum_t, (bt - mt) - shift_s, at(b, kCross, c));
+        // No mass, or so little that even a double has none: 0 times whatever the student has there.
+        cross = cross + D::keep(D::both(D::ne(sum_t, zero), D::ne(scale_t, zero)), moved);
+        size = size + at(b, kStrength, c);
+      }
+      // The log of the ratio, not a difference of two logs: it keeps its digits where the networks agree.
+      W divergence = D::fma(cross / zt, k * D::set1(kLn2), log<D>(zs / zt));
+      const typename D::M dead_t = D::eq(zt, zero), dead_s = D::eq(zs, zero);
+      divergence = D::select(D::both(dead_s, D::eq(zt, zt)), D::set1(kInfinity), divergence);
+      divergence = D::select(dead_t, zs - zs, divergence);  // 0, or the NaN that the student has
+      const W inverse_t = D::select(dead_t, zero, D::set1(1.0) / zt);
+      W inverse_s = D::select(dead_s, zero, D::set1(1.0) / zs);
+      inverse_s = D::select(dead_t, zs - zs, inverse_s);
+      const int left = static_cast<int>(smaller(end - c, D::N));
+      store_n<D>(stats + kStatStudentMax * C + c, ms, left);
+      store_n<D>(stats + kStatStudentInverse * C + c, inverse_s, left);
+      store_n<D>(stats + kStatTeacherMax * C + c, mt, left);
+      store_n<D>(stats + kStatTeacherInverse * C + c, inverse_t, left);
+      store_n<D>(kl + c, divergence, left);
+      store_n<D>(strength + c, size, left);
+    }
+  }
+
+  static double finish(const MatchedMaps& m, double channel_temperature, const double* kl, double* strength,
+                       double* stats) {
+    const int64_t C = m.student.C;
+    double* w = stats + kStatWeight * C;
+    if (channel_temperature == 0) {
+      for (int64_t c = 0; c < C; c++) w[c] = 1 / static_cast<double>(C);
+    } else {
+      double mean = 0, top = 0, total = 0;
+      for (int64_t c = 0; c < C; c++) mean += strength[c] / static_cast<double>(C);
+      for (int64_t c = 0; c < C; c++) {
+        strength[c] = mean == 0 ? 1 : strength[c] / mean;  // the mean over positions cancels
+        top = strength[c] > top ? strength[c] : top;
+      }
+      for (int64_t c = 0; c < C; c += D::N) {
+        const int left = static_cast<int>(smaller(C - c, D::N));
+        const W x = (load_n<D>(strength + c, left) - D::set1(top)) / D::set1(channel_temperature);
+        store_n<D>(w + c, exp_nonpositive<D>(x), left);
+      }
+      for (int64_t c = 0; c < C; c++) total += w[c];
+      for (int64_t c = 0; c < C; c++) w[c] /= total;
+    }
+    double loss = 0;
+    for (int64_t c = 0; c < C; c++) loss += kl[c] == kInfinity && w[c] == 0 ? kInfinity : w[c] * kl[c];
+    return loss * m.temperature * m.temperature;
+  }
+
+  // --- backward ---
+
+  DSCT_INLINE void put(S* to, V x, bool past) {
+    if (past)
+      A::stream(to, x);
+    else
+      A::store(to, x);
+  }
+  static bool aligned(const S* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0; }
+
+  // scale T w (P^S - P^T) = e^S a^S - e^T a^T, written so that it is exactly 0 for equal networks, and exact near them:
+  //     (e^S - e^T) a + e^S (a^S - a)+ - e^T (a^T - a)+,  a the smaller of the two, so that no term exceeds the
+  //     result's
+  struct Coefficient {
+    double a, student, teacher;
+    DSCT_INLINE Coefficient of(double as, double at) {
+      return {as < at ? as : at, as < at ? 0 : as - at, as < at ? as - at : 0};
+    }
+  };
+  DSCT_INLINE V gradient(V t, V s, V base_t, V base_s, V a, V student, V teacher, const Exponential& exponential) {
+    const V et = exponential(t - base_t), es = exponential(s - base_s);
+    return A::fma(es - et, a, A::fma(es, student, et * teacher));
+  }
+  DSCT_INLINE Coefficient coefficient(const MatchedMaps& m, const double* stats, int64_t c, double scale) {
+    const int64_t C = m.student.C;
+    const double k = scale * m.temperature * stats[kStatWeight * C + c];
+    return Coefficient::of(k * stats[kStatStudentInverse * C + c], k * stats[kStatTeacherInverse * C + c]);
+  }
+
+  static void backward_rows(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
+                            const double* stats, double scale, const Features& out, bool stream, void* scratch) {
+    const Exponential exponential = Exponential::of(m);
+    const int64_t padded = pitch(count), C = m.student.C;
+    S* copy = static_cast<S*>(scratch);
+    for (int64_t c = begin; c < end; c++) {
+      const S* t = masked(m, n, first, 1, count, row(m.teacher, m.teacher_type, n, c, first, count, copy), copy);
+      const S* s = masked(m, n, first, 1, count, row(m.student, m.student_type, n, c, first, count, copy + padded),
+                          copy + padded);
+      S* to = copy + 2 * padded;
+      if (as_is(m.student_type) && count == padded && dense_rows(out))
+        to = static_cast<S*>(out.data) + n * out.stride_n + c * out.stride_c + first;
+      const Coefficient k = coefficient(m, stats, c, scale);
+      const V a = A::set1(static_cast<S>(k.a)), student = A::set1(static_cast<S>(k.student)),
+              teacher = A::set1(static_cast<S>(k.teacher));
+      const V bt = A::set1(static_cast<S>(stats[kStatTeacherMax * C + c])),
+              bs = A::set1(static_cast<S>(stats[kStatStudentMax * C + c]));
+      const bool past = stream && to != copy + 2 * padded && aligned(to);
+      for (int64_t i = 0; i < padded; i += N) {
+        prefetch_l1(t + i + kAhead);
+        prefetch_l1(s + i + kAhead);
+        put(to + i, gradient(A::load(t + i), A::load(s + i), bt, bs, a, student, teacher, exponential), past);
+      }
+      put_row(out, m.student_type, n, c, first, count, to);
+    }
+    if (stream) stream_fence();
+  }
+
+  // Lanes until channel 0 comes to lane 0 again; where that takes too long, one position at a time.
+  static int64_t period(int64_t C) { return lcm_with_vector(C) <= kPeriod ? lcm_with_vector(C) : C; }
+  static int64_t backward_block(const MatchedMaps& m) { return period(m.student.C) / m.student.C; }
+
+  static void backward_positions(const MatchedMaps& m, int64_t n, int64_t first, int64_t count, const double* stats,
+                                 double scale, const Features& out, bool stream, void* scratch) {
+    const Exponential exponential = Exponential::of(m);
+    const int64_t C = m.student.C, lanes = period(C), padded = pitch(lanes);
+    S* lane = static_cast<S*>(scratch);  // (5, padded): two maxima and three coefficients
+    S* copy = lane + 5 * padded;
+    for (int64_t c = 0; c < C; c++) {
+      const Coefficient k = coefficient(m, stats, c, scale);
+      const double numbers[5] = {stats[kStatTeacherMax * C + c], stats[kStatStudentMax * C + c], k.a, k.student,
+                                 k.teacher};
+      for (int f = 0; f < 5; f++)
+        for (int64_t i = c; i < lanes; i += C) lane[f * padded + i] = static_cast<S>(numbers[f]);
+    }
+    for (int f = 0; f < 5; f++)
+      for (int64_t i = lanes; i < padded; i++) lane[f * padded + i] = 0;
+    const int64_t stop = (first + count) * C;
+    for (int64_t i = first * C; i < stop; i += lanes) {
+      const int64_t length = smaller(lanes, stop - i);
+      const S* t =
+          masked(m, n, i, C, length, run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy), copy);
+      const S* s =
+          masked(m, n, i, C, length, run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded),
+                 copy + padded);
+      S* to = as_is(m.student_type) && length % N == 0 ? static_cast<S*>(out.data) + n * out.stride_n + i
+                                                       : copy + 2 * padded;
+      const bool past = stream && to != copy + 2 * padded && aligned(to);
+      for (int64_t j = 0; j < length; j += N) {
+        prefetch_l1(t + j + kAhead);
+        prefetch_l1(s + j + kAhead);
+        put(to + j,
+            gradient(A::load(t + j), A::load(s + j), A::load(lane + j), A::load(lane + padded + j),
+                     A::load(lane + 2 * padded + j), A::load(lane + 3 * padded + j), A::load(lane + 4 * padded + j),
+                     exponential),
+            past);
+      }
+      put_run(out, m.student_type, n * out.stride_n + i, length, to);
+    }
+    if (stream) stream_fence();
+  }
+
+  static size_t scratch(const MatchedMaps& m) {
+    const int64_t C = m.student.C, width = tile(C);
+    int64_t most = 3 * kChunk;                                           // rows
+    if (most < (6 + 2 * kRows) * width) most = (6 + 2 * kRows) * width;  // part_positions
+    if (most < 8 * pitch(period(C))) most = 8 * pitch(period(C));        // backward_positions
+    return static_cast<size_t>(most) * sizeof(S);
+  }
+
+  static constexpr MatchedLoops table() {
+    return {scratch, pitch_c, block,         part_rows,          part_positions,
+            join,    finish,  backward_rows, backward_positions, backward_block};
+  }
+};
+
+constexpr MatchedKernels matched_kernels = {{Matched<F32>::table(), Matched<F64>::table()}};
+
+}  // namespace
+}  // namespace DSCT_ISA
+}  // namespace dsct

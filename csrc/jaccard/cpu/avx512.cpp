@@ -1,0 +1,9 @@
+// The Jaccard kernels for avx512; see common/vec.h.
+#if defined(__x86_64__)
+#define DSCT_ISA_AVX512
+#include "common/vec.h"
+//
+#include "kernel.h"
+//
+#include "common/vec_end.h"
+#endif

@@ -1,0 +1,4 @@
+// The Jaccard kernels for any machine; see common/vec.h.
+#include "common/vec.h"
+//
+#include "kernel.h"

@@ -1,9 +1,0 @@
-// The Jaccard kernels for avx512; see common/vec.h.
-#if defined(__x86_64__)
-#define DSCT_ISA_AVX512
-#include "../common/vec.h"
-//
-#include "jaccard_cpu_kernel.h"
-//
-#include "../common/vec_end.h"
-#endif

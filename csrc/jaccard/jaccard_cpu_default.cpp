@@ -1,4 +1,0 @@
-// The Jaccard kernels for any machine; see common/vec.h.
-#include "../common/vec.h"
-//
-#include "jaccard_cpu_kernel.h"

@@ -1,0 +1,117 @@
+// The tnkd op on CUDA: what the kernels of kernels.cuh need to know of torch's tensors.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "common/cuda_tensor.h"
+#include "kernels.cuh"
+#include "ops.h"
+
+namespace dsct {
+namespace {
+
+using cuda::Label;
+using cuda::TnkdArgs;
+
+Label label_of(const Tensor& target) {
+  switch (target.scalar_type()) {
+    case ScalarType::Byte:
+      return Label::kUInt8;
+    case ScalarType::Char:
+      return Label::kInt8;
+    case ScalarType::Short:
+      return Label::kInt16;
+    case ScalarType::Int:
+      return Label::kInt32;
+    case ScalarType::Long:
+      return Label::kInt64;
+    default:
+      throw std::invalid_argument("target: expected uint8, int8, int16, int32 or int64");
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                     const std::optional<Tensor>& target,
+                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
+                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
+                                                     bool with_ce, bool needs_grad) {
+  const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
+  const cuda::Device device = cuda::device_of(student_logits.get_device_index());
+  cudaStream_t stream = cuda::stream_of(student_logits);
+
+  TnkdArgs args{};
+  args.student_dtype = cuda::dtype_of(student_logits, "student_logits");
+  args.teacher_dtype = cuda::dtype_of(teacher_logits, "teacher_logits");
+  const bool wide = args.student_dtype == cuda::Dtype::kFloat64 || args.teacher_dtype == cuda::Dtype::kFloat64;
+  const ScalarType acc = wide ? ScalarType::Double : ScalarType::Float;
+  if (class_weight) {
+    STD_TORCH_CHECK(class_weight->is_cuda() && class_weight->dim() == 1 && class_weight->is_contiguous() &&
+                        class_weight->size(0) == student_logits.size(1) && class_weight->scalar_type() == acc,
+                    "class_weight: expected a contiguous (K,) tensor on the logits' device in the accumulation dtype");
+    // The mean needs the weights' sum before the first gradient, and the kernels find the argmax only on the way.
+    STD_TORCH_CHECK(target || !with_ce || reduction != 1,
+                    "target: expected labels (the teacher's argmax) where class weights are averaged over, got None");
+  }
+  STD_TORCH_CHECK(teacher_logits.is_cuda() && (!target || target->is_cuda()),
+                  "teacher_logits, target: expected the device of student_logits");
+
+  std::vector<int64_t> pixels_shape;
+  for (int64_t d = 0; d < student_logits.dim(); ++d) {
+    if (d != 1) pixels_shape.push_back(student_logits.size(d));
+  }
+  const bool none = reduction == 0;
+  Tensor loss = none ? make_empty(student_logits, pixels_shape, acc) : make_empty(student_logits, {}, acc);
+  Tensor parts = make_empty(student_logits, {3}, acc);
+  Tensor grad_scale = make_empty(student_logits, {}, acc);
+  Tensor grad = needs_grad ? empty_like(student_logits) : make_empty(student_logits, {0});
+
+  args.student = student_logits.const_data_ptr();
+  args.teacher = teacher_logits.const_data_ptr();
+  args.target = target ? target->const_data_ptr() : nullptr;
+  args.class_weight = class_weight ? class_weight->const_data_ptr() : nullptr;
+  args.grad = needs_grad ? grad.mutable_data_ptr() : nullptr;
+  args.loss_map = none ? loss.mutable_data_ptr() : nullptr;
+  args.loss = none ? nullptr : loss.mutable_data_ptr();
+  args.parts = parts.mutable_data_ptr();
+  args.grad_scale = grad_scale.mutable_data_ptr();
+  args.has_target = target.has_value();
+  if (target) args.label = label_of(*target);
+  cuda::set_space(args, student_logits.dim(), student_logits.sizes().data(), student_logits.strides().data(),
+                  teacher_logits.strides().data(), target ? target->strides().data() : nullptr,
+                  needs_grad ? grad.strides().data() : nullptr);
+  STD_TORCH_CHECK(args.classes <= std::numeric_limits<int32_t>::max(), "tnkd: too many classes");
+  const double* numbers = numbers_of<double>(values, "values", 4, student_logits);
+  if (values.is_cpu()) {
+    args.ce_weight = numbers[0], args.tckd_weight = numbers[1], args.nckd_weight = numbers[2];
+    args.temperature = numbers[3];
+  } else {
+    args.values = numbers;
+  }
+  args.has_ignore_index = ignore_index.has_value();
+  if (ignore_index) {
+    const int64_t* number = numbers_of<int64_t>(*ignore_index, "ignore_index", std::nullopt, student_logits);
+    if (ignore_index->is_cpu()) {
+      args.ignore_index = *number;
+    } else {
+      args.ignore_index_value = number;
+    }
+  }
+  args.mean = reduction == 1;
+  args.with_ce = with_ce;
+
+  const cuda::TnkdPlan plan = cuda::tnkd_plan(args, device);
+  const Tensor workspace = make_empty(student_logits, {cuda::tnkd_workspace_bytes(plan)}, ScalarType::Byte);
+  args.workspace = workspace.mutable_data_ptr();
+  cuda::tnkd_run(args, plan, device, stream);
+  return {loss, parts, grad, grad_scale};
+}
+
+void scale_cuda_(Tensor& grad, const Tensor& factor) {
+  if (grad.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  cuda::scale_run(grad.mutable_data_ptr(), cuda::dtype_of(grad, "grad"), factor.const_data_ptr(),
+                  factor.scalar_type() == ScalarType::Double, grad.numel(), cuda::device_of(grad.get_device_index()),
+                  cuda::stream_of(grad));
+}
+
+}  // namespace dsct
