@@ -161,6 +161,13 @@ DSCT_DEVICE void wait_for_copies() {
 #endif
 }
 
+inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename T>
+DSCT_DEVICE const T* at(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
+
 // ------------------------------------------------------------------------------------------ one element, any dtype
 template <typename A>
 DSCT_DEVICE A load_number(const void* base, Dtype dtype, int64_t offset) {

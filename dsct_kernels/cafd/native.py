@@ -21,7 +21,7 @@ if NATIVE_MISSING is None:
 
     def _stats(x: Tensor) -> Tensor:
         # What backward needs: 4 numbers a channel, 2 a position, 1 a sample. Which, and in an order of its own, say
-        # csrc/cafd/cpu/ops.h for the CPU and Stats in csrc/cafd/cuda/kernels.cuh for CUDA.
+        # csrc/cafd/cpu/ops.h for the CPU and Stats in csrc/cafd/cuda/network.cuh for CUDA.
         n, c, h, w = x.shape
         return x.new_empty([n, 4 * c + 2 * h * w + 1], dtype=_acc(x))
 

@@ -9,10 +9,11 @@
 
 // A build may leave out what its cases do not need: the planted mistakes are compiled one loss at a time.
 #ifndef WITHOUT_CAFD
-#include "cafd/cuda/kernels.cuh"
+#include "cafd/cuda/launch.cuh"
 #endif
 #ifndef WITHOUT_TNKD
-#include "tnkd/cuda/kernels.cuh"
+#include "tnkd/cuda/launch.cuh"
+#include "tnkd/cuda/scale.cuh"
 #endif
 
 namespace {

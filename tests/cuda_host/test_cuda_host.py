@@ -144,11 +144,10 @@ def test_no_overrun(folder: Path) -> None:
 
 
 # What is broken, and what is put in its place: the sanitizer has to find each of them.
-TNKD_FILE, CAFD_FILE = "tnkd/cuda/kernels.cuh", "cafd/cuda/kernels.cuh"
 PLANTS = {
     "staged: sums are judged before they are all there": (
         "thread",
-        TNKD_FILE,
+        "tnkd/cuda/staged.cuh",
         """    __syncthreads();
 
     for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
@@ -160,28 +159,28 @@ PLANTS = {
     ),
     "row_backward: the warps' sums are read before they are all there": (
         "thread",
-        CAFD_FILE,
+        "cafd/cuda/backward.cuh",
         "warps[warp] = rho;\n  __syncthreads();",
         "warps[warp] = rho;",
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
     "any_layout: one pixel too many": (
         "address",
-        TNKD_FILE,
+        "tnkd/cuda/any_layout.cuh",
         "pixel < in.pixels;",
         "pixel <= in.pixels;",
         TnkdCase(ANY, (1, 6, 3, 7), layout="sliced"),
     ),
     "row_backward: shared memory for one warp too few": (
         "address",
-        CAFD_FILE,
+        "cafd/cuda/launch.cuh",
         "kCafdWarps * sizeof(A), stream",
         "(kCafdWarps - 1) * sizeof(A), stream",
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
     "maps that start off 16 bytes": (
         "plain",
-        CAFD_FILE,
+        "cafd/cuda/plan.cuh",
         "net.maps = {workspace, plan.shares",
         "net.maps = {workspace + 1, plan.shares",
         CafdCase("rows rows", (1, 3, 32, 96)),
@@ -201,6 +200,6 @@ def test_the_harness_can_fail(plant: str, tmp_path: Path) -> None:
     source = tmp_path / "csrc" / name
     assert source.read_text().count(right) == 1, "the source has changed: plant the mistake anew"
     source.write_text(source.read_text().replace(right, wrong))
-    without = "-DWITHOUT_CAFD" if name == TNKD_FILE else "-DWITHOUT_TNKD"
+    without = "-DWITHOUT_CAFD" if name.startswith("tnkd/") else "-DWITHOUT_TNKD"
     done = run_raw(build(tmp_path, check, tmp_path / "csrc", [without]), [case.case()], tmp_path / "cases")
     assert done.returncode != 0 and REPORT[check] in done.stderr, done.stderr[-3000:]

@@ -1,6 +1,6 @@
-// The CAFD ops on CUDA: what the kernels of kernels.cuh need to know of torch's tensors.
+// The CAFD ops on CUDA: what the kernels (launch.cuh) need to know of torch's tensors.
 #include "common/cuda_tensor.h"
-#include "kernels.cuh"
+#include "launch.cuh"
 #include "ops.h"
 
 namespace dsct {

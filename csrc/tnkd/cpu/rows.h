@@ -3,6 +3,10 @@
 // vector of each pixel, partly empty, and the sums across lanes, so few classes are better off there.
 #pragma once
 
+#include "labels.h"
+#include "pixel.h"
+#include "sums.h"
+
 namespace dsct {
 namespace DSCT_ISA {
 namespace {

@@ -11,6 +11,11 @@
 // bottom, whatever the threads.
 #pragma once
 
+#include "labels.h"
+#include "pixel.h"
+#include "sums.h"
+#include "write.h"
+
 namespace dsct {
 namespace DSCT_ISA {
 namespace {

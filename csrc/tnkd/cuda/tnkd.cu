@@ -1,9 +1,10 @@
-// The tnkd op on CUDA: what the kernels of kernels.cuh need to know of torch's tensors.
+// The tnkd op on CUDA: what the kernels (launch.cuh) need to know of torch's tensors.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "common/cuda_tensor.h"
-#include "kernels.cuh"
+#include "launch.cuh"
 #include "ops.h"
+#include "scale.cuh"
 
 namespace dsct {
 namespace {

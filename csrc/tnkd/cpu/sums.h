@@ -1,0 +1,98 @@
+// Step 2: exp once per logit, kept in place of the logit, and the sums over the classes other than the target.
+#pragma once
+
+#include "common/vec_math.h"
+#include "scratch.h"
+
+namespace dsct {
+namespace DSCT_ISA {
+namespace {
+
+template <class A>
+struct Sums {
+  typename A::V s, t, ce, cross;
+  DSCT_INLINE Sums none() { return {A::set1(0), A::set1(0), A::set1(0), A::set1(0)}; }
+  DSCT_INLINE void add(Sums& to, const Sums& more) {
+    to.s = to.s + more.s;
+    to.t = to.t + more.t;
+    to.ce = to.ce + more.ce;
+    to.cross = to.cross + more.cross;
+  }
+};
+
+// Logits into exponentials, to the columns from `at` on, and their sums. Only `others` count.
+template <class A, Ce mode>
+struct Exponentials {
+  typename A::V to_exp2, max_s, max_t;
+  typename A::S *student, *teacher, *ce;
+
+  DSCT_INLINE void take(const Exponentials& to, int64_t at, typename A::V z_s, typename A::V z_t, typename A::M others,
+                        Sums<A>& sums) {
+    typedef typename A::V V;
+    const V x_s = z_s - to.max_s, x_t = z_t - to.max_t;
+    const V t_s = x_s * to.to_exp2, t_t = x_t * to.to_exp2;
+    const V e_s = A::keep(others, exp2_nonpositive<A>(t_s));
+    const V e_t = A::keep(others, exp2_nonpositive<A>(t_t));
+    sums.s = sums.s + e_s;
+    sums.t = sums.t + e_t;
+    sums.cross = fma_where<A>(A::lt(A::set1(0), e_t), e_t, t_t - t_s, sums.cross);
+    A::store(to.student + at, e_s);
+    A::store(to.teacher + at, e_t);
+    if constexpr (mode == Ce::kSquare) sums.ce = A::fma(e_s, e_s, sums.ce);
+    if constexpr (mode == Ce::kOwn) {
+      const V e_ce = A::keep(others, exp2_nonpositive<A>(x_s * A::set1(typename A::S(1.4426950408889634074))));
+      sums.ce = sums.ce + e_ce;
+      A::store(to.ce + at, e_ce);
+    }
+  }
+};
+
+template <class A, Ce mode>
+DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, int block) {
+  typedef typename A::S S;
+  typedef typename A::V V;
+  const double log2e = 1.4426950408889634074;
+  const int lane = v * A::N;
+  const int64_t classes = args.classes;
+  S* student = scratch.student + lane * classes;
+  S* teacher = scratch.teacher + lane * classes;
+  const int shares = block / A::N;
+  int share = int((shares - v * classes % shares) % shares);  // classes until the next one to ask for
+  const int64_t first_asked = (v * classes + shares - 1) / shares;
+  Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, classes, first_asked);
+  Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, classes, first_asked);
+  const V zero = A::set1(0), one = A::set1(1), infinity = A::set1(S(__builtin_inf()));
+  const V label = A::load(scratch.label + lane);
+  const typename A::M valid = A::le(zero, label);
+  V max_s = A::load(scratch.max_s + lane), max_t = A::load(scratch.max_t + lane);
+  max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
+  max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
+  const Exponentials<A, mode> to = {A::set1(S(log2e / args.temperature)), max_s, max_t, student, teacher,
+                                    scratch.ce + lane * classes};
+  Sums<A> total = Sums<A>::none();
+  V k = zero;
+  for (int64_t begin = 0; begin < classes; begin += kPartial) {
+    const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
+    Sums<A> part = Sums<A>::none();
+    for (int64_t c = begin; c < end; c++, k = k + one) {
+      if (share-- == 0) {
+        share = shares - 1;
+        Ahead::ask(ahead_s);
+        Ahead::ask(ahead_t);
+      }
+      Exponentials<A, mode>::take(to, c * A::N, A::load(student + c * A::N), A::load(teacher + c * A::N),
+                                  A::ne_where(valid, label, k), part);
+    }
+    Sums<A>::add(total, part);
+  }
+  A::store(scratch.max_s + lane, max_s);
+  A::store(scratch.max_t + lane, max_t);
+  A::store(scratch.sum_s + lane, total.s);
+  A::store(scratch.sum_t + lane, total.t);
+  A::store(scratch.sum_ce + lane, mode == Ce::kNone ? total.s : total.ce);
+  A::store(scratch.cross + lane, total.cross * A::set1(S(1 / log2e)));
+}
+
+}  // namespace
+}  // namespace DSCT_ISA
+}  // namespace dsct

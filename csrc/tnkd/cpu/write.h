@@ -1,0 +1,53 @@
+// Step 4: the gradient of a class for a vector of pixels, from the exponentials and the coefficients.
+#pragma once
+
+#include "scratch.h"
+
+namespace dsct {
+namespace DSCT_ISA {
+namespace {
+
+// The gradient of class c for one vector of pixels.
+template <class A, Ce mode>
+struct Gradient {
+  typename A::V label, coef_s, coef_t, coef_ce, target;
+  const typename A::S *student, *teacher, *ce;
+  DSCT_INLINE void begin(Gradient& g, const Scratch<A>& s, int v, int64_t classes) {
+    const int lane = v * A::N;
+    g.label = A::load(s.label + lane);
+    g.coef_s = A::load(s.coef_s + lane);
+    g.coef_t = A::load(s.coef_t + lane);
+    g.coef_ce = A::load(s.coef_ce + lane);
+    g.target = A::load(s.grad_target + lane);
+    g.student = s.student + lane * classes;
+    g.teacher = s.teacher + lane * classes;
+    g.ce = s.ce + lane * classes;
+  }
+  DSCT_INLINE typename A::V at(const Gradient& g, int64_t c, typename A::V k) {
+    typedef typename A::V V;
+    const V e_s = A::load(g.student + c * A::N), e_t = A::load(g.teacher + c * A::N);
+    V coef = g.coef_s;
+    if constexpr (mode == Ce::kSquare) coef = A::fma(e_s, g.coef_ce, coef);
+    V value = A::fma(e_s, coef, e_t * g.coef_t);
+    if constexpr (mode == Ce::kOwn) value = A::fma(A::load(g.ce + c * A::N), g.coef_ce, value);
+    return A::select(A::eq(g.label, k), g.target, value);
+  }
+};
+
+// What makes Gradient 0 for n pixels.
+template <class A, Ce mode>
+DSCT_INLINE void clear_gradient(const TnkdArgs& args, Scratch<A>& s, int n) {
+  const size_t lanes = size_t((n + A::N - 1) / A::N * A::N);
+  const size_t bytes = size_t(args.classes) * lanes * sizeof(typename A::S);
+  memset(s.student, 0, bytes);
+  memset(s.teacher, 0, bytes);
+  if (mode == Ce::kOwn) memset(s.ce, 0, bytes);
+  memset(s.coef_s, 0, sizeof(s.coef_s));
+  memset(s.coef_t, 0, sizeof(s.coef_t));
+  memset(s.coef_ce, 0, sizeof(s.coef_ce));
+  memset(s.grad_target, 0, sizeof(s.grad_target));
+}
+
+}  // namespace
+}  // namespace DSCT_ISA
+}  // namespace dsct
