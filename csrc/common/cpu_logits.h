@@ -17,6 +17,7 @@
 
 #include "huge_pages.h"
 #include "logit_view.h"
+#include "tensor_types.h"
 
 namespace dsct {
 
@@ -37,21 +38,6 @@ inline std::string shape(const Sizes& sizes) {
   for (size_t i = 0; i < sizes.size(); i++) s << (i ? ", " : "") << sizes[i];
   s << (sizes.size() == 1 ? ",)" : ")");
   return s.str();
-}
-
-inline FloatType float_type(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::kF32;
-    case ScalarType::Double:
-      return FloatType::kF64;
-    case ScalarType::Half:
-      return FloatType::kF16;
-    case ScalarType::BFloat16:
-      return FloatType::kBF16;
-    default:
-      fail(std::string(name) + ": expected dtype float16, bfloat16, float32 or float64");
-  }
 }
 
 inline void check_logits(const Tensor& student, const Tensor& teacher) {

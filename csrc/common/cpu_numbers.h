@@ -13,7 +13,7 @@ namespace dsct {
 
 // A contiguous (count,) tensor of T on the CPU, or a () where count is 0.
 template <typename T>
-const T* numbers_of(const torch::stable::Tensor& tensor, const char* name, int64_t count) {
+const T* numbers_of(const char* name, const torch::stable::Tensor& tensor, int64_t count) {
   static_assert(std::is_same_v<T, double> || std::is_same_v<T, int64_t>);
   using torch::headeronly::ScalarType;
   constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;

@@ -10,13 +10,12 @@
 #include <type_traits>
 
 #include "cuda_launch.h"
+#include "types.h"
 
 namespace dsct::cuda {
 
 using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
-
-enum class Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // ------------------------------------------------------------------------------------------ launches that overlap
 // (programmatic dependent launch, cuda_launch.h)
@@ -170,13 +169,13 @@ DSCT_DEVICE const T* at(const void* base, int64_t offset) {
 
 // ------------------------------------------------------------------------------------------ one element, any dtype
 template <typename A>
-DSCT_DEVICE A load_number(const void* base, Dtype dtype, int64_t offset) {
-  switch (dtype) {
-    case Dtype::kFloat32:
+DSCT_DEVICE A load_number(const void* base, FloatType type, int64_t offset) {
+  switch (type) {
+    case FloatType::kF32:
       return static_cast<A>(static_cast<const float*>(base)[offset]);
-    case Dtype::kFloat64:
+    case FloatType::kF64:
       return static_cast<A>(static_cast<const double*>(base)[offset]);
-    case Dtype::kFloat16:
+    case FloatType::kF16:
       return static_cast<A>(static_cast<float>(static_cast<const Half*>(base)[offset]));
     default:
       return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(base)[offset]));
@@ -184,23 +183,21 @@ DSCT_DEVICE A load_number(const void* base, Dtype dtype, int64_t offset) {
 }
 
 template <typename A>
-DSCT_DEVICE void store_number(void* base, Dtype dtype, int64_t offset, A value) {
-  switch (dtype) {
-    case Dtype::kFloat32:
+DSCT_DEVICE void store_number(void* base, FloatType type, int64_t offset, A value) {
+  switch (type) {
+    case FloatType::kF32:
       static_cast<float*>(base)[offset] = static_cast<float>(value);
       break;
-    case Dtype::kFloat64:
+    case FloatType::kF64:
       static_cast<double*>(base)[offset] = static_cast<double>(value);
       break;
-    case Dtype::kFloat16:
+    case FloatType::kF16:
       static_cast<Half*>(base)[offset] = static_cast<Half>(static_cast<float>(value));
       break;
     default:
       static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(static_cast<float>(value));
   }
 }
-
-DSCT_HOST_DEVICE int size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // ------------------------------------------------------------------------------------------------------- arithmetic
 template <typename A>

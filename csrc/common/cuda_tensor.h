@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda_math.h"
+#include "tensor_types.h"
 
 namespace dsct {
 
@@ -27,27 +28,12 @@ inline cudaStream_t stream_of(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected float16, bfloat16, float32 or float64");
-  }
-}
-
 }  // namespace cuda
 
 // The numbers of a tensor of T, of shape (count,) or (), that lies on the CPU, where the host may read them, or on the
 // device of `like`, where only kernels may.
 template <typename T>
-const T* numbers_of(const Tensor& tensor, const char* name, std::optional<int64_t> count, const Tensor& like) {
+const T* numbers_of(const char* name, const Tensor& tensor, std::optional<int64_t> count, const Tensor& like) {
   static_assert(std::is_same_v<T, double> || std::is_same_v<T, int64_t>);
   constexpr ScalarType kType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Long;
   const std::string what = (count ? "a contiguous (" + std::to_string(*count) + ",)" : std::string("a ()")) +

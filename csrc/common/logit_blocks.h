@@ -30,7 +30,7 @@ struct Offsets {
   bool uniform;  // pixel i at base + i * stride, else at each[i]
   int64_t base, stride;
   int64_t each[kMaxBlock];
-  DSCT_INLINE int64_t at(const Offsets& o, int i) { return o.uniform ? o.base + i * o.stride : o.each[i]; }
+  DSCT_FORCE_INLINE int64_t at(int i) const { return uniform ? base + i * stride : each[i]; }
 };
 
 // Vectors that are written together: 32 pixels.
@@ -49,15 +49,15 @@ DSCT_INLINE size_t row_bytes(const LogitArgs& args) {
 template <class A>
 struct Top {
   typename A::V label, max, target;
-  DSCT_INLINE void begin(Top& t, const typename A::S* label) {
-    t.label = A::load(label);
-    t.max = A::set1(typename A::S(-__builtin_inf()));
-    t.target = A::set1(0);
+  DSCT_FORCE_INLINE void begin(const typename A::S* labels) {
+    label = A::load(labels);
+    max = A::set1(typename A::S(-__builtin_inf()));
+    target = A::set1(0);
   }
-  DSCT_INLINE void take(Top& t, typename A::V z, typename A::V k) {
-    const typename A::M is_target = A::eq(t.label, k);
-    t.max = max_unless<A>(is_target, t.max, z);
-    t.target = A::select(is_target, z, t.target);
+  DSCT_FORCE_INLINE void take(typename A::V z, typename A::V k) {
+    const typename A::M is_target = A::eq(label, k);
+    max = max_unless<A>(is_target, max, z);
+    target = A::select(is_target, z, target);
   }
 };
 
@@ -72,14 +72,14 @@ DSCT_INLINE void read_rows(const LogitView& x, const Offsets& at, int n, int64_t
     const T* p = data + v * A::N;
     S* column = columns + v * classes * A::N;
     Top<A> top[kRun];
-    for (int r = 0; r < kRun; r++) Top<A>::begin(top[r], label + (v + r) * A::N);
+    for (int r = 0; r < kRun; r++) top[r].begin(label + (v + r) * A::N);
     V k = A::set1(0);
     if ((v + kRun) * A::N <= n) {
       for (int64_t c = 0; c < classes; c++, p += x.class_stride, column += A::N, k = k + A::set1(1))
         for (int r = 0; r < kRun; r++) {
           const V z = A::load(p + r * A::N);
           A::store(column + r * classes * A::N, z);
-          Top<A>::take(top[r], z, k);
+          top[r].take(z, k);
         }
     } else {
       for (int64_t c = 0; c < classes; c++, p += x.class_stride, column += A::N, k = k + A::set1(1))
@@ -87,7 +87,7 @@ DSCT_INLINE void read_rows(const LogitView& x, const Offsets& at, int n, int64_t
           const int left = n - (v + r) * A::N;
           const V z = left >= A::N ? A::load(p + r * A::N) : load_n<A>(p + r * A::N, left);
           A::store(column + r * classes * A::N, z);
-          Top<A>::take(top[r], z, k);
+          top[r].take(z, k);
         }
     }
     for (int r = 0; r < kRun; r++) {
@@ -104,14 +104,13 @@ DSCT_INLINE void read_any_vector(const LogitView& x, const Offsets& at, int firs
   typedef typename A::S S;
   const T* p[A::N];
   for (int i = 0; i < A::N; i++)
-    p[i] =
-        static_cast<const T*>(x.data) + Offsets::at(at, first + (first + i < n ? i : 0)) + class_begin * x.class_stride;
+    p[i] = static_cast<const T*>(x.data) + at.at(first + (first + i < n ? i : 0)) + class_begin * x.class_stride;
   for (int64_t c = class_begin; c < class_end; c++) {
     S lanes[A::N];
     for (int i = 0; i < A::N; i++, p[i - 1] += x.class_stride) lanes[i] = S(to_float(*p[i]));
     const typename A::V z = A::load(lanes);
     A::store(column + c * A::N, z);
-    Top<A>::take(top, z, A::set1(S(c)));
+    top.take(z, A::set1(S(c)));
   }
 }
 
@@ -120,7 +119,7 @@ DSCT_INLINE void read_any(const LogitView& x, const Offsets& at, int n, int64_t 
                           typename A::S* columns, typename A::S* max, typename A::S* target) {
   for (int v = 0; v * A::N < n; v++) {
     Top<A> top;
-    Top<A>::begin(top, label + v * A::N);
+    top.begin(label + v * A::N);
     read_any_vector<A, T>(x, at, v * A::N, n, 0, classes, top, columns + v * classes * A::N);
     A::store(max + v * A::N, top.max);
     A::store(target + v * A::N, top.target);
@@ -137,12 +136,12 @@ DSCT_INLINE void read_tile(const T* p, int64_t pitch, int64_t class_begin, int c
   if (count == C) {
     for (int c = 0; c < C; c++, k = k + A::set1(1)) {
       A::store(column + c * A::N, tile[c]);
-      Top<A>::take(top, tile[c], k);
+      top.take(tile[c], k);
     }
   } else {
     for (int c = 0; c < count; c++, k = k + A::set1(1)) {
       A::store(column + c * A::N, tile[c]);
-      Top<A>::take(top, tile[c], k);
+      top.take(tile[c], k);
     }
   }
 }
@@ -156,7 +155,7 @@ DSCT_INLINE void read_columns(const LogitView& x, const Offsets& at, int n, int6
   for (int v = 0; v * A::N < n; v++) {
     typename A::S* column = columns + v * classes * A::N;
     Top<A> top;
-    Top<A>::begin(top, label + v * A::N);
+    top.begin(label + v * A::N);
     const int64_t start = at.base + v * A::N * at.stride;
     for (int64_t c = 0; c < classes;) {
       const int chunk = chunk_for<A>(classes - c);
@@ -216,17 +215,17 @@ struct Ahead {
   int64_t step;
   int lines;
   bool near;  // into L1: few classes, and contiguous (rows 1 MiB apart would all want the same sets)
-  DSCT_INLINE void ask(Ahead& a) {
-    if (a.near)
-      for (int i = 0; i < a.lines; i++) prefetch_l1(a.p + 64 * i);
+  DSCT_FORCE_INLINE void ask() {
+    if (near)
+      for (int i = 0; i < lines; i++) prefetch_l1(p + 64 * i);
     else
-      for (int i = 0; i < a.lines; i++) prefetch_l2(a.p + 64 * i);
-    a.p += a.step;
+      for (int i = 0; i < lines; i++) prefetch_l2(p + 64 * i);
+    p += step;
   }
 };
 template <class A>
 DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_t classes, int64_t first_class) {
-  const int64_t size = x.type == FloatType::kF64 ? 8 : x.type == FloatType::kF32 ? 4 : 2;
+  const int64_t size = size_of(x.type);
   const char* data = static_cast<const char*>(x.data);
   if (!at.uniform || (at.stride != 1 && x.class_stride != 1)) return {data, 0, 0, true};
   const int64_t step = (x.class_stride == 1 ? block : x.class_stride) * size;
@@ -236,7 +235,7 @@ DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_
 
 // --- write ---
 
-// G, the gradient of one vector of pixels: begin(g, scratch, vector, classes), at(g, class, class as a vector).
+// G, the gradient of one vector of pixels: begin(scratch, vector, classes), at(class, class as a vector).
 // S, a kernel's working memory, has kGroup, at_grad, and rows for the channels-last gradient of a group.
 
 template <class A, class G, class T, class S>
@@ -247,21 +246,21 @@ DSCT_INLINE void write_rows(const LogitArgs& args, const S& s, int v0, int n) {
   for (int v = v0; v < v0 + S::kGroup && v * A::N < n; v += kRun) {
     T* p = static_cast<T*>(const_cast<void*>(args.grad.data)) + s.at_grad.base + v * A::N;
     G g[kRun];
-    for (int r = 0; r < kRun; r++) G::begin(g[r], s, v + r, args.classes);
+    for (int r = 0; r < kRun; r++) g[r].begin(s, v + r, args.classes);
     V k = A::set1(0);
     const uintptr_t bytes = reinterpret_cast<uintptr_t>(p) | uintptr_t(stride * int64_t(sizeof(T)));
     const bool aligned = bytes % 64 == 0;  // what torch's allocator gives
     if ((v + kRun) * A::N <= n && args.stream && aligned) {
       for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
-        stream2<A>(p, G::at(g[0], c, k), G::at(g[1], c, k));
+        stream2<A>(p, g[0].at(c, k), g[1].at(c, k));
     } else if ((v + kRun) * A::N <= n) {
       for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
-        for (int r = 0; r < kRun; r++) A::store(p + r * A::N, G::at(g[r], c, k));
+        for (int r = 0; r < kRun; r++) A::store(p + r * A::N, g[r].at(c, k));
     } else {
       for (int64_t c = 0; c < args.classes; c++, p += stride, k = k + A::set1(1))
         for (int r = 0; r < kRun && (v + r) * A::N < n; r++) {
           const int left = n - (v + r) * A::N;
-          store_n<A>(p + r * A::N, G::at(g[r], c, k), left < A::N ? left : A::N);
+          store_n<A>(p + r * A::N, g[r].at(c, k), left < A::N ? left : A::N);
         }
     }
   }
@@ -273,12 +272,12 @@ DSCT_INLINE void write_any(const LogitArgs& args, const S& s, int v0, int n) {
   for (int v = v0; v < v0 + S::kGroup && v * A::N < n; v++) {
     const int count = n - v * A::N < A::N ? n - v * A::N : A::N;
     G g;
-    G::begin(g, s, v, args.classes);
+    g.begin(s, v, args.classes);
     T* p[A::N];
-    for (int i = 0; i < count; i++) p[i] = data + Offsets::at(s.at_grad, v * A::N + i);
+    for (int i = 0; i < count; i++) p[i] = data + s.at_grad.at(v * A::N + i);
     for (int64_t c = 0; c < args.classes; c++) {
       typename A::S lanes[A::N];
-      A::store(lanes, G::at(g, c, A::set1(typename A::S(c))));
+      A::store(lanes, g.at(c, A::set1(typename A::S(c))));
       for (int i = 0; i < count; i++, p[i - 1] += args.grad.class_stride) from_float(lanes[i], p[i]);
     }
   }
@@ -288,7 +287,7 @@ template <class A, class G, int C, class T>
 DSCT_INLINE void write_tile(const G& g, int64_t class_begin, int count, T* rows, int64_t pitch) {
   typename A::V tile[C];
   typename A::V k = A::set1(typename A::S(class_begin));
-  for (int c = 0; c < C; c++, k = k + A::set1(1)) tile[c] = c < count ? G::at(g, class_begin + c, k) : A::set1(0);
+  for (int c = 0; c < C; c++, k = k + A::set1(1)) tile[c] = c < count ? g.at(class_begin + c, k) : A::set1(0);
   store_transposed<A, C>(rows + class_begin, pitch, tile);
 }
 
@@ -325,7 +324,7 @@ DSCT_INLINE void write_columns(const LogitArgs& args, const S& s, int v0, int n)
   for (int v = v0; v * A::N < first + count; v++) {
     T* out = rows + int64_t(v - v0) * A::N * classes;
     G g;
-    G::begin(g, s, v, classes);
+    g.begin(s, v, classes);
     const int64_t whole = classes / A::N * A::N;
     const int left = int(classes - whole);
     if (left > 0) {

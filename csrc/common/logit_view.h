@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-namespace dsct {
+#include "types.h"
 
-enum class FloatType : int { kF32, kF64, kF16, kBF16 };
+namespace dsct {
 
 // The pixel dimensions (N, *spatial), after neighbours that every tensor allows to be walked as one were merged.
 constexpr int kMaxPixelDims = 16;

@@ -19,6 +19,8 @@
 namespace {
 
 using namespace dsct::cuda;
+using dsct::FloatType;
+using dsct::LabelType;
 
 // A buffer of exactly these bytes, on 16: an access beyond its end is one that AddressSanitizer reports.
 struct Buffer {
@@ -49,10 +51,10 @@ struct Tensor {
   void* data() const { return static_cast<char*>(buffer->data) + offset * itemsize(); }
 };
 
-Dtype dtype_of(const std::string& name) {
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "float64") return Dtype::kFloat64;
-  return name == "float16" ? Dtype::kFloat16 : Dtype::kBFloat16;
+FloatType float_type(const std::string& name) {
+  if (name == "float32") return FloatType::kF32;
+  if (name == "float64") return FloatType::kF64;
+  return name == "float16" ? FloatType::kF16 : FloatType::kBF16;
 }
 
 struct Case {
@@ -110,11 +112,11 @@ Device device_of(const Case& c) {
 
 #ifndef WITHOUT_TNKD
 void run_tnkd(const Case& c) {
-  static const std::map<std::string, Label> labels = {{"uint8", Label::kUInt8},
-                                                      {"int8", Label::kInt8},
-                                                      {"int16", Label::kInt16},
-                                                      {"int32", Label::kInt32},
-                                                      {"int64", Label::kInt64}};
+  static const std::map<std::string, LabelType> labels = {{"uint8", LabelType::kU8},
+                                                          {"int8", LabelType::kI8},
+                                                          {"int16", LabelType::kI16},
+                                                          {"int32", LabelType::kI32},
+                                                          {"int64", LabelType::kI64}};
   const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
   const Tensor *target = c.find("target"), *grad = c.find("grad");
   TnkdArgs args{};
@@ -122,16 +124,15 @@ void run_tnkd(const Case& c) {
   args.target = c.data("target"), args.class_weight = c.data("class_weight"), args.grad = c.data("grad");
   args.loss = c.data("loss"), args.loss_map = c.data("loss_map");
   args.parts = c.data("parts"), args.grad_scale = c.data("grad_scale");
-  args.student_dtype = dtype_of(student.dtype), args.teacher_dtype = dtype_of(teacher.dtype);
-  args.has_target = target != nullptr;
-  if (target != nullptr) args.label = labels.at(target->dtype);
+  args.student_type = float_type(student.dtype), args.teacher_type = float_type(teacher.dtype);
+  if (target != nullptr) args.target_type = labels.at(target->dtype);
   args.ce_weight = c.numbers.at("ce_weight"), args.tckd_weight = c.numbers.at("tckd_weight");
   args.nckd_weight = c.numbers.at("nckd_weight"), args.temperature = c.numbers.at("temperature");
-  args.has_ignore_index = c.numbers.count("ignore_index") > 0;
-  if (args.has_ignore_index) args.ignore_index = static_cast<int64_t>(c.numbers.at("ignore_index"));
+  args.has_ignore = c.numbers.count("ignore_index") > 0;
+  if (args.has_ignore) args.ignore_index = static_cast<int64_t>(c.numbers.at("ignore_index"));
   args.values = static_cast<const double*>(c.data("values"));
   args.ignore_index_value = static_cast<const int64_t*>(c.data("ignore_index"));
-  if (args.ignore_index_value != nullptr) args.has_ignore_index = true;
+  if (args.ignore_index_value != nullptr) args.has_ignore = true;
   args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
   set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
             teacher.stride.data(), target == nullptr ? nullptr : target->stride.data(),
@@ -146,7 +147,7 @@ void run_tnkd(const Case& c) {
 
 void run_scale(const Case& c) {
   const Tensor &grad = *c.find("grad"), &factor = *c.find("factor");
-  scale_run(grad.data(), dtype_of(grad.dtype), factor.data(), factor.dtype == "float64",
+  scale_run(grad.data(), float_type(grad.dtype), factor.data(), factor.dtype == "float64",
             static_cast<int64_t>(grad.buffer->bytes / grad.itemsize()) - grad.offset, device_of(c), nullptr);
   std::cout << "scale\n";
   c.write("grad");
@@ -161,7 +162,7 @@ Temperatures temperatures_of(const Case& c) {
 }
 
 Features features_of(const Tensor& tensor) {
-  return make_features(tensor.data(), dtype_of(tensor.dtype), tensor.size.data(), tensor.stride.data());
+  return make_features(tensor.data(), float_type(tensor.dtype), tensor.size.data(), tensor.stride.data());
 }
 
 template <typename A>
@@ -173,7 +174,7 @@ struct Prepared {
   Prepared(const Case& c, const std::string& name, A* map)
       : f(features_of(*c.find(name))),
         plan(cafd_plan(f, nullptr, device_of(c))),
-        stats(f.samples * (4 * f.channels + 2 * f.positions() + 1) * sizeof(A)),
+        stats(f.samples * dsct::stats_row(f.channels, f.positions()) * sizeof(A)),
         workspace(map_workspace(f, plan) * sizeof(A)),
         network(dsct::cuda::network<A>(f, plan, static_cast<A*>(stats.data), map, static_cast<A*>(workspace.data))) {
     std::cout << layout_name(plan.layout) << " ";

@@ -5,9 +5,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-namespace dsct {
+#include "common/types.h"
 
-enum class FeatureType { kHalf, kBFloat16, kFloat, kDouble };
+namespace dsct {
 
 // (N, C, H, W) in memory; strides in elements. Position i is (i / W, i % W).
 struct Features {
@@ -69,10 +69,10 @@ struct CafdLoops {
 };
 
 struct CafdKernels {
-  CafdLoops loops[4];  // by FeatureType
+  CafdLoops loops[4];  // by FloatType
   // sum_i a~ log(a~ / b~) over `count` of `positions` positions, a the teacher's map and b the student's; with grad,
   // scale * its derivative by b_i as well. The flags say which arrays are double.
-  double (*divergence)(const void* teacher, bool teacher_double, const void* student, bool student_double,
+  double (*divergence)(const void* student, bool student_double, const void* teacher, bool teacher_double,
                        int64_t count, int64_t positions, double scale, void* grad, bool grad_double);
 };
 

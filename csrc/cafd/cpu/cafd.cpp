@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "args.h"
+#include "cafd/stats.h"
 #include "common/cpu_isa.h"
 #include "common/cpu_numbers.h"
 #include "common/huge_pages.h"
@@ -41,7 +42,7 @@ struct Temperatures {
 };
 
 Temperatures temperatures_of(const Tensor& temperatures) {
-  const double* numbers = numbers_of<double>(temperatures, "temperatures", 2);
+  const double* numbers = numbers_of<double>("temperatures", temperatures, 2);
   const char* names[] = {"channel_temperature", "spatial_temperature"};
   for (int i = 0; i < 2; i++)
     if (!(numbers[i] > 0 && std::isfinite(numbers[i])))
@@ -50,7 +51,7 @@ Temperatures temperatures_of(const Tensor& temperatures) {
   return {numbers[0], numbers[1]};
 }
 
-int64_t stats_row(const Features& x) { return 4 * x.C + 2 * positions(x) + 1; }
+int64_t stats_row(const Features& x) { return dsct::stats_row(x.C, positions(x)); }
 
 // Samples whose second read should still find them in cache.
 int64_t group_size(int64_t bytes_per_sample, int64_t samples) {
@@ -68,7 +69,7 @@ struct Network {
 
   Network(const char* name, const Tensor& x, double channel_temperature, double spatial_temperature, bool mixed_map)
       : side{features_of(name, x), channel_temperature, spatial_temperature, nullptr, nullptr},
-        loops(&kernels().loops[static_cast<int>(feature_type(name, x))]),
+        loops(&kernels().loops[static_cast<int>(float_type(name, x))]),
         by_positions(walk_positions(side.x)),
         mixed(mixed_map),
         element_size(static_cast<int64_t>(x.element_size())),
@@ -285,7 +286,7 @@ double divergence_on_common_grid(const Network& student, const Network& teacher,
   std::vector<double> a(static_cast<size_t>(count)), b(a), grad(a);
   pool_any(teacher, n, grid, a.data());
   const double total = pool_any(student, n, grid, b.data());
-  const double loss = kernels().divergence(a.data(), true, b.data(), true, count, count, scale,
+  const double loss = kernels().divergence(b.data(), true, a.data(), true, count, count, scale,
                                            grad_map == nullptr ? nullptr : grad.data(), true);
   if (grad_map == nullptr) return loss;
   if (student.loops->acc_size == 8)
@@ -332,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, cons
       const int64_t i = chunk * kMapChunk, count = std::min(kMapChunk, positions(s) - i);
       char* to = grad ? grad + (n * positions(s) + i) * static_cast<int64_t>(student.loops->acc_size) : nullptr;
       losses[static_cast<size_t>(n * chunks + chunk)] =
-          kernels().divergence(teacher.map(n, i), teacher_double, student.map(n, i), student_double, count,
+          kernels().divergence(student.map(n, i), student_double, teacher.map(n, i), teacher_double, count,
                                positions(s), scale, to, student_double);
     });
   if (!same_grid)
@@ -385,7 +386,7 @@ std::tuple<Tensor, Tensor> attention_map_cpu(const Tensor& features, const Tenso
 Tensor attention_map_backward_cpu(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
                                   const Tensor& temperatures) {
   const auto [channel_temperature, spatial_temperature] = temperatures_of(temperatures);
-  const CafdLoops& loops = kernels().loops[static_cast<int>(feature_type("features", features))];
+  const CafdLoops& loops = kernels().loops[static_cast<int>(float_type("features", features))];
   Side side{features_of("features", features), channel_temperature, spatial_temperature,
             const_cast<void*>(stats.const_data_ptr()), nullptr};
   const Features& x = side.x;

@@ -9,8 +9,8 @@ namespace {
 
 // a~ log(a~ / b~) - a~ + b~: the last two sum to 0, and with them no term is negative and a rounding of b near a costs
 // nothing. In double: there are only H W of these, beside C H W features.
-template <class TA, class TB, class TG>
-double divergence_of(const TA* teacher, const TB* student, int64_t count, int64_t positions, double scale, TG* grad) {
+template <class TS, class TT, class TG>
+double divergence_of(const TS* student, const TT* teacher, int64_t count, int64_t positions, double scale, TG* grad) {
   constexpr double kEps = 1e-6;
   using V = F64::V;
   const V keep = F64::set1(1 - kEps), floor = F64::set1(kEps / static_cast<double>(positions));
@@ -33,22 +33,22 @@ double divergence_of(const TA* teacher, const TB* student, int64_t count, int64_
   return total;
 }
 
-inline double divergence(const void* teacher, bool teacher_double, const void* student, bool student_double,
+inline double divergence(const void* student, bool student_double, const void* teacher, bool teacher_double,
                          int64_t count, int64_t positions, double scale, void* grad, bool grad_double) {
   const float *tf = static_cast<const float*>(teacher), *sf = static_cast<const float*>(student);
   const double *td = static_cast<const double*>(teacher), *sd = static_cast<const double*>(student);
   if (grad_double) {
     double* g = static_cast<double*>(grad);
-    if (teacher_double && student_double) return divergence_of(td, sd, count, positions, scale, g);
-    if (teacher_double) return divergence_of(td, sf, count, positions, scale, g);
-    if (student_double) return divergence_of(tf, sd, count, positions, scale, g);
-    return divergence_of(tf, sf, count, positions, scale, g);
+    if (teacher_double && student_double) return divergence_of(sd, td, count, positions, scale, g);
+    if (teacher_double) return divergence_of(sf, td, count, positions, scale, g);
+    if (student_double) return divergence_of(sd, tf, count, positions, scale, g);
+    return divergence_of(sf, tf, count, positions, scale, g);
   }
   float* g = static_cast<float*>(grad);
-  if (teacher_double && student_double) return divergence_of(td, sd, count, positions, scale, g);
-  if (teacher_double) return divergence_of(td, sf, count, positions, scale, g);
-  if (student_double) return divergence_of(tf, sd, count, positions, scale, g);
-  return divergence_of(tf, sf, count, positions, scale, g);
+  if (teacher_double && student_double) return divergence_of(sd, td, count, positions, scale, g);
+  if (teacher_double) return divergence_of(sf, td, count, positions, scale, g);
+  if (student_double) return divergence_of(sd, tf, count, positions, scale, g);
+  return divergence_of(sf, tf, count, positions, scale, g);
 }
 
 }  // namespace

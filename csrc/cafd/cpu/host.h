@@ -13,6 +13,7 @@
 #include <string>
 
 #include "args.h"
+#include "common/tensor_types.h"
 
 namespace dsct {
 namespace {
@@ -40,22 +41,6 @@ template <class F>
 void parallel(int64_t tasks, int64_t work_per_task, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, work_per_task));
   torch::stable::parallel_for(0, tasks, grain, f);
-}
-
-inline FeatureType feature_type(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      return FeatureType::kHalf;
-    case ScalarType::BFloat16:
-      return FeatureType::kBFloat16;
-    case ScalarType::Float:
-      return FeatureType::kFloat;
-    case ScalarType::Double:
-      return FeatureType::kDouble;
-    default:
-      throw std::invalid_argument(std::string(name) + ": expected float16, bfloat16, float32 or float64, got " +
-                                  torch::headeronly::toString(x.scalar_type()));
-  }
 }
 
 inline Features features_of(const char* name, const Tensor& x) {

@@ -50,8 +50,8 @@ struct Call {
        bool uniform)
       : maps{features_of("student", student),
              features_of("teacher", teacher),
-             feature_type("student", student),
-             feature_type("teacher", teacher),
+             float_type("student", student),
+             float_type("teacher", teacher),
              0,
              nullptr},
         channel_temperature(0),
@@ -66,7 +66,7 @@ struct Call {
         throw std::invalid_argument("mask: expected contiguous bools, (N, 1, H, W) of student");
       maps.mask = static_cast<const bool*>(mask->const_data_ptr());
     }
-    const double* numbers = numbers_of<double>(temperatures, "temperatures", 2);
+    const double* numbers = numbers_of<double>("temperatures", temperatures, 2);
     maps.temperature = positive("temperature", numbers[1]);
     if (!uniform) channel_temperature = positive("channel_temperature", numbers[0]);
   }

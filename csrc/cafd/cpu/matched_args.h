@@ -10,7 +10,7 @@ namespace dsct {
 // Both networks' maps of one call, of the same N, C, H and W.
 struct MatchedMaps {
   Features student, teacher;
-  FeatureType student_type, teacher_type;
+  FloatType student_type, teacher_type;
   double temperature;
   const bool* mask;  // (N, H W): where it is false, both networks are taken to be -inf; or nullptr
 };

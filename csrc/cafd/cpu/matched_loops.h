@@ -96,29 +96,29 @@ struct Matched {
 
   // Calls f with a typed pointer to element `at`.
   template <class F>
-  DSCT_INLINE void typed(void* data, FeatureType type, int64_t at, const F& f) {
+  DSCT_INLINE void typed(void* data, FloatType type, int64_t at, const F& f) {
     switch (type) {
-      case FeatureType::kHalf:
+      case FloatType::kF16:
         return f(static_cast<f16*>(data) + at);
-      case FeatureType::kBFloat16:
+      case FloatType::kBF16:
         return f(static_cast<bf16*>(data) + at);
-      case FeatureType::kFloat:
+      case FloatType::kF32:
         return f(static_cast<float*>(data) + at);
       default:
         if constexpr (sizeof(S) == sizeof(double)) return f(static_cast<double*>(data) + at);
     }
   }
-  static bool as_is(FeatureType type) {
-    return type == (sizeof(S) == sizeof(double) ? FeatureType::kDouble : FeatureType::kFloat);
+  static bool as_is(FloatType type) {
+    return type == (sizeof(S) == sizeof(double) ? FloatType::kF64 : FloatType::kF32);
   }
 
   // `count` numbers that lie side by side: in place where they are whole vectors of S, else in copy, padded.
-  static const S* run(const Features& x, FeatureType type, int64_t at, int64_t count, S* copy) {
+  static const S* run(const Features& x, FloatType type, int64_t at, int64_t count, S* copy) {
     if (as_is(type) && count % N == 0) return static_cast<const S*>(x.data) + at;
     typed(x.data, type, at, [&](const auto* p) { widen(p, count, copy); });
     return copy;
   }
-  static void put_run(const Features& x, FeatureType type, int64_t at, int64_t count, const S* from) {
+  static void put_run(const Features& x, FloatType type, int64_t at, int64_t count, const S* from) {
     if (as_is(type) && static_cast<const S*>(x.data) + at == from) return;
     typed(x.data, type, at, [&](auto* p) { narrow(from, count, p); });
   }
@@ -126,8 +126,7 @@ struct Matched {
   static bool dense_rows(const Features& x) { return (x.W == 1 || x.stride_w == 1) && (x.H == 1 || x.stride_h == x.W); }
 
   // The same of a channel's positions from `first` on, wherever they lie.
-  static const S* row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t first, int64_t count,
-                      S* copy) {
+  static const S* row(const Features& x, FloatType type, int64_t n, int64_t c, int64_t first, int64_t count, S* copy) {
     const int64_t at = n * x.stride_n + c * x.stride_c;
     if (dense_rows(x)) return run(x, type, at + first, count, copy);
     typed(x.data, type, at, [&](const auto* p) {
@@ -136,7 +135,7 @@ struct Matched {
     for (int64_t i = count; i < pitch(count); i++) copy[i] = S(-kInfinity);
     return copy;
   }
-  static void put_row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t first, int64_t count,
+  static void put_row(const Features& x, FloatType type, int64_t n, int64_t c, int64_t first, int64_t count,
                       const S* from) {
     const int64_t at = n * x.stride_n + c * x.stride_c;
     if (dense_rows(x)) return put_run(x, type, at + first, count, from);
@@ -215,8 +214,8 @@ struct Matched {
   struct Next {
     const char* p;
     int64_t size;  // of an element; 0: nothing comes next
-    DSCT_INLINE Next of(const Features& x, FeatureType type, int64_t at) {
-      const int64_t size = type == FeatureType::kDouble ? 8 : type == FeatureType::kFloat ? 4 : 2;
+    DSCT_INLINE Next of(const Features& x, FloatType type, int64_t at) {
+      const int64_t size = size_of(type);
       return {static_cast<const char*>(x.data) + at * size, size};
     }
     DSCT_INLINE Next none() { return {nullptr, 0}; }
@@ -251,7 +250,7 @@ struct Matched {
 
   // --- forward, a channel's positions side by side ---
 
-  static Next next_row(const Features& x, FeatureType type, int64_t n, int64_t c, int64_t end, int64_t first) {
+  static Next next_row(const Features& x, FloatType type, int64_t n, int64_t c, int64_t end, int64_t first) {
     if (c >= end || !dense_rows(x)) return Next::none();
     return Next::of(x, type, n * x.stride_n + c * x.stride_c + first);
   }
@@ -317,7 +316,7 @@ struct Matched {
 
   // `rows` runs of `lanes` numbers, of `last` in the last one, each `stride` after the one before: in place, or in
   // copy.
-  static const S* runs(const Features& x, FeatureType type, int64_t at, int64_t rows, int64_t lanes, int64_t last,
+  static const S* runs(const Features& x, FloatType type, int64_t at, int64_t rows, int64_t lanes, int64_t last,
                        int64_t stride, S* copy, int64_t* row_stride) {
     *row_stride = stride;
     if (as_is(type) && lanes % N == 0 && last == lanes) return static_cast<const S*>(x.data) + at;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "args.h"
+#include "cafd/stats.h"
 #include "common/vec_math.h"
 
 namespace dsct {
@@ -38,7 +39,7 @@ struct Walk {
   }
 
   static S* stats(const Side& side, int64_t n) {
-    return static_cast<S*>(side.stats) + n * (4 * side.x.C + 2 * side.x.H * side.x.W + 1);
+    return static_cast<S*>(side.stats) + n * stats_row(side.x.C, side.x.H * side.x.W);
   }
   // Rows of stats: see ops.h.
   static S* maximum(const Side& side, int64_t n) { return stats(side, n); }

@@ -59,7 +59,7 @@ constexpr int row_blocks(int held) { return held > 8 ? 1 : held > 4 ? 2 : 3; }
 
 template <typename Row, int kHeld>
 __global__ void __launch_bounds__(kCafdThreads, row_blocks(kHeld))
-    row_backward(Features f, Features out, int row_warps, typename Row::Acc scale, typename Row::Acc channel_scale,
+    row_backward(Features f, Features out, int row_warps, typename Row::Acc channel_scale, typename Row::Acc scale,
                  const Scales<typename Row::Acc>* on_device, Stats<typename Row::Acc> stats,
                  const typename Row::Acc* grad_map, const typename Row::Acc* products) {
   using A = typename Row::Acc;
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1)
 
 template <typename T>
 __global__ void __launch_bounds__(kCafdThreads, 1)
-    column_backward(Features f, Features out, Columns grid, float scale, float channel_scale,
+    column_backward(Features f, Features out, Columns grid, float channel_scale, float scale,
                     const Scales<float>* on_device, Stats<float> stats, const float* grad_map, const float* products,
                     const float* partial) {
   wait_for_previous();

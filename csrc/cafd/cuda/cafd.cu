@@ -11,15 +11,15 @@ using cuda::Features;
 using cuda::Temperatures;
 
 Temperatures temperatures_of(const Tensor& temperatures, const Tensor& like) {
-  const double* values = numbers_of<double>(temperatures, "temperatures", 2, like);
+  const double* values = numbers_of<double>("temperatures", temperatures, 2, like);
   if (temperatures.is_cpu()) return {values[0], values[1]};
   return {1, 1, values};
 }
 
-Features features_of(const Tensor& tensor, const char* name) {
+Features features_of(const char* name, const Tensor& tensor) {
   int64_t size[4], stride[4];
   for (int d = 0; d < 4; ++d) size[d] = tensor.size(d), stride[d] = tensor.stride(d);
-  const Features f = cuda::make_features(tensor.const_data_ptr(), cuda::dtype_of(tensor, name), size, stride);
+  const Features f = cuda::make_features(tensor.const_data_ptr(), float_type(name, tensor), size, stride);
   STD_TORCH_CHECK(f.positions() <= std::numeric_limits<int32_t>::max(), name, ": more than 2^31 positions a sample");
   return f;
 }
@@ -38,8 +38,6 @@ A* data_of(const Tensor& tensor) {
   return static_cast<A*>(tensor.mutable_data_ptr());
 }
 
-int64_t stats_size(const Features& f) { return 4 * f.channels + 2 * f.positions() + 1; }
-
 // One network, and the tensors that its kernels write.
 template <typename A>
 struct Prepared {
@@ -48,7 +46,7 @@ struct Prepared {
   cuda::Network<A> network;
   Prepared(const Tensor& tensor, const Features& f, A* map, const cuda::Device& device)
       : plan(cuda::cafd_plan(f, nullptr, device)),
-        stats(make_empty(tensor, {f.samples, stats_size(f)}, scalar_type<A>())),
+        stats(make_empty(tensor, {f.samples, stats_row(f.channels, f.positions())}, scalar_type<A>())),
         workspace(make_empty(tensor, {cuda::map_workspace(f, plan)}, scalar_type<A>())),
         network(cuda::network<A>(f, plan, data_of<A>(stats), map, data_of<A>(workspace))) {}
 };
@@ -58,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor&
                                             const Temperatures& temperatures, int64_t reduction, bool needs_grad,
                                             const cuda::Device& device, cudaStream_t stream) {
   using A = std::common_type_t<SA, TA>;
-  const Features s = features_of(student, "student_features"), t = features_of(teacher, "teacher_features");
+  const Features s = features_of("student_features", student), t = features_of("teacher_features", teacher);
   const Prepared<SA> s_run(student, s, nullptr, device);
   const Prepared<TA> t_run(teacher, t, nullptr, device);
   const ScalarType acc = scalar_type<A>();
@@ -98,7 +96,7 @@ template <typename A>
 Tensor run_backward(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
                     const Temperatures& temperatures, const cuda::Device& device, cudaStream_t stream) {
   const Tensor grad = empty_like(features);
-  const Features f = features_of(features, "features"), out = features_of(grad, "grad");
+  const Features f = features_of("features", features), out = features_of("grad", grad);
   const CafdPlan plan = cuda::cafd_plan(f, &out, device);
   const Tensor workspace = make_empty(features, {cuda::backward_workspace(f, plan)}, scalar_type<A>());
   cuda::backward_run<A>(f, out, plan, temperatures, data_of<A>(stats), data_of<A>(grad_map), data_of<A>(workspace),
@@ -122,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, con
 std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, const Tensor& temperatures) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
-  const Features f = features_of(features, "features");
+  const Features f = features_of("features", features);
   const Tensor map = make_empty(features, {f.samples, f.height, f.width}, acc_of(features));
   cudaStream_t stream = cuda::stream_of(features);
   auto run = acc_of(features) == ScalarType::Double ? run_map<double> : run_map<float>;

@@ -32,7 +32,7 @@ DSCT_DEVICE A pooled(const M* map, Grid from, Grid to, int y, int x) {
 // But every term is now >= 0 and of second order where the maps are close, and so is what a rounding of s does to it.
 // The plain sum takes terms of first order away from each other: near the teacher their rounding is all that is left.
 template <typename A>
-DSCT_DEVICE A divergence(A t, A s, A gap) {
+DSCT_DEVICE A divergence(A s, A t, A gap) {
   const A x = gap / t;
   if (::fabs(x) < A(0.5)) {  // x - log(1 + x), from log(1 + x) = 2 atanh(f)
     const A f = x / (2 + x), f2 = f * f;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(1024, 1)
     const A raw = (same_s ? static_cast<A>(map_s[k]) : pool_s[k]) * scale_s;
     const A raw_t = (same_t ? static_cast<A>(map_t[k]) : pool_t[k]) * scale_t;
     const A s = keep * raw + floor, t = keep * raw_t + floor, gap = keep * (raw - raw_t);
-    sums[0] += divergence(t, s, gap);
+    sums[0] += divergence(s, t, gap);
     const A g = -keep * t / s * in.norm;
     sums[1] += g * raw;
     if (grad_map != nullptr) {

@@ -9,14 +9,14 @@ constexpr int kCafdThreads = 256, kCafdWarps = kCafdThreads / kWarp;
 
 struct Features {
   const void* data;
-  Dtype dtype;
+  FloatType type;
   int64_t samples, channels, height, width;
   int64_t stride[4];  // elements: n, c, h, w
   DSCT_HOST_DEVICE int64_t positions() const { return height * width; }
 };
 
-inline Features make_features(const void* data, Dtype dtype, const int64_t* size, const int64_t* stride) {
-  Features f{data, dtype, size[0], size[1], size[2], size[3], {stride[0], stride[1], stride[2], stride[3]}};
+inline Features make_features(const void* data, FloatType type, const int64_t* size, const int64_t* stride) {
+  Features f{data, type, size[0], size[1], size[2], size[3], {stride[0], stride[1], stride[2], stride[3]}};
   if (f.width == 1) f.stride[3] = f.stride[2];  // the step from one position to the next
   return f;
 }
@@ -51,18 +51,18 @@ struct Anywhere {
   };
   static constexpr int kSize = 1, kBlocks = 2;
   DSCT_DEVICE static const void* row(const Features& f, int64_t n, int64_t c) {
-    return static_cast<const char*>(f.data) + (n * f.stride[0] + c * f.stride[1]) * size_of(f.dtype);
+    return static_cast<const char*>(f.data) + (n * f.stride[0] + c * f.stride[1]) * size_of(f.type);
   }
   DSCT_DEVICE static int64_t offset(const Features& f, int64_t index) {
     const int64_t y = index / f.width;
     return y * f.stride[2] + (index - y * f.width) * f.stride[3];
   }
   DSCT_DEVICE static Held load(const Features& f, const void* row, int64_t index) {
-    return {load_number<A>(row, f.dtype, offset(f, index))};
+    return {load_number<A>(row, f.type, offset(f, index))};
   }
   DSCT_DEVICE static A value(const Held& held, int) { return held.value; }
   DSCT_DEVICE static void store(const Features& f, const void* row, int64_t index, const A (&g)[1]) {
-    store_number(const_cast<void*>(row), f.dtype, offset(f, index), g[0]);
+    store_number(const_cast<void*>(row), f.type, offset(f, index), g[0]);
   }
 };
 

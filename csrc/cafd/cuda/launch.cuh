@@ -57,10 +57,10 @@ void maps_run(const Network<A>* each, int count, Layout layout, const Temperatur
       if (layout == Layout::kRows) return go(row_stats<SideBySide<T>>, row_maps<SideBySide<T>>, row_shared);
       go(column_stats<T>, column_maps<T>, kCafdThreads * sizeof(RowSums<float>));
     };
-    switch (each[0].f.dtype) {
-      case Dtype::kFloat32:
+    switch (each[0].f.type) {
+      case FloatType::kF32:
         return by_dtype(float());
-      case Dtype::kFloat16:
+      case FloatType::kF16:
         return by_dtype(Half());
       default:
         return by_dtype(BFloat16());
@@ -83,7 +83,7 @@ void cafd_run(const Comparison<A>& comparison, const Network<SA>& student, const
     return;
   }
   bool together = student_plan.layout == teacher_plan.layout &&
-                  (student_plan.layout == Layout::kAny || student.f.dtype == teacher.f.dtype);
+                  (student_plan.layout == Layout::kAny || student.f.type == teacher.f.type);
   if constexpr (std::is_same_v<SA, TA>) {
     if (together) {
       const Network<SA> both[2] = {student, teacher};
@@ -117,7 +117,7 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
          stats, grad_map, products);
   auto rows = [&](auto kernel) {
     launch_early("cafd backward", device, kernel, plan.row_blocks, kCafdThreads, kCafdWarps * sizeof(A), stream, f, out,
-                 plan.row_warps, scale, channel_scale, on_device, stats, grad_map, products);
+                 plan.row_warps, channel_scale, scale, on_device, stats, grad_map, products);
   };
   if (plan.layout == Layout::kAny) return rows(row_backward<Anywhere<A>, 0>);
   if constexpr (std::is_same_v<A, float>) {
@@ -139,12 +139,12 @@ void backward_run(const Features& f, const Features& out, const CafdPlan& plan, 
       launch_early("cafd backward", device, column_rho<T>, plan.column_blocks, kCafdThreads,
                    kCafdThreads * sizeof(float), stream, f, plan.columns, scale, on_device, stats, grad_map, partial);
       launch_early("cafd backward", device, column_backward<T>, plan.column_blocks, kCafdThreads, 0, stream, f, out,
-                   plan.columns, scale, channel_scale, on_device, stats, grad_map, products, partial);
+                   plan.columns, channel_scale, scale, on_device, stats, grad_map, products, partial);
     };
-    switch (f.dtype) {
-      case Dtype::kFloat32:
+    switch (f.type) {
+      case FloatType::kF32:
         return by_dtype(float());
-      case Dtype::kFloat16:
+      case FloatType::kF16:
         return by_dtype(Half());
       default:
         return by_dtype(BFloat16());

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "cafd/stats.h"
 #include "features.cuh"
 
 namespace dsct::cuda {
@@ -12,7 +13,7 @@ template <typename A>
 struct Stats {
   A* base;
   int64_t channels, positions;
-  DSCT_HOST_DEVICE int64_t size() const { return 4 * channels + 2 * positions + 1; }
+  DSCT_HOST_DEVICE int64_t size() const { return stats_row(channels, positions); }
   DSCT_DEVICE A* max(int64_t n) const { return base + n * size(); }
   DSCT_DEVICE A* inverse(int64_t n) const { return max(n) + channels; }
   DSCT_DEVICE A* relative(int64_t n) const { return max(n) + 2 * channels; }
@@ -61,14 +62,14 @@ struct Temperatures {
 // What kernels multiply by in place of dividing by the temperatures: divided in double, rounded once.
 template <typename A>
 struct Scales {
-  A spatial, channel;    // 1 / temperature
-  A spatial2, channel2;  // log2(e) / temperature
+  A channel, spatial;    // 1 / temperature
+  A channel2, spatial2;  // log2(e) / temperature
 };
 template <typename A>
 DSCT_HOST_DEVICE Scales<A> scales_of(double channel, double spatial) {
   constexpr double kLog2E = 1.4426950408889634074;
-  return {static_cast<A>(1 / spatial), static_cast<A>(1 / channel), static_cast<A>(kLog2E / spatial),
-          static_cast<A>(kLog2E / channel)};
+  return {static_cast<A>(1 / channel), static_cast<A>(1 / spatial), static_cast<A>(kLog2E / channel),
+          static_cast<A>(kLog2E / spatial)};
 }
 
 // A launch of one thread before all others. What the host refuses makes everything NaN here.
@@ -97,7 +98,7 @@ struct Network {
 template <typename A>
 struct Networks {
   Network<A> each[2];
-  A scale2, channel_scale2;    // log2(e) / temperature
+  A channel_scale2, scale2;    // log2(e) / temperature
   const Scales<A>* on_device;  // or here, if not nullptr
   unsigned* ticket;            // of compare_maps, which add_maps sets to 0; or nullptr
   DSCT_DEVICE A spatial2() const { return on_device == nullptr ? scale2 : on_device->spatial2; }

@@ -26,7 +26,7 @@ struct CafdPlan {
 
 inline CafdPlan cafd_plan(const Features& f, const Features* out, const Device& device) {
   CafdPlan plan;
-  const int vector = 16 / size_of(f.dtype);
+  const int vector = 16 / size_of(f.type);
   const int64_t positions = f.positions();
   auto rows_fit = [&](const Features& x) {
     return on_16_bytes(x.data) && (x.width == 1 || x.stride[3] == 1) && (x.height == 1 || x.stride[2] == x.width) &&
@@ -38,7 +38,7 @@ inline CafdPlan cafd_plan(const Features& f, const Features* out, const Device& 
            (x.width == 1 || x.height == 1 || x.stride[2] == x.width * step) && x.stride[0] % vector == 0 &&
            step % vector == 0;
   };
-  const bool narrow = f.dtype != Dtype::kFloat64;
+  const bool narrow = f.type != FloatType::kF64;
   if (narrow && positions % vector == 0 && rows_fit(f) && (out == nullptr || rows_fit(*out))) {
     plan.layout = Layout::kRows;
   } else if (narrow && f.channels % vector == 0 && columns_fit(f) && (out == nullptr || columns_fit(*out))) {

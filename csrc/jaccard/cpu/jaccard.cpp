@@ -38,7 +38,7 @@ Problem problem(const Tensor& student, const Tensor& teacher, const std::optiona
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
   Problem p = {};
   p.acc = is_double ? ScalarType::Double : ScalarType::Float;
-  p.args.temperature = *numbers_of<double>(temperature, "temperature", 1);
+  p.args.temperature = *numbers_of<double>("temperature", temperature, 1);
   if (!(p.args.temperature > 0 && std::isfinite(p.args.temperature)))
     fail("temperature: expected a finite number > 0, got " + std::to_string(p.args.temperature));
   if (share.has_value()) {

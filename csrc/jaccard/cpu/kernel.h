@@ -104,8 +104,8 @@ DSCT_INLINE void exponentials(const JaccardArgs& args, Scratch<A>& s, int v, int
     for (int64_t c = begin; c < end; c++) {
       if (share-- == 0) {
         share = shares - 1;
-        Ahead::ask(ahead_s);
-        Ahead::ask(ahead_t);
+        ahead_s.ask();
+        ahead_t.ask();
       }
       const V e_s = A::keep(counts, exp2_nonpositive<A>((A::load(student + c * A::N) - max_s) * to_exp2));
       const V e_t = A::keep(counts, exp2_nonpositive<A>((A::load(teacher + c * A::N) - max_t) * to_exp2));
@@ -216,15 +216,15 @@ template <class A>
 struct Gradient {
   typename A::V factor, mean;
   const typename A::S *student, *teacher;
-  DSCT_INLINE void begin(Gradient& g, const Scratch<A>& s, int v, int64_t classes) {
+  DSCT_FORCE_INLINE void begin(const Scratch<A>& s, int v, int64_t classes) {
     const int lane = v * A::N;
-    g.factor = A::load(s.factor + lane);
-    g.mean = A::load(s.mean + lane);
-    g.student = s.student + lane * classes;
-    g.teacher = s.teacher + lane * classes;
+    factor = A::load(s.factor + lane);
+    mean = A::load(s.mean + lane);
+    student = s.student + lane * classes;
+    teacher = s.teacher + lane * classes;
   }
-  DSCT_INLINE typename A::V at(const Gradient& g, int64_t c, typename A::V) {
-    return A::load(g.student + c * A::N) * g.factor * (A::load(g.teacher + c * A::N) - g.mean);
+  DSCT_FORCE_INLINE typename A::V at(int64_t c, typename A::V) const {
+    return A::load(student + c * A::N) * factor * (A::load(teacher + c * A::N) - mean);
   }
 };
 

@@ -9,8 +9,6 @@
 
 namespace dsct {
 
-enum class LabelType : int { kU8, kI8, kI16, kI32, kI64 };
-
 struct TnkdArgs : LogitArgs {
   const void* target;  // nullptr: the teacher's argmax
   LabelType target_type;
@@ -64,7 +62,8 @@ struct LabelCount {
   bool bad;
 };
 
-struct PixelSums {
+// Over pixels.
+struct LossSums {
   double ce, tckd, nckd;
 };
 
@@ -72,7 +71,7 @@ struct PixelSums {
 struct TnkdKernels {
   LabelCount (*count_labels)(const TnkdArgs&, int64_t begin, int64_t end);
   void (*teacher_labels)(const TnkdArgs&, int64_t begin, int64_t end, void* scratch, int32_t* labels);
-  PixelSums (*run)(const TnkdArgs&, int64_t begin, int64_t end, void* scratch);
+  LossSums (*run)(const TnkdArgs&, int64_t begin, int64_t end, void* scratch);
   size_t (*scratch_bytes)(const TnkdArgs&);
 };
 
@@ -80,7 +79,7 @@ struct TnkdKernels {
 // added up; partials: those of one sample.
 struct UpsampledKernels {
   void (*teacher_labels)(const UpsampledArgs&, int64_t sample, const Strip&, void* scratch, int32_t* labels);
-  PixelSums (*run)(const UpsampledArgs&, int64_t sample, const Strip&, void* partials, void* scratch);
+  LossSums (*run)(const UpsampledArgs&, int64_t sample, const Strip&, void* partials, void* scratch);
   void (*add_partials)(const UpsampledArgs&, int64_t sample, int64_t row, const void* const* partials, int count,
                        void* scratch);
   size_t (*scratch_bytes)(const UpsampledArgs&);

@@ -18,23 +18,6 @@ namespace dsct {
 constexpr int64_t kMean = 1, kNone = 0;
 constexpr int64_t kChunkLabels = 1 << 16;
 
-inline LabelType label_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Byte:
-      return LabelType::kU8;
-    case ScalarType::Char:
-      return LabelType::kI8;
-    case ScalarType::Short:
-      return LabelType::kI16;
-    case ScalarType::Int:
-      return LabelType::kI32;
-    case ScalarType::Long:
-      return LabelType::kI64;
-    default:
-      fail("target: expected dtype uint8, int8, int16, int32 or int64");
-  }
-}
-
 // Checks all but the logits; pixels: the shape of the labels, (N, *spatial).
 inline void check(const Tensor& student, const std::vector<int64_t>& pixels, const std::optional<Tensor>& target,
                   const std::optional<Tensor>& class_weight, ScalarType acc, int64_t reduction) {
@@ -144,7 +127,7 @@ inline double float16_scale(const TnkdArgs& args, bool is_double, double by_coun
 }
 
 inline void set_numbers(TnkdArgs& args, const Tensor& values, bool with_ce) {
-  const double* numbers = numbers_of<double>(values, "values", 4);
+  const double* numbers = numbers_of<double>("values", values, 4);
   const double ce_weight = numbers[0], tckd_weight = numbers[1], nckd_weight = numbers[2], temperature = numbers[3];
   if (!(temperature > 0 && std::isfinite(temperature)))
     fail("temperature: expected a finite number > 0, got " + std::to_string(temperature));
@@ -164,9 +147,9 @@ inline void set_labels(TnkdArgs& args, const std::optional<Tensor>& target, cons
                        const std::optional<Tensor>& ignore_index, bool with_ce) {
   if (target.has_value()) {
     args.target = target->const_data_ptr();
-    args.target_type = label_type(*target);
+    args.target_type = label_type("target", *target);
     args.has_ignore = ignore_index.has_value();
-    args.ignore_index = ignore_index.has_value() ? *numbers_of<int64_t>(*ignore_index, "ignore_index", 0) : 0;
+    args.ignore_index = ignore_index.has_value() ? *numbers_of<int64_t>("ignore_index", *ignore_index, 0) : 0;
   }
   if (class_weight.has_value() && with_ce) args.class_weight = class_weight->const_data_ptr();
 }
@@ -188,7 +171,7 @@ inline Shares shares(const TnkdArgs& args, const std::optional<Tensor>& target, 
   return {reduction == kMean && count > 0 ? 1 / count : 1, reduction == kMean && weight > 0 ? 1 / weight : 1};
 }
 
-inline void store_losses(const TnkdArgs& args, const PixelSums& sums, const Shares& share, int64_t reduction,
+inline void store_losses(const TnkdArgs& args, const LossSums& sums, const Shares& share, int64_t reduction,
                          const Tensor& loss, const Tensor& parts) {
   const double square = args.temperature * args.temperature;
   const double ce = sums.ce * share.by_weight, tckd = sums.tckd * square * share.by_count;

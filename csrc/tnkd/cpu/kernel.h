@@ -25,7 +25,7 @@ namespace {
 template <class A, class P, Ce mode>
 DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block, int64_t pixel) {
   typedef typename A::S S;
-  LossSums<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
+  PixelLoss<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
   constexpr int kGroup = Scratch<A>::kGroup;
   bool any = true;
   if (args.target != nullptr) {
@@ -56,7 +56,7 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block
 }
 
 template <class A, Ce mode>
-PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
+LossSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& s) {
   typedef typename Wide<A>::P P;
   clear_losses(s);
   const int block = block_pixels(args);
@@ -80,9 +80,9 @@ PixelSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>&
 }
 
 template <class A>
-PixelSums run(const TnkdArgs& args, int64_t begin, int64_t end, void* memory) {
+LossSums run(const TnkdArgs& args, int64_t begin, int64_t end, void* memory) {
   Scratch<A>& s = lay_out<A>(args, memory);
-  if (!args.with_ce || args.temperature == 1) return run_mode<A, Ce::kNone>(args, begin, end, s);
+  if (!args.with_ce || args.temperature == 1) return run_mode<A, Ce::kShared>(args, begin, end, s);
   if (args.temperature == 2) return run_mode<A, Ce::kSquare>(args, begin, end, s);
   return run_mode<A, Ce::kOwn>(args, begin, end, s);
 }

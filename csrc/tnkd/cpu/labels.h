@@ -85,9 +85,9 @@ void label_by_teacher(int n, int64_t classes, const typename A::S* columns, type
     if (left < A::N) arg = A::select(A::first(left), arg, A::set1(-1));
     A::store(label + v * A::N, arg);
     Top<A> top;
-    Top<A>::begin(top, label + v * A::N);
+    top.begin(label + v * A::N);
     k = A::set1(0);
-    for (int64_t c = 0; c < classes; c++, k = k + A::set1(1)) Top<A>::take(top, A::load(column + c * A::N), k);
+    for (int64_t c = 0; c < classes; c++, k = k + A::set1(1)) top.take(A::load(column + c * A::N), k);
     A::store(max + v * A::N, top.max);
     A::store(target + v * A::N, top.target);
   }

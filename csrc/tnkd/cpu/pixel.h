@@ -27,7 +27,7 @@ struct Wide {
 };
 
 template <class A>
-struct LossSums {
+struct PixelLoss {
   typename A::V ce, tckd, nckd;
 };
 template <class S>
@@ -36,7 +36,7 @@ DSCT_INLINE void add_lanes(const S* from, int n, double* to) {
 }
 // A block's losses, to doubles, still lane by lane: a sum across lanes for each block took 3% of the time at K = 6.
 template <class P, class A>
-DSCT_INLINE void add_losses(const TnkdArgs& args, const LossSums<P>& losses, Scratch<A>& s) {
+DSCT_INLINE void add_losses(const TnkdArgs& args, const PixelLoss<P>& losses, Scratch<A>& s) {
   typename P::S lanes[P::N];
   P::store(lanes, losses.tckd);
   add_lanes(lanes, P::N, s.lanes_tckd);
@@ -50,7 +50,7 @@ DSCT_INLINE void add_losses(const TnkdArgs& args, const LossSums<P>& losses, Scr
 // P: A, or a Pair of it.
 template <class P, Ce mode, class A>
 DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, int64_t first_pixel,
-                        LossSums<P>& losses) {
+                        PixelLoss<P>& losses) {
   typedef typename P::S S;
   typedef typename P::V V;
   const V zero = P::set1(0);
@@ -76,7 +76,7 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
     const V factor_ce = weight * P::set1(S(args.ce_weight * args.ce_scale));
     coef_ce = factor_ce * q.coef;
     grad_target = P::fma(-factor_ce, q.miss, grad_target);
-    if constexpr (mode == Ce::kNone) coef_s = coef_s + coef_ce;
+    if constexpr (mode == Ce::kShared) coef_s = coef_s + coef_ce;
   }
   P::store(s.coef_s + lane, P::keep(valid, coef_s));
   P::store(s.coef_t + lane, P::keep(valid, p.coef_t));
@@ -107,8 +107,8 @@ DSCT_INLINE void clear_losses(Scratch<A>& s) {
   memset(s.lanes_nckd, 0, sizeof(s.lanes_nckd));
 }
 template <class A>
-DSCT_INLINE PixelSums losses_of(const Scratch<A>& s) {
-  PixelSums sums = {0, 0, 0};
+DSCT_INLINE LossSums losses_of(const Scratch<A>& s) {
+  LossSums sums = {0, 0, 0};
   for (int i = 0; i < Scratch<A>::kLanes; i++) {
     sums.ce += s.lanes_ce[i];
     sums.tckd += s.lanes_tckd[i];

@@ -117,7 +117,7 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
   const V to_exp2 = A::set1(S(log2e / args.temperature));
   Across<A> sum_s, sum_t, sum_ce, cross;
   for (int i = 0; i < A::N; i++) {
-    Sums<A> total = Sums<A>::none();
+    PixelSums<A> total = PixelSums<A>::none();
     if (i < n && s.label[lane + i] >= 0) {
       const Row<A, T> row = row_at<A, T>(args, s, lane + i);
       const T* next_s = row.student + A::N * s.at_student.stride;  // asked for while these are computed on
@@ -131,21 +131,20 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
       V k = lane_numbers<A>();
       for (int64_t begin = 0; begin < whole; begin += kPartial * A::N) {
         const int64_t end = begin + kPartial * A::N < whole ? begin + kPartial * A::N : whole;
-        Sums<A> part = Sums<A>::none();
+        PixelSums<A> part = PixelSums<A>::none();
         for (int64_t c = begin; c < end; c += A::N, k = k + A::set1(S(A::N))) {
           prefetch_l2(next_s + c);
           prefetch_l2(next_t + c);
-          Exponentials<A, mode>::take(to, c, A::load(row.student + c), A::load(row.teacher + c), A::ne(row.label, k),
-                                      part);
+          to.take(c, A::load(row.student + c), A::load(row.teacher + c), A::ne(row.label, k), part);
         }
-        Sums<A>::add(total, part);
+        total.add(part);
       }
       if (left > 0) {
         prefetch_l2(next_s + whole);
         prefetch_l2(next_t + whole);
         const V z_s = row.last_s ? load_n<A>(row.student + whole, left) : A::load(row.student + whole);
         const V z_t = row.last_t ? load_n<A>(row.teacher + whole, left) : A::load(row.teacher + whole);
-        Exponentials<A, mode>::take(to, whole, z_s, z_t, A::ne_where(A::first(left), row.label, k), total);
+        to.take(whole, z_s, z_t, A::ne_where(A::first(left), row.label, k), total);
       }
     }
     sum_s.of[i] = total.s;
@@ -156,7 +155,7 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
   const V all_s = across(sum_s, Add<A>());
   A::store(s.sum_s + lane, all_s);
   A::store(s.sum_t + lane, across(sum_t, Add<A>()));
-  A::store(s.sum_ce + lane, mode == Ce::kNone ? all_s : across(sum_ce, Add<A>()));
+  A::store(s.sum_ce + lane, mode == Ce::kShared ? all_s : across(sum_ce, Add<A>()));
   A::store(s.cross + lane, across(cross, Add<A>()) * A::set1(S(1 / log2e)));
 }
 
@@ -194,7 +193,7 @@ void run_row_block_as(const TnkdArgs& args, Scratch<A>& s, int n, int64_t pixel)
   constexpr int kGroup = Scratch<A>::kGroup * A::N;
   load_labels<A>(args, s.at_target, n, s.label);
   set_ce_factors<A>(args, s, n);
-  LossSums<A> losses = {A::set1(0), A::set1(0), A::set1(0)};
+  PixelLoss<A> losses = {A::set1(0), A::set1(0), A::set1(0)};
   for (int lane = 0; lane < n; lane += A::N) {
     const int count = n - lane < A::N ? n - lane : A::N;
     max_rows<A, T>(args, s, lane, count);

@@ -1,8 +1,9 @@
-// What a block of pixels keeps from step to step, and how cross-entropy gets its exponentials.
+// What a block of pixels keeps from step to step.
 #pragma once
 
 #include "args.h"
 #include "common/logit_blocks.h"
+#include "tnkd/pixel_math.h"
 
 namespace dsct {
 namespace DSCT_ISA {
@@ -10,13 +11,6 @@ namespace {
 
 // Classes of a partial sum: a longer float sum loses digits, which shows where two networks nearly agree. As fast.
 constexpr int kPartial = 16;
-
-// How cross-entropy, at temperature 1, gets its exponentials.
-enum class Ce {
-  kNone,    // not asked for, or tau = 1: the sums and the coefficients are TNKD's
-  kSquare,  // tau = 2: exp(x) = exp(x / 2)^2
-  kOwn,     // an exp of its own, kept in a third set of columns
-};
 
 template <class A>
 struct Scratch {

@@ -9,14 +9,14 @@ namespace DSCT_ISA {
 namespace {
 
 template <class A>
-struct Sums {
+struct PixelSums {
   typename A::V s, t, ce, cross;
-  DSCT_INLINE Sums none() { return {A::set1(0), A::set1(0), A::set1(0), A::set1(0)}; }
-  DSCT_INLINE void add(Sums& to, const Sums& more) {
-    to.s = to.s + more.s;
-    to.t = to.t + more.t;
-    to.ce = to.ce + more.ce;
-    to.cross = to.cross + more.cross;
+  DSCT_INLINE PixelSums none() { return {A::set1(0), A::set1(0), A::set1(0), A::set1(0)}; }
+  DSCT_FORCE_INLINE void add(const PixelSums& more) {
+    s = s + more.s;
+    t = t + more.t;
+    ce = ce + more.ce;
+    cross = cross + more.cross;
   }
 };
 
@@ -26,23 +26,23 @@ struct Exponentials {
   typename A::V to_exp2, max_s, max_t;
   typename A::S *student, *teacher, *ce;
 
-  DSCT_INLINE void take(const Exponentials& to, int64_t at, typename A::V z_s, typename A::V z_t, typename A::M others,
-                        Sums<A>& sums) {
+  DSCT_FORCE_INLINE void take(int64_t at, typename A::V z_s, typename A::V z_t, typename A::M others,
+                              PixelSums<A>& sums) const {
     typedef typename A::V V;
-    const V x_s = z_s - to.max_s, x_t = z_t - to.max_t;
-    const V t_s = x_s * to.to_exp2, t_t = x_t * to.to_exp2;
+    const V x_s = z_s - max_s, x_t = z_t - max_t;
+    const V t_s = x_s * to_exp2, t_t = x_t * to_exp2;
     const V e_s = A::keep(others, exp2_nonpositive<A>(t_s));
     const V e_t = A::keep(others, exp2_nonpositive<A>(t_t));
     sums.s = sums.s + e_s;
     sums.t = sums.t + e_t;
     sums.cross = fma_where<A>(A::lt(A::set1(0), e_t), e_t, t_t - t_s, sums.cross);
-    A::store(to.student + at, e_s);
-    A::store(to.teacher + at, e_t);
+    A::store(student + at, e_s);
+    A::store(teacher + at, e_t);
     if constexpr (mode == Ce::kSquare) sums.ce = A::fma(e_s, e_s, sums.ce);
     if constexpr (mode == Ce::kOwn) {
       const V e_ce = A::keep(others, exp2_nonpositive<A>(x_s * A::set1(typename A::S(1.4426950408889634074))));
       sums.ce = sums.ce + e_ce;
-      A::store(to.ce + at, e_ce);
+      A::store(ce + at, e_ce);
     }
   }
 };
@@ -69,27 +69,26 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
   max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
   const Exponentials<A, mode> to = {A::set1(S(log2e / args.temperature)), max_s, max_t, student, teacher,
                                     scratch.ce + lane * classes};
-  Sums<A> total = Sums<A>::none();
+  PixelSums<A> total = PixelSums<A>::none();
   V k = zero;
   for (int64_t begin = 0; begin < classes; begin += kPartial) {
     const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
-    Sums<A> part = Sums<A>::none();
+    PixelSums<A> part = PixelSums<A>::none();
     for (int64_t c = begin; c < end; c++, k = k + one) {
       if (share-- == 0) {
         share = shares - 1;
-        Ahead::ask(ahead_s);
-        Ahead::ask(ahead_t);
+        ahead_s.ask();
+        ahead_t.ask();
       }
-      Exponentials<A, mode>::take(to, c * A::N, A::load(student + c * A::N), A::load(teacher + c * A::N),
-                                  A::ne_where(valid, label, k), part);
+      to.take(c * A::N, A::load(student + c * A::N), A::load(teacher + c * A::N), A::ne_where(valid, label, k), part);
     }
-    Sums<A>::add(total, part);
+    total.add(part);
   }
   A::store(scratch.max_s + lane, max_s);
   A::store(scratch.max_t + lane, max_t);
   A::store(scratch.sum_s + lane, total.s);
   A::store(scratch.sum_t + lane, total.t);
-  A::store(scratch.sum_ce + lane, mode == Ce::kNone ? total.s : total.ce);
+  A::store(scratch.sum_ce + lane, mode == Ce::kShared ? total.s : total.ce);
   A::store(scratch.cross + lane, total.cross * A::set1(S(1 / log2e)));
 }
 

@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
     args.target_type = LabelType::kI32;
     for (int64_t d = args.dims - 1, stride = 1; d >= 0; stride *= args.sizes[d--]) args.target_strides[d] = stride;
   }
-  PixelSums sums = {0, 0, 0};
+  LossSums sums = {0, 0, 0};
   const Shares share = shares(args, target, reduction, is_double, serial);
   const double outside =
       student_type == FloatType::kF16 ? float16_scale(args, is_double, share.by_count, share.by_weight) : 1;
@@ -58,11 +58,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   args.ce_scale = share.by_weight / outside;
 
   if (args.pixels > 0) {
-    std::vector<PixelSums> chunk_sums(size_t((args.pixels + chunk - 1) / chunk));
+    std::vector<LossSums> chunk_sums(size_t((args.pixels + chunk - 1) / chunk));
     for_chunks(args.pixels, chunk, serial, [&](int64_t i, int64_t begin, int64_t end) {
       chunk_sums[size_t(i)] = kernel.run(args, begin, end, scratch(scratch_bytes));
     });
-    for (const PixelSums& s : chunk_sums) {
+    for (const LossSums& s : chunk_sums) {
       sums.ce += s.ce;
       sums.tckd += s.tckd;
       sums.nckd += s.nckd;

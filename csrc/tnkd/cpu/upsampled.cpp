@@ -247,12 +247,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
   args.tnkd_scale = share.by_count / outside;
   args.ce_scale = share.by_weight / outside;
 
-  std::vector<PixelSums> strip_sums(size_t(samples * per_sample));
+  std::vector<LossSums> strip_sums(size_t(samples * per_sample));
   for_strips([&](int64_t i, int64_t sample, const Strip& strip, void* memory) {
     strip_sums[size_t(i)] = kernel.run(args, sample, strip, shares_rows ? partials_of(sample) : nullptr, memory);
   });
-  PixelSums sums = {0, 0, 0};
-  for (const PixelSums& s : strip_sums) {
+  LossSums sums = {0, 0, 0};
+  for (const LossSums& s : strip_sums) {
     sums.ce += s.ce;
     sums.tckd += s.tckd;
     sums.nckd += s.nckd;

@@ -234,14 +234,14 @@ DSCT_INLINE void mix_rows(const TileRows<A>& rows, typename A::S near, typename 
   int v = 0;
   for (; (v + kRun) * A::N <= n; v += kRun) {
     Top<A> top[kRun];
-    for (int r = 0; r < kRun; r++) Top<A>::begin(top[r], label + (v + r) * A::N);
+    for (int r = 0; r < kRun; r++) top[r].begin(label + (v + r) * A::N);
     int64_t i = v * classes * A::N;
     V k = A::set1(0);
     for (int64_t c = 0; c < classes; c++, i += A::N, k = k + A::set1(1))
       for (int r = 0; r < kRun; r++) {
         const V z = at(i + r * classes * A::N);
         A::store(columns + i + r * classes * A::N, z);
-        Top<A>::take(top[r], z, k);
+        top[r].take(z, k);
       }
     for (int r = 0; r < kRun; r++) {
       A::store(max + (v + r) * A::N, top[r].max);
@@ -250,12 +250,12 @@ DSCT_INLINE void mix_rows(const TileRows<A>& rows, typename A::S near, typename 
   }
   for (; v * A::N < n; v++) {
     Top<A> top;
-    Top<A>::begin(top, label + v * A::N);
+    top.begin(label + v * A::N);
     int64_t i = v * classes * A::N;
     for (int64_t c = 0; c < classes; c++, i += A::N) {
       const V z = at(i);
       A::store(columns + i, z);
-      Top<A>::take(top, z, A::set1(S(c)));
+      top.take(z, A::set1(S(c)));
     }
     A::store(max + v * A::N, top.max);
     A::store(target + v * A::N, top.target);
@@ -293,13 +293,13 @@ DSCT_INLINE void split_gradient(const UpsampledArgs& args, UpsampledScratch<A>& 
                                 typename A::S far) {
   typedef typename A::V V;
   Gradient<A, mode> g;
-  Gradient<A, mode>::begin(g, s.block, v, args.classes);
+  g.begin(s.block, v, args.classes);
   const V near_v = A::set1(near), far_v = A::set1(far);
   typename A::S* to = s.grad[0] + v * args.classes * A::N;
   typename A::S* next = s.grad[1] + v * args.classes * A::N;
   V k = A::set1(0);
   for (int64_t c = 0; c < args.classes; c++, to += A::N, next += A::N, k = k + A::set1(1)) {
-    const V value = Gradient<A, mode>::at(g, c, k);
+    const V value = g.at(c, k);
     A::store(to, A::fma(value, near_v, A::load(to)));
     if constexpr (two) A::store(next, A::fma(value, far_v, A::load(next)));
   }
@@ -460,7 +460,7 @@ DSCT_INLINE void run_upsampled_block(const UpsampledArgs& args, UpsampledScratch
     near = static_cast<const S*>(args.of_student.y.near)[y];
     far = static_cast<const S*>(args.of_student.y.far)[y];
   }
-  LossSums<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
+  PixelLoss<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
   for (int v0 = 0; v0 * A::N < n; v0 += kGroup) {
     for (int v = v0; v < v0 + kGroup && v * A::N < n; v++) sum_classes<A, mode>(args, s, v, block);
     for (int lane = v0 * A::N; lane < (v0 + kGroup) * A::N && lane < n; lane += P::N)
@@ -478,8 +478,8 @@ DSCT_INLINE void run_upsampled_block(const UpsampledArgs& args, UpsampledScratch
 }
 
 template <class A, Ce mode>
-PixelSums run_strip_mode(const UpsampledArgs& args, int64_t sample, const Strip& strip, typename A::S* partials,
-                         UpsampledScratch<A>& u) {
+LossSums run_strip_mode(const UpsampledArgs& args, int64_t sample, const Strip& strip, typename A::S* partials,
+                        UpsampledScratch<A>& u) {
   typedef typename A::S S;
   const bool keep = args.grad.data != nullptr && !args.of_student.full;
   const int64_t numbers = row_numbers<A>(args);
@@ -509,10 +509,10 @@ PixelSums run_strip_mode(const UpsampledArgs& args, int64_t sample, const Strip&
 }
 
 template <class A>
-PixelSums run_strip(const UpsampledArgs& args, int64_t sample, const Strip& strip, void* partials, void* memory) {
+LossSums run_strip(const UpsampledArgs& args, int64_t sample, const Strip& strip, void* partials, void* memory) {
   UpsampledScratch<A>& u = lay_out_upsampled<A>(args, memory);
   typename A::S* p = static_cast<typename A::S*>(partials);
-  if (!args.with_ce || args.temperature == 1) return run_strip_mode<A, Ce::kNone>(args, sample, strip, p, u);
+  if (!args.with_ce || args.temperature == 1) return run_strip_mode<A, Ce::kShared>(args, sample, strip, p, u);
   if (args.temperature == 2) return run_strip_mode<A, Ce::kSquare>(args, sample, strip, p, u);
   return run_strip_mode<A, Ce::kOwn>(args, sample, strip, p, u);
 }

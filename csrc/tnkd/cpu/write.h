@@ -12,25 +12,25 @@ template <class A, Ce mode>
 struct Gradient {
   typename A::V label, coef_s, coef_t, coef_ce, target;
   const typename A::S *student, *teacher, *ce;
-  DSCT_INLINE void begin(Gradient& g, const Scratch<A>& s, int v, int64_t classes) {
+  DSCT_FORCE_INLINE void begin(const Scratch<A>& s, int v, int64_t classes) {
     const int lane = v * A::N;
-    g.label = A::load(s.label + lane);
-    g.coef_s = A::load(s.coef_s + lane);
-    g.coef_t = A::load(s.coef_t + lane);
-    g.coef_ce = A::load(s.coef_ce + lane);
-    g.target = A::load(s.grad_target + lane);
-    g.student = s.student + lane * classes;
-    g.teacher = s.teacher + lane * classes;
-    g.ce = s.ce + lane * classes;
+    label = A::load(s.label + lane);
+    coef_s = A::load(s.coef_s + lane);
+    coef_t = A::load(s.coef_t + lane);
+    coef_ce = A::load(s.coef_ce + lane);
+    target = A::load(s.grad_target + lane);
+    student = s.student + lane * classes;
+    teacher = s.teacher + lane * classes;
+    ce = s.ce + lane * classes;
   }
-  DSCT_INLINE typename A::V at(const Gradient& g, int64_t c, typename A::V k) {
+  DSCT_FORCE_INLINE typename A::V at(int64_t c, typename A::V k) const {
     typedef typename A::V V;
-    const V e_s = A::load(g.student + c * A::N), e_t = A::load(g.teacher + c * A::N);
-    V coef = g.coef_s;
-    if constexpr (mode == Ce::kSquare) coef = A::fma(e_s, g.coef_ce, coef);
-    V value = A::fma(e_s, coef, e_t * g.coef_t);
-    if constexpr (mode == Ce::kOwn) value = A::fma(A::load(g.ce + c * A::N), g.coef_ce, value);
-    return A::select(A::eq(g.label, k), g.target, value);
+    const V e_s = A::load(student + c * A::N), e_t = A::load(teacher + c * A::N);
+    V coef = coef_s;
+    if constexpr (mode == Ce::kSquare) coef = A::fma(e_s, coef_ce, coef);
+    V value = A::fma(e_s, coef, e_t * coef_t);
+    if constexpr (mode == Ce::kOwn) value = A::fma(A::load(ce + c * A::N), coef_ce, value);
+    return A::select(A::eq(label, k), target, value);
   }
 };
 

@@ -12,7 +12,7 @@ struct AnyLayout {
   void* grad;
   void* loss_map;
   const A* class_weight;
-  Dtype student_dtype, teacher_dtype;
+  FloatType student_type, teacher_type;
   int64_t student_class, teacher_class, grad_class, pixels;
   int classes;
   Space space;
@@ -35,11 +35,11 @@ __global__ void __launch_bounds__(128, 1)
   for (int64_t pixel = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; pixel < in.pixels; pixel += step) {
     const int64_t at_s = offset_of(pixel, in.space, in.student_stride.at);
     const int64_t at_t = offset_of(pixel, in.space, in.teacher_stride.at);
-    auto student = [&](int j) { return load_number<A>(in.student, in.student_dtype, at_s + j * in.student_class); };
-    auto teacher = [&](int j) { return load_number<A>(in.teacher, in.teacher_dtype, at_t + j * in.teacher_class); };
+    auto student = [&](int j) { return load_number<A>(in.student, in.student_type, at_s + j * in.student_class); };
+    auto teacher = [&](int j) { return load_number<A>(in.teacher, in.teacher_type, at_t + j * in.teacher_class); };
 
     int y = 0;
-    if (labels.type == Label::kTeacher) {
+    if (labels.pointer == nullptr) {
       A best = teacher(0);
       for (int j = 1; j < in.classes; ++j) {
         const A z = teacher(j);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(128, 1)
         if (terms.with_ce) g += grad.ce * exp_ce(zs);
         if (j == y) g = grad.target;
       }
-      store_number(in.grad, in.student_dtype, at_g + j * in.grad_class, g);
+      store_number(in.grad, in.student_type, at_g + j * in.grad_class, g);
     }
   }
   finish_block(total, terms, work, result, scratch);

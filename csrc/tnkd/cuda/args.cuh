@@ -8,8 +8,6 @@
 
 namespace dsct::cuda {
 
-enum class Label : int { kTeacher, kUInt8, kInt8, kInt16, kInt32, kInt64 };  // kTeacher: no target, its argmax serves
-
 constexpr int kMaxDims = 6;
 
 // Strides in elements. Dimension 0 of the logits is the batch, then space; classes apart. Neighbouring dimensions that
@@ -22,7 +20,7 @@ struct Strides {
 struct TnkdArgs {
   const void* student;
   const void* teacher;
-  const void* target;        // or nullptr
+  const void* target;        // or nullptr: the teacher's argmax
   const void* class_weight;  // (K,) accumulation dtype, or nullptr
   void* grad;                // or nullptr
   void* loss_map;            // (pixels,) accumulation dtype, or nullptr
@@ -30,16 +28,15 @@ struct TnkdArgs {
   void* parts;               // (3,)
   void* grad_scale;          // ()
   void* workspace;           // tnkd_workspace_bytes()
-  Dtype student_dtype, teacher_dtype;
-  Label label = Label::kTeacher;
-  bool has_target;
+  FloatType student_type, teacher_type;
+  LabelType target_type = LabelType::kI64;
   int64_t classes, pixels;
   int dims;
   int64_t size[kMaxDims];
   Strides student_strides, teacher_strides, grad_strides;
   int64_t target_strides[kMaxDims];
   double ce_weight, tckd_weight, nckd_weight, temperature;
-  bool has_ignore_index;
+  bool has_ignore;
   int64_t ignore_index;
   // On the device, (4,) in the order above and (); nullptr: the numbers above. Read by the kernels, never by the host.
   const double* values = nullptr;

@@ -11,8 +11,8 @@ constexpr int kIgnored = -1;  // what a label becomes where it is ignore_index
 constexpr int kBad = -2;      // and where it is no class at all
 
 struct Labels {
-  const void* pointer;
-  Label type;
+  const void* pointer;  // or nullptr: the teacher's argmax
+  LabelType type;
   bool has_ignore, has_narrow_ignore;  // narrow: ignore_index as a label of 32 bits or fewer may hold it
   int64_t ignore;
   int narrow_ignore;
@@ -47,15 +47,15 @@ DSCT_DEVICE int classify(L label, const Labels& labels) {
 
 // Calls body with a null pointer of the labels' type.
 template <typename Body>
-DSCT_DEVICE void with_label_type(Label type, const Body& body) {
+DSCT_DEVICE void with_label_type(LabelType type, const Body& body) {
   switch (type) {
-    case Label::kUInt8:
+    case LabelType::kU8:
       return body(static_cast<const uint8_t*>(nullptr));
-    case Label::kInt8:
+    case LabelType::kI8:
       return body(static_cast<const int8_t*>(nullptr));
-    case Label::kInt16:
+    case LabelType::kI16:
       return body(static_cast<const int16_t*>(nullptr));
-    case Label::kInt32:
+    case LabelType::kI32:
       return body(static_cast<const int32_t*>(nullptr));
     default:
       return body(static_cast<const int64_t*>(nullptr));

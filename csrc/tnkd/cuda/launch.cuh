@@ -27,7 +27,7 @@ Terms<A> terms_of(const TnkdArgs& args) {
 template <typename A>
 Result<A> result_of(const TnkdArgs& args) {
   return {static_cast<A*>(args.loss), static_cast<A*>(args.parts), static_cast<A*>(args.grad_scale), args.mean,
-          args.student_dtype == Dtype::kFloat16};
+          args.student_type == FloatType::kF16};
 }
 
 inline Workspace workspace_of(const TnkdArgs& args, const TnkdPlan& plan) {
@@ -49,9 +49,9 @@ inline int64_t image_stride(const TnkdArgs& args, const Strides& strides) {
 inline bool on_device(const TnkdArgs& args) { return args.values != nullptr || args.ignore_index_value != nullptr; }
 
 // A temperature that the host does not know may be any.
-inline CE cross_entropy(const TnkdArgs& args) {
-  if (!args.with_ce) return CE::kNone;
-  return !on_device(args) && (args.temperature == 1 || args.temperature == 2) ? CE::kPowers : CE::kOwn;
+inline Ce cross_entropy(const TnkdArgs& args) {
+  if (!args.with_ce) return Ce::kNone;
+  return !on_device(args) && (args.temperature == 1 || args.temperature == 2) ? Ce::kPowers : Ce::kOwn;
 }
 
 template <typename T>
@@ -67,14 +67,14 @@ void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labe
   in.pixels_per_image = args.size[args.dims - 1];
   in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
   in.classes = static_cast<int>(args.classes);
-  const CE ce = cross_entropy(args);
+  const Ce ce = cross_entropy(args);
   one_of(WholeClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    const auto kernel = on_device(args)     ? ce == CE::kNone ? planes_whole<T, kClasses, CE::kNone, true>
-                                                              : planes_whole<T, kClasses, CE::kOwn, true>
-                        : ce == CE::kNone   ? planes_whole<T, kClasses, CE::kNone, false>
-                        : ce == CE::kPowers ? planes_whole<T, kClasses, CE::kPowers, false>
-                                            : planes_whole<T, kClasses, CE::kOwn, false>;
+    const auto kernel = on_device(args)     ? ce == Ce::kNone ? planes_whole<T, kClasses, Ce::kNone, true>
+                                                              : planes_whole<T, kClasses, Ce::kOwn, true>
+                        : ce == Ce::kNone   ? planes_whole<T, kClasses, Ce::kNone, false>
+                        : ce == Ce::kPowers ? planes_whole<T, kClasses, Ce::kPowers, false>
+                                            : planes_whole<T, kClasses, Ce::kOwn, false>;
     launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
                  terms_of<float>(args), work, result_of<float>(args));
   });
@@ -98,11 +98,11 @@ void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& lab
   in.groups_log2 = plan.groups_log2, in.pixels_log2 = plan.pixels_log2, in.tile_bytes = plan.tile_bytes;
   one_of(StagedClasses(), plan.classes_per_thread, [&](auto classes) {
     constexpr int kClasses = decltype(classes)::value;
-    const bool own = cross_entropy(args) == CE::kOwn;
+    const bool own = cross_entropy(args) == Ce::kOwn;
     const auto kernel = on_device(args)
-                            ? own ? staged<T, kClasses, CE::kOwn, true> : staged<T, kClasses, CE::kPowers, true>
-                        : own ? staged<T, kClasses, CE::kOwn, false>
-                              : staged<T, kClasses, CE::kPowers, false>;
+                            ? own ? staged<T, kClasses, Ce::kOwn, true> : staged<T, kClasses, Ce::kPowers, true>
+                        : own ? staged<T, kClasses, Ce::kOwn, false>
+                              : staged<T, kClasses, Ce::kPowers, false>;
     launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
                  terms_of<float>(args), work, result_of<float>(args));
   });
@@ -114,7 +114,7 @@ void launch_any(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels
   AnyLayout<A> in;
   in.student = args.student, in.teacher = args.teacher, in.grad = args.grad;
   in.loss_map = args.loss_map, in.class_weight = static_cast<const A*>(args.class_weight);
-  in.student_dtype = args.student_dtype, in.teacher_dtype = args.teacher_dtype;
+  in.student_type = args.student_type, in.teacher_type = args.teacher_type;
   in.student_class = args.student_strides.klass, in.teacher_class = args.teacher_strides.klass;
   in.grad_class = args.grad_strides.klass, in.pixels = args.pixels, in.classes = static_cast<int>(args.classes);
   in.space.dims = args.dims;
@@ -133,8 +133,8 @@ void launch_any(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels
 inline Labels labels_of(const TnkdArgs& args) {
   Labels labels{};
   labels.pointer = args.target;
-  labels.type = args.has_target ? args.label : Label::kTeacher;
-  if (args.has_ignore_index) set_ignore(labels, args.ignore_index);
+  labels.type = args.target_type;
+  if (args.has_ignore) set_ignore(labels, args.ignore_index);
   labels.ignore_value = args.ignore_index_value;
   labels.classes = static_cast<int>(args.classes);
   labels.packs = on_16_bytes(args.target) && args.target_strides[args.dims - 1] == 1 &&
@@ -144,7 +144,7 @@ inline Labels labels_of(const TnkdArgs& args) {
 
 // The whole op: two launches on `stream`, nothing else.
 inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& device, cudaStream_t stream) {
-  const bool wide = args.student_dtype == Dtype::kFloat64 || args.teacher_dtype == Dtype::kFloat64;
+  const bool wide = args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64;
   const Workspace work = workspace_of(args, plan);
   const Labels labels = labels_of(args);
   // The labels by themselves: dimensions that the logits keep apart are one here, and then they are counted in packs.
@@ -161,7 +161,7 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& d
   }
   Labels counted = labels;
   counted.packs = on_16_bytes(args.target) && space.dims == 1 && target_stride.at[0] == 1;
-  const bool count = args.mean && args.has_target && (args.has_ignore_index || args.class_weight != nullptr);
+  const bool count = args.mean && args.target != nullptr && (args.has_ignore || args.class_weight != nullptr);
   const size_t shared = 2 * kWarp * sizeof(double);
   const auto count_labels = [&](auto kernel, auto* class_weight) {
     launch("tnkd", kernel, plan.count_blocks, kCountThreads, shared, stream, counted, space, target_stride, args.pixels,
@@ -180,10 +180,10 @@ inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& d
     return launch_staged<T>(plan, args, labels, work, device, stream);
   };
   if (plan.kernel == Kernel::kAny) return launch_any<float>(plan, args, labels, work, device, stream);
-  switch (args.student_dtype) {
-    case Dtype::kFloat32:
+  switch (args.student_type) {
+    case FloatType::kF32:
       return by_dtype(float());
-    case Dtype::kFloat16:
+    case FloatType::kF16:
       return by_dtype(Half());
     default:
       return by_dtype(BFloat16());

@@ -51,8 +51,6 @@ inline const char* kernel_name(Kernel kernel) {
   return kernel == Kernel::kAny ? "any_layout" : kernel == Kernel::kWhole ? "planes_whole" : "staged";
 }
 
-inline int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // How the fast kernels see a tensor: pixels side by side in every class, classes side by side at every pixel, or
 // neither.
 enum class Shape { kPlanes, kRows, kNeither };
@@ -72,7 +70,7 @@ inline bool on_packs(const TnkdArgs& args, const void* data, const Strides& stri
 }
 
 inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
-  const bool count = args.mean && args.has_target && (args.has_ignore_index || args.class_weight != nullptr);
+  const bool count = args.mean && args.target != nullptr && (args.has_ignore || args.class_weight != nullptr);
   TnkdPlan plan;
   plan.count_blocks = count ? static_cast<int>(std::clamp<int64_t>(
                                   ceil_div(args.pixels, kCountThreads * kCountPixels * 2), 1, kMaxCountBlocks))
@@ -82,12 +80,12 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
 
   const Shape student = shape_of(args, args.student_strides), teacher = shape_of(args, args.teacher_strides);
   const Shape grad = args.grad == nullptr ? student : shape_of(args, args.grad_strides);
-  if (args.pixels == 0 || args.student_dtype != args.teacher_dtype || args.student_dtype == Dtype::kFloat64 ||
+  if (args.pixels == 0 || args.student_type != args.teacher_type || args.student_type == FloatType::kF64 ||
       student == Shape::kNeither || teacher == Shape::kNeither || grad != student ||
-      (args.has_target && args.target_strides[args.dims - 1] != 1 && args.size[args.dims - 1] != 1)) {
+      (args.target != nullptr && args.target_strides[args.dims - 1] != 1 && args.size[args.dims - 1] != 1)) {
     return any;
   }
-  const int bytes = bytes_of(args.student_dtype), vector = 16 / bytes, k = static_cast<int>(args.classes);
+  const int bytes = size_of(args.student_type), vector = 16 / bytes, k = static_cast<int>(args.classes);
   const int64_t images = args.dims == 2 ? args.size[0] : 1, per_image = args.size[args.dims - 1];
   if (student == Shape::kPlanes && teacher == Shape::kPlanes && k <= WholeClasses::kLargest &&
       on_packs(args, args.student, args.student_strides, vector) &&

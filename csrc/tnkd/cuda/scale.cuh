@@ -41,15 +41,15 @@ void launch_scale(void* grad, const void* factor, int64_t count, const Device& d
 }
 
 // `factor` is () in float32, or in float64 (`wide`).
-inline void scale_run(void* grad, Dtype dtype, const void* factor, bool wide, int64_t count, const Device& device,
+inline void scale_run(void* grad, FloatType type, const void* factor, bool wide, int64_t count, const Device& device,
                       cudaStream_t stream) {
-  switch (dtype) {
-    case Dtype::kFloat64:
+  switch (type) {
+    case FloatType::kF64:
       return launch_scale<double, double>(grad, factor, count, device, stream);
-    case Dtype::kFloat32:
+    case FloatType::kF32:
       return wide ? launch_scale<float, double>(grad, factor, count, device, stream)
                   : launch_scale<float, float>(grad, factor, count, device, stream);
-    case Dtype::kFloat16:
+    case FloatType::kF16:
       return wide ? launch_scale<Half, double>(grad, factor, count, device, stream)
                   : launch_scale<Half, float>(grad, factor, count, device, stream);
     default:

@@ -9,13 +9,13 @@ namespace dsct::cuda {
 
 constexpr int staged_threads(int classes) { return classes > 16 ? 256 : 512; }
 // Blocks that a multiprocessor should hold at once: registers are given out accordingly.
-constexpr int staged_blocks(int classes, CE ce) { return classes > 10 || ce == CE::kOwn ? 1 : 2; }
+constexpr int staged_blocks(int classes, Ce ce) { return classes > 10 || ce == Ce::kOwn ? 1 : 2; }
 
 constexpr int kElsewhere = -3;  // a class, but not one of this thread's
 
 // What a pixel's threads leave for the one that judges it, and what that one answers.
-enum Sum { kStudentBase, kTeacherBase, kCEBase, kStudentSum, kTeacherSum, kCross, kCESum, kSums };
-enum Verdict { kGradS, kGradT, kGradCE, kGradTarget, kVerdicts };
+enum Sum { kStudentBase, kTeacherBase, kCeBase, kStudentSum, kTeacherSum, kCross, kCeSum, kSums };
+enum Verdict { kGradS, kGradT, kGradCe, kGradTarget, kVerdicts };
 
 constexpr size_t tile_shared_bytes(int pixels, int tile_bytes) {
   return kScratch * sizeof(double) + sizeof(float) * (kSums + 1) * pixels + 4 * static_cast<size_t>(tile_bytes);
@@ -24,8 +24,8 @@ constexpr size_t tile_shared_bytes(int pixels, int tile_bytes) {
 // More classes than one thread holds, either memory layout, any alignment. Tiles of pixels pass through shared memory,
 // where the next one arrives while this one is worked on; the gradient takes the student's place there and leaves in
 // 16-byte stores.
-template <typename T, int kClasses, CE kCE, bool kOnDevice>
-__global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClasses, kCE))
+template <typename T, int kClasses, Ce kCe, bool kOnDevice>
+__global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClasses, kCe))
     staged(Tiles in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   if constexpr (kOnDevice) read_numbers(terms), read_ignore(labels);
   DSCT_SHARED(shared);
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     const int pixels = left < tile_pixels ? static_cast<int>(left) : tile_pixels;
     T* student = buffer(which, 0);
     const T* teacher = buffer(which, 1);
-    if (labels.type != Label::kTeacher) {
+    if (labels.pointer != nullptr) {
       for (int p = threadIdx.x; p < tile_pixels; p += blockDim.x) {
         y_tile[p] = p < pixels ? load_label(labels, image * in.target_image + start + p) : kIgnored;
       }
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     __syncthreads();
     if (work_tile + gridDim.x < in.tiles) fetch(work_tile + gridDim.x, which ^ 1);
 
-    float es[kClasses], et[kClasses], ec[kCE == CE::kOwn ? kClasses : 1];
+    float es[kClasses], et[kClasses], ec[kCe == Ce::kOwn ? kClasses : 1];
     const int p = threadIdx.x >> in.groups_log2;
     const bool inside = p < pixels;
 #pragma unroll
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       et[i] = here ? static_cast<float>(teacher[p * pixel_t + j * class_t]) : -infinity<float>();
     }
     int y;
-    if (labels.type == Label::kTeacher) {
+    if (labels.pointer == nullptr) {
       // The teacher's argmax, smallest index on a tie. A NaN must lose in every thread alike.
       float best = et[0] == et[0] ? et[0] : -infinity<float>();
       y = group;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
       }
       return value;
     };
-    const PixelSums<float> z = sum_exponentials<kCE>(es, et, ec, terms, join);
+    const PixelSums<float> z = sum_exponentials<kCe>(es, et, ec, terms, join);
     if (group == 0 && inside) {
       const float mine[kSums] = {z.student_base, z.teacher_base, z.ce_base, z.student_sum,
                                  z.teacher_sum,  z.cross,        z.ce_sum};
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
                             sum(kStudentSum),
                             sum(kTeacherSum),
                             sum(kCross),
-                            sum(kCEBase),
-                            sum(kCESum),
+                            sum(kCeBase),
+                            sum(kCeSum),
                             0,
                             0};
       if (y >= 0) {
@@ -154,11 +154,11 @@ __global__ void __launch_bounds__(staged_threads(kClasses), staged_blocks(kClass
     if (in.grad.data != nullptr) {
       if (inside) {
         auto answer = [&](int i) { return sums[(i << in.pixels_log2) + p]; };
-        const GradientOf<kCE> gradient(terms, {answer(kGradS), answer(kGradT), answer(kGradCE), answer(kGradTarget)});
+        const GradientOf<kCe> gradient(terms, {answer(kGradS), answer(kGradT), answer(kGradCe), answer(kGradTarget)});
 #pragma unroll
         for (int i = 0; i < kClasses; ++i) {
           const int j = group + (i << in.groups_log2);
-          float g = gradient(es[i], et[i], ec[kCE == CE::kOwn ? i : 0]);
+          float g = gradient(es[i], et[i], ec[kCe == Ce::kOwn ? i : 0]);
           if (i == slot) g = gradient.factors.target;
           if (slot == kIgnored) g = 0;  // whatever stands in the logits
           if (j < in.classes) student[p * pixel_s + j * class_s] = static_cast<T>(g);

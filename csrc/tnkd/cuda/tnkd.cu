@@ -7,29 +7,6 @@
 #include "scale.cuh"
 
 namespace dsct {
-namespace {
-
-using cuda::Label;
-using cuda::TnkdArgs;
-
-Label label_of(const Tensor& target) {
-  switch (target.scalar_type()) {
-    case ScalarType::Byte:
-      return Label::kUInt8;
-    case ScalarType::Char:
-      return Label::kInt8;
-    case ScalarType::Short:
-      return Label::kInt16;
-    case ScalarType::Int:
-      return Label::kInt32;
-    case ScalarType::Long:
-      return Label::kInt64;
-    default:
-      throw std::invalid_argument("target: expected uint8, int8, int16, int32 or int64");
-  }
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                      const std::optional<Tensor>& target,
@@ -40,10 +17,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
   const cuda::Device device = cuda::device_of(student_logits.get_device_index());
   cudaStream_t stream = cuda::stream_of(student_logits);
 
-  TnkdArgs args{};
-  args.student_dtype = cuda::dtype_of(student_logits, "student_logits");
-  args.teacher_dtype = cuda::dtype_of(teacher_logits, "teacher_logits");
-  const bool wide = args.student_dtype == cuda::Dtype::kFloat64 || args.teacher_dtype == cuda::Dtype::kFloat64;
+  cuda::TnkdArgs args{};
+  args.student_type = float_type("student_logits", student_logits);
+  args.teacher_type = float_type("teacher_logits", teacher_logits);
+  const bool wide = args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64;
   const ScalarType acc = wide ? ScalarType::Double : ScalarType::Float;
   if (class_weight) {
     STD_TORCH_CHECK(class_weight->is_cuda() && class_weight->dim() == 1 && class_weight->is_contiguous() &&
@@ -75,22 +52,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
   args.loss = none ? nullptr : loss.mutable_data_ptr();
   args.parts = parts.mutable_data_ptr();
   args.grad_scale = grad_scale.mutable_data_ptr();
-  args.has_target = target.has_value();
-  if (target) args.label = label_of(*target);
+  if (target) args.target_type = label_type("target", *target);
   cuda::set_space(args, student_logits.dim(), student_logits.sizes().data(), student_logits.strides().data(),
                   teacher_logits.strides().data(), target ? target->strides().data() : nullptr,
                   needs_grad ? grad.strides().data() : nullptr);
   STD_TORCH_CHECK(args.classes <= std::numeric_limits<int32_t>::max(), "tnkd: too many classes");
-  const double* numbers = numbers_of<double>(values, "values", 4, student_logits);
+  const double* numbers = numbers_of<double>("values", values, 4, student_logits);
   if (values.is_cpu()) {
     args.ce_weight = numbers[0], args.tckd_weight = numbers[1], args.nckd_weight = numbers[2];
     args.temperature = numbers[3];
   } else {
     args.values = numbers;
   }
-  args.has_ignore_index = ignore_index.has_value();
+  args.has_ignore = ignore_index.has_value();
   if (ignore_index) {
-    const int64_t* number = numbers_of<int64_t>(*ignore_index, "ignore_index", std::nullopt, student_logits);
+    const int64_t* number = numbers_of<int64_t>("ignore_index", *ignore_index, std::nullopt, student_logits);
     if (ignore_index->is_cpu()) {
       args.ignore_index = *number;
     } else {
@@ -110,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
 void scale_cuda_(Tensor& grad, const Tensor& factor) {
   if (grad.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  cuda::scale_run(grad.mutable_data_ptr(), cuda::dtype_of(grad, "grad"), factor.const_data_ptr(),
+  cuda::scale_run(grad.mutable_data_ptr(), float_type("grad", grad), factor.const_data_ptr(),
                   factor.scalar_type() == ScalarType::Double, grad.numel(), cuda::device_of(grad.get_device_index()),
                   cuda::stream_of(grad));
 }

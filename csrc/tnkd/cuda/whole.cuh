@@ -55,13 +55,13 @@ DSCT_DEVICE void repeat(const Body& body) {
 }
 
 // Few classes: one thread holds all of them for its pixels.
-template <typename T, int kClasses, CE kCE, bool kOnDevice>
+template <typename T, int kClasses, Ce kCe, bool kOnDevice>
 __global__ void __launch_bounds__(128, 1)
     planes_whole(Planes in, Labels labels, Terms<float> terms, Workspace work, Result<float> result) {
   constexpr int kPixels = Pack<T>::kSize;
   DSCT_SHARED(shared);
   double* scratch = reinterpret_cast<double*>(shared);
-  terms.with_ce = kCE != CE::kNone;
+  terms.with_ce = kCe != Ce::kNone;
   if constexpr (kOnDevice) read_numbers(terms), read_ignore(labels);
   Factors<float> factors;
   PixelLoss<float> total = {0, 0, 0};
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(128, 1)
     Pack<T> s[kClasses], t[kClasses];
     load_classes(in, image, pixel, inside, s, t);
     int y[kPixels];
-    if (labels.type == Label::kTeacher) {  // the teacher's argmax, smallest index on a tie
+    if (labels.pointer == nullptr) {  // the teacher's argmax, smallest index on a tie
 #pragma unroll
       for (int v = 0; v < kPixels; ++v) {
         float best = number(t[0], v);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(128, 1)
     }
     repeat<kPixels>([&](auto index) {
       constexpr int v = decltype(index)::value;
-      float es[kClasses], et[kClasses], ec[kCE == CE::kOwn ? kClasses : 1], student_target = 0, teacher_target = 0;
+      float es[kClasses], et[kClasses], ec[kCe == Ce::kOwn ? kClasses : 1], student_target = 0, teacher_target = 0;
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const bool is_target = i == y[v];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(128, 1)
         es[i] = is_target ? -infinity<float>() : zs;
         et[i] = is_target ? -infinity<float>() : zt;
       }
-      PixelSums<float> z = sum_exponentials<kCE>(es, et, ec, terms, [](float value, auto) { return value; });
+      PixelSums<float> z = sum_exponentials<kCe>(es, et, ec, terms, [](float value, auto) { return value; });
       z.student_target = student_target, z.teacher_target = teacher_target;
       PixelLoss<float> loss;
       PixelGrad<float> grad;
@@ -115,10 +115,10 @@ __global__ void __launch_bounds__(128, 1)
         in.loss_map[image * in.pixels_per_image + pixel + v] = pixel_loss(loss, terms);
       }
       // The student's packs are not needed any more: the gradient takes their place.
-      const GradientOf<kCE> gradient(terms, grad);
+      const GradientOf<kCe> gradient(terms, grad);
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
-        const float g = gradient(es[i], et[i], ec[kCE == CE::kOwn ? i : 0]);
+        const float g = gradient(es[i], et[i], ec[kCe == Ce::kOwn ? i : 0]);
         s[i].lane[v] = static_cast<T>(i == y[v] ? grad.target : g);
       }
     });
