@@ -12,7 +12,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import MatchedCAFDLoss, backends, matched_cafd_loss
 
-from ..helpers import ISAS, assert_as_good_as_reference, relative_error, run_again_with
+from ..helpers import (
+    ISAS,
+    assert_as_good_as_reference,
+    before_a_forbidden_page,
+    relative_error,
+    run_again_with,
+)
 from .test_native import FLOATS, LAYOUTS, features, laid_out
 
 INF, NAN = float("inf"), float("nan")
@@ -698,6 +704,27 @@ def test_ignored_cells_have_no_part_whatever_they_hold(
     assert not grad.permute(0, 2, 3, 1)[gone].any()
     rows = grad.permute(0, 2, 3, 1)[~gone].view(2, -1, channels).movedim(2, 1)
     torch.testing.assert_close(rows, want_grad, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 7, 60, 70), (1, 100, 11, 13)], ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "transposed", "crop"))
+def test_a_mask_gives_the_bits_of_minus_inf_in_both(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    """Whatever the masked cells hold; and the mask is not read beyond its end."""
+    n, _, height, width = shape
+    mask = torch.rand(n, 1, height, width, generator=torch.Generator().manual_seed(0)) > 0.05
+    mask[-1, 0, height // 2 :] = False  # whole blocks of it where the map has several
+    mask = before_a_forbidden_page(mask)
+    plain = [laid_out(features(*shape, dtype=dtype, seed=i), layout) for i in range(2)]
+    dead, rubbish = ([laid_out(x.masked_fill(~mask, value), layout) for x in plain] for value in (-INF, NAN))
+    ops, pair = torch.ops.dsct_kernels, torch.tensor([1.0, 2.0], dtype=torch.float64)
+    loss, stats = ops.matched_cafd(*dead, None, pair, False, 0)
+    grad = ops.matched_cafd_backward(*dead, None, stats, pair, torch.ones_like(loss), 0)
+    for maps in (plain, rubbish):
+        got, got_stats = ops.matched_cafd(*maps, mask, pair, False, 0)
+        assert torch.equal(got, loss) and torch.equal(got_stats, stats)
+        assert torch.equal(ops.matched_cafd_backward(*maps, mask, stats, pair, torch.ones_like(loss), 0), grad)
 
 
 @each_backend

@@ -12,7 +12,8 @@
 // type once and used everywhere, `join` included: what comes out is the exact formula at a temperature 1e-8 beside T,
 // while a k of its own for any part would not cancel where the networks agree.
 //
-// -inf pads whatever is no whole vector: it has no mass in either network.
+// -inf pads whatever is no whole vector: it has no mass in either network. Nor has what a mask leaves out: it becomes
+// -inf as it is loaded, for a mask of scattered cells that is applied to a copy takes several times what the exps do.
 #pragma once
 
 #include "common/vec_math.h"
@@ -152,60 +153,68 @@ struct Matched {
     }
   }
 
-  // --- where nothing counts ---
+  // --- what counts ---
 
-  // The first position in [begin, end) that does not count, or end. Most maps have few, and those in one place.
-  static int64_t next_masked(const bool* mask, int64_t begin, int64_t end) {
+  // The mask of `count` positions, or nullptr where all of them count. Most maps have few that do not, and those in one
+  // place.
+  static const bool* mask_of(const MatchedMaps& m, int64_t n, int64_t first, int64_t count) {
+    if (m.mask == nullptr) return nullptr;
+    const bool* mask = m.mask + n * m.student.H * m.student.W + first;
     constexpr uint64_t kAll = 0x0101010101010101;
-    for (uint64_t eight; begin + 8 <= end; begin += 8) {
-      memcpy(&eight, mask + begin, sizeof(eight));
-      if (eight != kAll) break;
+    int64_t i = 0;
+    for (uint64_t eight; i + 8 <= count; i += 8) {
+      memcpy(&eight, mask + i, sizeof(eight));
+      if (eight != kAll) return mask;
     }
-    while (begin < end && mask[begin]) begin++;
-    return begin;
+    while (i < count && mask[i]) i++;
+    return i < count ? mask : nullptr;
   }
-
-  // The numbers at `from`, `count` channels of positions, the first of them number `element` of the sample: as they
-  // are, or in copy, with -inf where the mask says so. Padding is handed on.
-  static const S* masked(const MatchedMaps& m, int64_t n, int64_t element, int64_t C, int64_t count, const S* from,
-                         S* copy) {
-    if (m.mask == nullptr) return from;
-    const bool* mask = m.mask + n * m.student.H * m.student.W;
-    const int64_t end = (element + count + C - 1) / C;
-    int64_t p = next_masked(mask, element / C, end);
-    if (p == end) return from;
-    if (C == 1) {
-      for (int64_t i = 0; i < pitch(count); i++) copy[i] = from[i];
-      mask += element;
-      for (int64_t i = 0; i < count; i++) {
-        const S x = copy[i];  // read whatever the mask says: then the compiler makes vectors of this
-        copy[i] = mask[i] ? x : S(-kInfinity);
-      }
-      return copy;
-    }
-    if (copy != from) memcpy(copy, from, static_cast<size_t>(pitch(count)) * sizeof(S));
-    for (; p < end; p = next_masked(mask, p + 1, end)) {
-      int64_t i = p * C - element, stop = i + C < count ? i + C : count;
-      for (i = i < 0 ? 0 : i; i < stop; i++) copy[i] = S(-kInfinity);
-    }
+  // The same, of which whole vectors can be read.
+  static const bool* padded_mask(const MatchedMaps& m, int64_t n, int64_t first, int64_t count, bool* copy) {
+    const bool* mask = mask_of(m, n, first, count);
+    if (mask == nullptr || count % N == 0) return mask;
+    memcpy(copy, mask, static_cast<size_t>(count));
+    for (int64_t i = count; i < pitch(count); i++) copy[i] = true;
     return copy;
   }
-  static void masked_rows(const MatchedMaps& m, int64_t n, int64_t element, int64_t rows, int64_t lanes, int64_t last,
-                          int64_t stride, const S** from, S* copy, int64_t* row_stride) {
-    if (m.mask == nullptr) return;
-    const int64_t C = m.student.C, to = pitch(lanes), end = (element + (rows - 1) * stride + last + C - 1) / C;
-    if (next_masked(m.mask + n * m.student.H * m.student.W, element / C, end) == end) return;
-    for (int64_t r = 0; r < rows; r++) {
-      const S* one = *from + r * *row_stride;
-      S* row = copy + r * to;
-      const int64_t count = r + 1 < rows ? lanes : last;
-      if (masked(m, n, element + r * stride, C, count, one, row) == one && one != row)
-        memcpy(row, one, static_cast<size_t>(pitch(count)) * sizeof(S));
+  // Each position `times` over, up to `to` numbers: what counts where a position's channels lie side by side. Writes up
+  // to kSpreadBeyond bytes more.
+  static constexpr int64_t kSpreadBeyond = 8;
+  static const bool* spread(const bool* mask, int64_t count, int64_t times, int64_t to, bool* copy) {
+    if (mask == nullptr) return nullptr;
+    for (int64_t p = 0; p < count; p++) {
+      const uint64_t eight = mask[p] ? 0x0101010101010101 : 0;
+      for (int64_t i = 0; i < times; i += 8) memcpy(copy + p * times + i, &eight, sizeof(eight));
     }
-    for (int64_t i = pitch(last); i < to; i++) copy[(rows - 1) * to + i] = S(-kInfinity);
-    *from = copy;
-    *row_stride = to;
+    for (int64_t i = count * times; i < to; i++) copy[i] = true;
+    return copy;
   }
+
+  DSCT_INLINE V no_mass() { return A::set1(S(-kInfinity)); }
+
+  // One vector of a block, number i of it: as it is, or -inf where it does not count.
+  struct All {
+    const bool* counts = nullptr;
+    __attribute__((always_inline)) V operator()(const S* p, int64_t) const { return A::load(p); }
+  };
+  struct Some {
+    const bool* counts;
+    __attribute__((always_inline)) V operator()(const S* p, int64_t i) const {
+      return A::select(lanes(counts + i), A::load(p), no_mass());
+    }
+    DSCT_INLINE typename A::M lanes(const bool* p) {
+#if defined(DSCT_ISA_AVX512)
+      const __m128i bytes = N == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                    : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return static_cast<typename A::M>(_mm_test_epi8_mask(bytes, bytes));
+#else
+      typedef int8_t Bytes __attribute__((vector_size(N)));
+      Bytes bytes;
+      memcpy(&bytes, p, sizeof(bytes));
+      return __builtin_convertvector(bytes, typename A::I) != 0;
+#endif
+    }
+  };
 
   // --- what is read next ---
 
@@ -227,7 +236,6 @@ struct Matched {
 
   // --- one vector of both networks ---
 
-  DSCT_INLINE V no_mass() { return A::set1(S(-kInfinity)); }
   // What to take from the numbers of a block whose maximum this is: 0 if all of them are -inf.
   DSCT_INLINE V base(V max) { return A::select(A::eq(max, no_mass()), V{}, max); }
 
@@ -257,21 +265,28 @@ struct Matched {
 
   static void part_rows(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
                         double* part, void* scratch) {
+    const bool* mask = padded_mask(m, n, first, count, reinterpret_cast<bool*>(static_cast<S*>(scratch) + 3 * kChunk));
+    if (mask == nullptr)
+      part_rows_of(m, n, begin, end, first, count, All{}, part, static_cast<S*>(scratch));
+    else
+      part_rows_of(m, n, begin, end, first, count, Some{mask}, part, static_cast<S*>(scratch));
+  }
+  template <class X>
+  static void part_rows_of(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
+                           const X x, double* part, S* copy) {
     const Exponential exponential = Exponential::of(m);
     const int64_t padded = pitch(count), field = pitch_c(m.student.C);
-    S* copy = static_cast<S*>(scratch);
     for (int64_t c = begin; c < end; c++) {
-      const S* t = masked(m, n, first, 1, count, row(m.teacher, m.teacher_type, n, c, first, count, copy), copy);
-      const S* s = masked(m, n, first, 1, count, row(m.student, m.student_type, n, c, first, count, copy + padded),
-                          copy + padded);
+      const S* t = row(m.teacher, m.teacher_type, n, c, first, count, copy);
+      const S* s = row(m.student, m.student_type, n, c, first, count, copy + padded);
       V mt[2] = {no_mass(), no_mass()}, ms[2] = {no_mass(), no_mass()};
       int64_t i = 0;
       for (; i + 2 * N <= padded; i += 2 * N)
         for (int k = 0; k < 2; k++) {
-          mt[k] = A::max(mt[k], A::load(t + i + k * N));
-          ms[k] = A::max(ms[k], A::load(s + i + k * N));
+          mt[k] = A::max(mt[k], x(t + i + k * N, i + k * N));
+          ms[k] = A::max(ms[k], x(s + i + k * N, i + k * N));
         }
-      if (i < padded) mt[0] = A::max(mt[0], A::load(t + i)), ms[0] = A::max(ms[0], A::load(s + i));
+      if (i < padded) mt[0] = A::max(mt[0], x(t + i, i)), ms[0] = A::max(ms[0], x(s + i, i));
       const S max_t = largest<A>(A::max(mt[0], mt[1])), max_s = largest<A>(A::max(ms[0], ms[1]));
       const V bt = base(A::set1(max_t)), bs = base(A::set1(max_s));
       Sums a = Sums::zero(), b = Sums::zero();
@@ -280,10 +295,10 @@ struct Matched {
       for (i = 0; i + 2 * N <= padded; i += 2 * N) {
         next_t.fetch(2 * N);
         next_s.fetch(2 * N);
-        a.add(A::load(t + i), A::load(s + i), bt, bs, exponential);
-        b.add(A::load(t + i + N), A::load(s + i + N), bt, bs, exponential);
+        a.add(x(t + i, i), x(s + i, i), bt, bs, exponential);
+        b.add(x(t + i + N, i + N), x(s + i + N, i + N), bt, bs, exponential);
       }
-      if (i < padded) a.add(A::load(t + i), A::load(s + i), bt, bs, exponential);
+      if (i < padded) a.add(x(t + i, i), x(s + i, i), bt, bs, exponential);
       a.add(b);
       part[kTeacherMax * field + c] = static_cast<double>(max_t);
       part[kStudentMax * field + c] = static_cast<double>(max_s);
@@ -340,9 +355,18 @@ struct Matched {
 
   static void part_positions(const MatchedMaps& m, int64_t n, int64_t first, int64_t count, double* part,
                              void* scratch) {
+    const bool* mask = mask_of(m, n, first, count);
+    if (mask == nullptr)
+      part_positions_of<All>(m, n, first, count, mask, part, static_cast<S*>(scratch));
+    else
+      part_positions_of<Some>(m, n, first, count, mask, part, static_cast<S*>(scratch));
+  }
+  template <class X>
+  static void part_positions_of(const MatchedMaps& m, int64_t n, int64_t first, int64_t count, const bool* mask,
+                                double* part, S* scratch) {
     const Exponential exponential = Exponential::of(m);
     const int64_t C = m.student.C, width = tile(C), field = pitch_c(C);
-    S* max_t = static_cast<S*>(scratch);
+    S* max_t = scratch;
     S *max_s = max_t + width, *sums = max_s + width;  // sums: (4, width)
     S* copy = sums + 4 * width;
     const bool more = (first + 2 * count) <= m.student.H * m.student.W && C <= 2 * kTile;  // what a near cache holds
@@ -362,26 +386,30 @@ struct Matched {
                         copy, &stride_t);
       const S* s = runs(m.student, m.student_type, n * m.student.stride_n + first * C + c, rows, lanes, last, stride,
                         copy + kRows * width, &stride_s);
-      masked_rows(m, n, first * C + c, rows, lanes, last, stride, &t, copy, &stride_t);
-      masked_rows(m, n, first * C + c, rows, lanes, last, stride, &s, copy + kRows * width, &stride_s);
+      const X x{
+          spread(mask, count, few(C) ? C : padded, rows * padded, reinterpret_cast<bool*>(copy + 2 * kRows * width))};
       for (int64_t i = 0; i < padded; i++) max_t[i] = max_s[i] = S(-kInfinity);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < padded; i += N) {
-          A::store(max_t + i, A::max(A::load(max_t + i), A::load(t + r * stride_t + i)));
-          A::store(max_s + i, A::max(A::load(max_s + i), A::load(s + r * stride_s + i)));
+          A::store(max_t + i, A::max(A::load(max_t + i), x(t + r * stride_t + i, r * padded + i)));
+          A::store(max_s + i, A::max(A::load(max_s + i), x(s + r * stride_s + i, r * padded + i)));
         }
       if (few(C)) share_maximum(max_t, C, width), share_maximum(max_s, C, width);
       for (int64_t i = 0; i < padded; i += N) {
         const V bt = base(A::load(max_t + i)), bs = base(A::load(max_s + i));
         Sums a = Sums::zero(), b = Sums::zero();
         int64_t r = 0;
+        const auto add = [&](Sums& to, int64_t row) __attribute__((always_inline)) {
+          const int64_t at = row * padded + i;
+          to.add(x(t + row * stride_t + i, at), x(s + row * stride_s + i, at), bt, bs, exponential);
+        };
         for (; r + 2 <= rows; r += 2) {
           next_t.fetch(2 * N);
           next_s.fetch(2 * N);
-          a.add(A::load(t + r * stride_t + i), A::load(s + r * stride_s + i), bt, bs, exponential);
-          b.add(A::load(t + (r + 1) * stride_t + i), A::load(s + (r + 1) * stride_s + i), bt, bs, exponential);
+          add(a, r);
+          add(b, r + 1);
         }
-        if (r < rows) a.add(A::load(t + r * stride_t + i), A::load(s + r * stride_s + i), bt, bs, exponential);
+        if (r < rows) add(a, r);
         a.add(b);
         A::store(sums + i, a.teacher);
         A::store(sums + width + i, a.student);
@@ -507,13 +535,21 @@ struct Matched {
 
   static void backward_rows(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first, int64_t count,
                             const double* stats, double scale, const Features& out, bool stream, void* scratch) {
+    const bool* mask = padded_mask(m, n, first, count, reinterpret_cast<bool*>(static_cast<S*>(scratch) + 3 * kChunk));
+    if (mask == nullptr)
+      backward_rows_of(m, n, begin, end, first, count, All{}, stats, scale, out, stream, static_cast<S*>(scratch));
+    else
+      backward_rows_of(m, n, begin, end, first, count, Some{mask}, stats, scale, out, stream, static_cast<S*>(scratch));
+  }
+  template <class X>
+  static void backward_rows_of(const MatchedMaps& m, int64_t n, int64_t begin, int64_t end, int64_t first,
+                               int64_t count, const X x, const double* stats, double scale, const Features& out,
+                               bool stream, S* copy) {
     const Exponential exponential = Exponential::of(m);
     const int64_t padded = pitch(count), C = m.student.C;
-    S* copy = static_cast<S*>(scratch);
     for (int64_t c = begin; c < end; c++) {
-      const S* t = masked(m, n, first, 1, count, row(m.teacher, m.teacher_type, n, c, first, count, copy), copy);
-      const S* s = masked(m, n, first, 1, count, row(m.student, m.student_type, n, c, first, count, copy + padded),
-                          copy + padded);
+      const S* t = row(m.teacher, m.teacher_type, n, c, first, count, copy);
+      const S* s = row(m.student, m.student_type, n, c, first, count, copy + padded);
       S* to = copy + 2 * padded;
       if (as_is(m.student_type) && count == padded && dense_rows(out))
         to = static_cast<S*>(out.data) + n * out.stride_n + c * out.stride_c + first;
@@ -526,7 +562,7 @@ struct Matched {
       for (int64_t i = 0; i < padded; i += N) {
         prefetch_l1(t + i + kAhead);
         prefetch_l1(s + i + kAhead);
-        put(to + i, gradient(A::load(t + i), A::load(s + i), bt, bs, a, student, teacher, exponential), past);
+        put(to + i, gradient(x(t + i, i), x(s + i, i), bt, bs, a, student, teacher, exponential), past);
       }
       put_row(out, m.student_type, n, c, first, count, to);
     }
@@ -552,37 +588,48 @@ struct Matched {
     }
     for (int f = 0; f < 5; f++)
       for (int64_t i = lanes; i < padded; i++) lane[f * padded + i] = 0;
-    const int64_t stop = (first + count) * C;
-    for (int64_t i = first * C; i < stop; i += lanes) {
-      const int64_t length = smaller(lanes, stop - i);
-      const S* t =
-          masked(m, n, i, C, length, run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy), copy);
-      const S* s =
-          masked(m, n, i, C, length, run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded),
-                 copy + padded);
-      S* to = as_is(m.student_type) && length % N == 0 ? static_cast<S*>(out.data) + n * out.stride_n + i
-                                                       : copy + 2 * padded;
-      const bool past = stream && to != copy + 2 * padded && aligned(to);
-      for (int64_t j = 0; j < length; j += N) {
-        prefetch_l1(t + j + kAhead);
-        prefetch_l1(s + j + kAhead);
-        put(to + j,
-            gradient(A::load(t + j), A::load(s + j), A::load(lane + j), A::load(lane + padded + j),
-                     A::load(lane + 2 * padded + j), A::load(lane + 3 * padded + j), A::load(lane + 4 * padded + j),
-                     exponential),
-            past);
-      }
-      put_run(out, m.student_type, n * out.stride_n + i, length, to);
+    bool* counts = reinterpret_cast<bool*>(copy + 3 * padded);
+    const int64_t stop = first + count, step = lanes / C;
+    for (int64_t p = first; p < stop; p += step) {
+      const int64_t some = smaller(step, stop - p);
+      const bool* mask = mask_of(m, n, p, some);
+      if (mask == nullptr)
+        backward_run(m, n, p * C, some * C, All{}, lane, exponential, out, stream);
+      else
+        backward_run(m, n, p * C, some * C, Some{spread(mask, some, C, padded, counts)}, lane, exponential, out,
+                     stream);
     }
     if (stream) stream_fence();
+  }
+  // Elements [i, i + length) of a sample: whole positions, one period of `lane` or less.
+  template <class X>
+  static void backward_run(const MatchedMaps& m, int64_t n, int64_t i, int64_t length, const X x, S* lane,
+                           const Exponential& exponential, const Features& out, bool stream) {
+    const int64_t padded = pitch(period(m.student.C));
+    S* copy = lane + 5 * padded;
+    const S* t = run(m.teacher, m.teacher_type, n * m.teacher.stride_n + i, length, copy);
+    const S* s = run(m.student, m.student_type, n * m.student.stride_n + i, length, copy + padded);
+    S* to =
+        as_is(m.student_type) && length % N == 0 ? static_cast<S*>(out.data) + n * out.stride_n + i : copy + 2 * padded;
+    const bool past = stream && to != copy + 2 * padded && aligned(to);
+    for (int64_t j = 0; j < length; j += N) {
+      prefetch_l1(t + j + kAhead);
+      prefetch_l1(s + j + kAhead);
+      put(to + j,
+          gradient(x(t + j, j), x(s + j, j), A::load(lane + j), A::load(lane + padded + j),
+                   A::load(lane + 2 * padded + j), A::load(lane + 3 * padded + j), A::load(lane + 4 * padded + j),
+                   exponential),
+          past);
+    }
+    put_run(out, m.student_type, n * out.stride_n + i, length, to);
   }
 
   static size_t scratch(const MatchedMaps& m) {
     const int64_t C = m.student.C, width = tile(C);
-    int64_t most = 3 * kChunk;                                           // rows
-    if (most < (6 + 2 * kRows) * width) most = (6 + 2 * kRows) * width;  // part_positions
-    if (most < 8 * pitch(period(C))) most = 8 * pitch(period(C));        // backward_positions
-    return static_cast<size_t>(most) * sizeof(S);
+    int64_t most = 4 * kChunk;  // rows; of each, the last part is for the mask's bytes
+    if (most < (6 + 3 * kRows) * width) most = (6 + 3 * kRows) * width;  // part_positions
+    if (most < 9 * pitch(period(C))) most = 9 * pitch(period(C));        // backward_positions
+    return static_cast<size_t>(most) * sizeof(S) + kSpreadBeyond;
   }
 
   static constexpr MatchedLoops table() {
