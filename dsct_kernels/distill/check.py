@@ -11,6 +11,7 @@ import torch
 
 from . import data, models
 from .config import CHOICES, DEFAULTS, Config, Loss, arm_loss, flag, phase_folder
+from .datasets import check_choices, tiles_of
 
 # Smallest and largest value; the kind of number is that of the default.
 RANGES: dict[str, tuple[float, float]] = {
@@ -38,12 +39,12 @@ RANGES: dict[str, tuple[float, float]] = {
 
 def everything(cfg: Config) -> None:
     """Settings, then data, then models. Raises ValueError or DataError."""
-    from .loop import classes_of, load_tiles, make_accelerator
+    from .loop import classes_of, make_accelerator
 
     settings(cfg)
     device = make_accelerator(cfg).device
     losses(cfg, device)
-    _, val = data.split(load_tiles(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    _, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
     networks(cfg, classes_of(cfg)[0], val)
 
 
@@ -60,6 +61,10 @@ def settings(cfg: Config) -> None:
         strings(name, texts)
     if cfg.val_tiles is not None:
         strings("val_tiles", cfg.val_tiles)
+    for name, text in (("bands", cfg.bands), ("labels", cfg.labels)):
+        if text is not None:
+            strings(name, (text,))
+    check_choices(cfg)
     if cfg.root is not None:
         strings("root", (cfg.root,))
         if cfg.data == "synthetic":
@@ -134,19 +139,21 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
     On the meta device, where shapes are computed and numbers are not: no weight of a preset is made for this.
     """
     strides = {s: arm for arm in cfg.arms for s in arm_loss(arm, cfg.loss).compared}
+    bands = val[0].bands
+    fresh = models.Normalisation((0.0,) * bands, (1.0,) * bands)  # of a network of which only shapes are asked
     windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
     for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
         trained = role == "student" or name in models.PRESETS
         try:
             if name in models.PRESETS:
-                widths = partial(_widths_of_preset, name, classes)
+                widths = partial(_widths_of_preset, name, classes, fresh)
             else:
-                widths = partial(_widths, models.build(name, classes, whole=role == "teacher").to("meta"))
+                widths = partial(_widths, models.build(name, classes, role == "teacher", fresh).to("meta"))
         except data.DataError as error:
             raise data.DataError(f"--{role}: {error}") from error
-        batch = (cfg.batch, 3, cfg.crop, cfg.crop)
+        batch = (cfg.batch, bands, cfg.crop, cfg.crop)
         asked: list[tuple[str, bool, tuple[int, ...]]] = [(f"--crop {cfg.crop}, --batch {cfg.batch}", trained, batch)]
-        asked += [(f"--window {cfg.window}", False, (1, 3, *size)) for size in {windows[0], windows[-1]}]
+        asked += [(f"--window {cfg.window}", False, (1, bands, *size)) for size in {windows[0], windows[-1]}]
         found = []
         for option, training, shape in asked:
             try:
@@ -168,9 +175,11 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
 
 
 @cache
-def _widths_of_preset(name: str, classes: tuple[str, ...], training: bool, shape: tuple[int, ...]) -> list[int]:
+def _widths_of_preset(
+    name: str, classes: tuple[str, ...], fresh: models.Normalisation, training: bool, shape: tuple[int, ...]
+) -> list[int]:
     with torch.device("meta"):
-        return _widths(models.build(name, classes), training, shape)
+        return _widths(models.build(name, classes, normalisation=fresh), training, shape)
 
 
 def _widths(model: torch.nn.Module, training: bool, shape: tuple[int, ...]) -> list[int]:

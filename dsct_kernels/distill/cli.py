@@ -12,6 +12,9 @@ from .config import CHOICES, DEFAULTS, MAY_CHANGE, Config, Loss, arm_loss, flag,
 from .files import DataError, only_writer
 
 INTERRUPTED, DIVERGED = 130, 3
+DATA_HELP = "data set; `dsct-distill data` says what each is"
+BANDS_HELP = "bands to read, for sets that have a choice: RGB, IRRG, RGBIR, or A,B,C of your own"
+LABELS_HELP = "labels to read, for sets that have a choice: full, or eroded, without the boundaries"
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,12 +32,18 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="dsct-distill",
         description="Train a teacher, a student alone and the student with DSCT, and compare the three.",
+        epilog="Also: dsct-distill data (the table of data sets), dsct-distill check DATA --root DIR (what of it is "
+        "on disk), dsct-distill compare (losses against each other); each has --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    p.add_argument("--data", choices=tuple(DEFAULTS), help="embedded synthetic scenes, or the Dubai aerial set")
+    p.add_argument("--data", choices=tuple(DEFAULTS), help=DATA_HELP)
     p.add_argument("--root", metavar="DIR", help="folder of the data set")
-    p.add_argument("--val-tiles", type=commas, metavar="A,B", help="tiles to validate on (default: every third)")
+    p.add_argument(
+        "--val-tiles", type=commas, metavar="A,B", help="tiles to validate on (default: the set's own, or every third)"
+    )
+    p.add_argument("--bands", help=BANDS_HELP)
+    p.add_argument("--labels", help=LABELS_HELP)
     p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/DATE)")
     anew = ", ".join(map(flag_of, MAY_CHANGE))
     p.add_argument(
@@ -54,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-pictures", dest="pictures", action="store_false", help="skip the PNGs")
     for f in fields(Loss):
         p.add_argument(flag(f.name), type=strides if f.name == "strides" else float, help=f"loss (default {f.default})")
-    own = {"data", "root", "val_tiles", "teacher", "student", "arms", "pictures", "loss"}
+    own = {"data", "root", "val_tiles", "bands", "labels", "teacher", "student", "arms", "pictures", "loss"}
     for f in fields(Config):
         if f.name not in own:
             kind = type(f.default)
@@ -110,6 +119,10 @@ def main(argv: list[str] | None = None) -> int:
         from . import compare
 
         return compare.main(typed[1:])
+    if typed[:1] == ["data"] or typed[:1] == ["check"]:
+        from .datasets import check as data_check
+
+        return (data_check.table_main if typed[0] == "data" else data_check.main)(typed[1:])
     p = parser()
     given = vars(p.parse_args(argv))
     resume, out = given.pop("resume", None), given.pop("out", None)

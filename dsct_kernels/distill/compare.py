@@ -35,8 +35,9 @@ from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, 
 from . import adapter, candidates, data, models, rivals
 from . import check as settings_check
 from .config import DEFAULTS, Config, flag
+from .datasets import identity, tiles_of
 from .files import DataError, only_writer, replace_file
-from .loop import classes_of, load_pixels, load_tiles, schedule, seed_everything, window_starts
+from .loop import classes_of, load_pixels, predicted, schedule, seed_everything
 
 FOLDS = 3
 TEACHER_PRESETS = ("efficientnet-lite0", *models.PRESETS)
@@ -266,7 +267,7 @@ class Job:
         kept = ("data", "val_tiles", "teacher", "student", "seed", "teacher_seed", "crop", "batch", "teacher_steps",
                 "student_steps", "teacher_lr", "student_lr", "weight_decay", "scale_jitter", "colour_jitter", "scenes",
                 "scene_size", "downscale", "window", "precision")  # fmt: skip
-        values = {k: v for k, v in asdict(self.cfg).items() if k in kept}
+        values = {**{k: v for k, v in asdict(self.cfg).items() if k in kept}, **identity(self.cfg)}
         parsed = method(self.method)
         if not parsed.teacher:
             values = {k: v for k, v in values.items() if not k.startswith("teacher")}
@@ -282,7 +283,7 @@ class Job:
         kept = ("data", "val_tiles", "teacher", "teacher_seed", "crop", "batch", "teacher_steps", "teacher_lr",
                 "downscale", "weight_decay", "scale_jitter", "colour_jitter", "scenes", "scene_size",
                 "precision")  # fmt: skip
-        return digest({k: v for k, v in asdict(self.cfg).items() if k in kept})
+        return digest({**{k: v for k, v in asdict(self.cfg).items() if k in kept}, **identity(self.cfg)})
 
     @property
     def teacher_file(self) -> Path:
@@ -305,15 +306,21 @@ def pixels_of(cfg: Config) -> tuple[data.Pixels, data.Pixels]:
 
 
 def pixels(cfg: Config) -> tuple[data.Pixels, data.Pixels]:
-    kept = ("data", "root", "val_tiles", "cache_mb", "scenes", "scene_size", "downscale")
+    kept = ("data", "root", "val_tiles", "bands", "labels", "cache_mb", "scenes", "scene_size", "downscale")
     return pixels_of(replace(Config(), **{name: getattr(cfg, name) for name in kept}))
+
+
+STRIP = 1024  # rows of a tile that are looked at together
 
 
 def frequency(train: data.Pixels, classes: int) -> torch.Tensor:
     counts = torch.zeros(classes)
     for i, tile in enumerate(train.tiles):
-        labels = train.window(i, 0, 0, tile.height, tile.width)[..., 3].flatten().long()
-        counts += torch.bincount(labels[labels != data.IGNORE], minlength=classes)
+        here = torch.zeros(classes, dtype=torch.long)
+        for y in range(0, tile.height, STRIP):
+            labels = data.labels(train.window(i, y, 0, STRIP, tile.width)).flatten()
+            here += torch.bincount(labels[labels != data.IGNORE], minlength=classes)
+        counts += here
     return counts / counts.sum()
 
 
@@ -322,18 +329,23 @@ def device_of(cfg: Config) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def build(name: str, classes: tuple[str, ...], device: torch.device) -> nn.Module:
+def build(
+    name: str, classes: tuple[str, ...], device: torch.device, normalisation: models.Normalisation = models.IMAGENET
+) -> nn.Module:
     """A network with fresh weights, or one from a folder, its logits as its head makes them; channels_last: faster.
 
     `package.module:function` calls the function with the number of classes; any module may come of it (see adapter).
     """
     network: Any
+    bands = len(normalisation.mean)
+    if bands != 3 and (name == "efficientnet-lite0" or ":" in name):
+        raise ValueError(f"{name} reads images of 3 bands, but those of the data have {bands}; see --bands")
     if name == "efficientnet-lite0":
         network = adapter.efficientnet_fpn(len(classes))
     elif ":" in name:
         network = adapter.from_function(name, len(classes))
     else:
-        network = models.build(name, classes)
+        network = models.build(name, classes, normalisation=normalisation)
         if type(network).__name__ == "UperNetForSemanticSegmentation":  # it upsamples what its head made
             mean, std = (network.get_buffer(n).flatten().tolist() for n in ("pixel_mean", "pixel_std"))
             network = adapter.Adapter(network, logits="decode_head", mean=mean, std=std)
@@ -341,11 +353,11 @@ def build(name: str, classes: tuple[str, ...], device: torch.device) -> nn.Modul
     return network
 
 
-def inputs(batch: tuple[torch.Tensor, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, 3, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8."""
-    crops, gain, shift = (part.to(device, non_blocking=True) for part in batch)
-    images = crops[..., :3].permute(0, 3, 1, 2).float() / 255
-    return (images - 0.5) * gain[:, :, None, None] + 0.5 + shift[:, :, None, None], crops[..., 3]
+def inputs(
+    batch: tuple[torch.Tensor, ...], train: data.Pixels, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, bands, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8."""
+    return data.images(tuple(part.to(device, non_blocking=True) for part in batch), train.normalisation.maximum)
 
 
 def crops_of(cfg: Config, train: data.Pixels, seed: int) -> data.Crops:
@@ -370,7 +382,7 @@ def fit(
     optimizer = torch.optim.AdamW(everything, lr=lr, weight_decay=cfg.weight_decay, foreach=True)
     student.train()
     for step, batch in enumerate(crops_of(cfg, train, seed).loader(0, steps)):
-        images, target = inputs(batch, device)
+        images, target = inputs(batch, train, device)
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps)
         out = models.forward(student, images, strides)
@@ -390,7 +402,7 @@ def train_teacher(job: Job) -> dict[str, Any]:
     classes, _ = classes_of(cfg)
     train, val = pixels(cfg)
     seed_everything(cfg.teacher_seed)
-    network = build(cfg.teacher, classes, device)
+    network = build(cfg.teacher, classes, device, train.normalisation)
     objective = Objective(method("alone"), frequency(train, len(classes)), models.Output(torch.empty(0), []), None).to(
         device
     )
@@ -407,13 +419,13 @@ def ask_teacher(job: Job) -> None:
     cfg, device = job.cfg, device_of(job.cfg)
     classes, _ = classes_of(cfg)
     train, _ = pixels(cfg)
-    network = build(cfg.teacher, classes, device)
+    network = build(cfg.teacher, classes, device, train.normalisation)
     network.load_state_dict(torch.load(job.teacher_file, weights_only=True)["model"])
     network.eval()
     logits: list[torch.Tensor] = []
     features: list[list[torch.Tensor]] = [[] for _ in job.strides]
     for batch in crops_of(cfg, train, cfg.seed).loader(0, cfg.student_steps):
-        images, _ = inputs(batch, device)
+        images, _ = inputs(batch, train, device)
         out = models.forward(network, images, job.strides)
         logits.append(out.logits.half().cpu())
         for kept, maps in zip(features, out.features, strict=True):
@@ -438,7 +450,7 @@ def run(job: Job) -> dict[str, Any]:
     classes, _ = classes_of(cfg)
     train, val = pixels(cfg)
     seed_everything(cfg.seed)
-    student = build(cfg.student, classes, device)
+    student = build(cfg.student, classes, device, train.normalisation)
     strides = job.strides if chosen.features else ()
     answers: Callable[[int], models.Output] | None = None
     if chosen.teacher:
@@ -449,7 +461,9 @@ def run(job: Job) -> dict[str, Any]:
             return models.Output(kept["logits"][step].to(device).float(), features)
 
     with torch.no_grad():
-        probe = models.forward(student.eval(), torch.zeros(1, 3, cfg.crop, cfg.crop, device=device), strides)
+        probe = models.forward(
+            student.eval(), torch.zeros(1, train.channels - 1, cfg.crop, cfg.crop, device=device), strides
+        )
     objective = Objective(chosen, frequency(train, len(classes)), probe, answers(0) if answers else None).to(device)
     kept_mb = memory(cfg, train, student, objective, strides, answers, device)
     started = time.perf_counter()
@@ -476,7 +490,7 @@ def memory(
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    crops, target = inputs(crops_of(cfg, train, cfg.seed)[0], device)
+    crops, target = inputs(crops_of(cfg, train, cfg.seed)[0], train, device)
     network = copy.deepcopy(student).train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         objective(models.forward(network, crops, strides), answer(0) if answer else None, target, 0.0)
@@ -488,21 +502,16 @@ def evaluate(cfg: Config, network: nn.Module, val: data.Pixels, classes: int, de
     """IoU over whole held-out tiles: windows overlap by a quarter and their probabilities are averaged."""
     matrix = torch.zeros(classes, classes, dtype=torch.float64)
     network.eval()
-    size = cfg.window
-    for i, tile in enumerate(val.tiles):
-        scores = torch.zeros(classes, tile.height, tile.width, device=device)
-        for y in window_starts(tile.height, size):
-            for x in window_starts(tile.width, size):
-                window = val.window(i, y, x, size, size)[..., :3].to(device)
-                h, w = window.shape[:2]
-                image = F.pad(window.permute(2, 0, 1)[None].float() / 255, (0, -w % 32, 0, -h % 32), mode="replicate")
-                logits = models.forward(network, image).logits.float()
-                logits = F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False)
-                scores[:, y : y + h, x : x + w] += logits[0, :, :h, :w].softmax(0)
-        label = val.window(i, 0, 0, tile.height, tile.width)[..., 3].long().flatten()
-        known = label != data.IGNORE
-        pairs = label[known] * classes + scores.argmax(0).cpu().flatten()[known]
-        matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+    def logits(image: torch.Tensor) -> torch.Tensor:
+        return models.forward(network, image).logits
+
+    for i in range(len(val.tiles)):
+        for y, found in predicted(val, i, cfg.window, classes, device, logits):
+            label = data.labels(val.window(i, y, 0, *found.shape)).long().flatten()
+            known = label != data.IGNORE
+            pairs = label[known] * classes + found.cpu().flatten()[known]
+            matrix += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
     hit = matrix.diag()
     iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN for a class that is nowhere
     return {
@@ -644,7 +653,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    from .cli import commas, help_default, strides
+    from .cli import BANDS_HELP, DATA_HELP, LABELS_HELP, commas, help_default, strides
 
     terms = "; ".join(
         f"{name} ({', '.join(f'{k}={v}' for k, v in method_settings(name).items())})" for name in ("balanced", *TERMS)
@@ -676,8 +685,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (1); each takes --threads threads")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a run (1)")
     p.add_argument("--minutes", type=float, default=math.inf, help="start no run after that; the same command goes on")
-    p.add_argument("--data", choices=tuple(DEFAULTS), help="embedded synthetic scenes, or the Dubai aerial set")
+    p.add_argument("--data", choices=tuple(DEFAULTS), help=DATA_HELP)
     p.add_argument("--root", metavar="DIR", help="folder of the data set")
+    p.add_argument("--bands", help=BANDS_HELP)
+    p.add_argument("--labels", help=LABELS_HELP)
     p.add_argument("--teacher", metavar="NAME|DIR|PACKAGE.MODULE:FUNCTION", help=TEACHER_HELP)
     p.add_argument("--student", metavar="NAME|DIR|...", help="the same; a folder is where it starts from")
     for name in CONFIG_FLAGS:
@@ -704,7 +715,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def folds_of(cfg: Config) -> list[tuple[str, ...]]:
     """Validation groups of each fold: every third group, starting at the first, second and third."""
-    groups = sorted({tile.group for tile in load_tiles(cfg)})
+    groups = sorted({tile.group for tile in tiles_of(cfg)})
     return [tuple(groups[k::FOLDS]) for k in range(FOLDS)]
 
 
@@ -732,12 +743,14 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
     if missing:
         raise ValueError(f"--against: {missing[0]!r} is not one of --methods")
     classes, _ = classes_of(cfg)
-    images = torch.zeros(2, 3, cfg.crop, cfg.crop)
+    bands = tiles_of(cfg)[0].bands
+    fresh = models.Normalisation((0.0,) * bands, (1.0,) * bands)  # of networks that only look at black
+    images = torch.zeros(2, bands, cfg.crop, cfg.crop)
     target = torch.zeros(2, cfg.crop, cfg.crop, dtype=torch.uint8)
     try:
-        student = build(cfg.student, classes, torch.device("cpu"))
+        student = build(cfg.student, classes, torch.device("cpu"), fresh)
         with_teacher = any(m.teacher for m in chosen.values())
-        teacher = build(cfg.teacher, classes, torch.device("cpu")).eval() if with_teacher else None
+        teacher = build(cfg.teacher, classes, torch.device("cpu"), fresh).eval() if with_teacher else None
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"--teacher {cfg.teacher} or --student {cfg.student}: {error}") from error
     with torch.no_grad():

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .datasets import REGISTRY
 from .files import DataError, read_json, write_json
 
 
@@ -40,6 +41,8 @@ class Config:
     data: str = "synthetic"
     root: str | None = None
     val_tiles: tuple[str, ...] | None = None
+    bands: str | None = None
+    labels: str | None = None
     teacher: str = "segformer-tiny"
     student: str = "upernet-tiny"
     arms: tuple[str, ...] = ("alone", "dsct")
@@ -74,7 +77,7 @@ class Config:
     @staticmethod
     def load(path: Path) -> "Config":
         """What `save` wrote. Values are for `check.settings` to judge, here it is only the shape that counts."""
-        saved = read_json(path)
+        saved = {**LATER, **read_json(path)}
         _same_keys(path, "", saved, Config)
         if not isinstance(saved["loss"], dict):
             raise DataError(f"{path}: loss: expected an object, got {saved['loss']!r}")
@@ -97,25 +100,11 @@ def _same_keys(path: Path, prefix: str, saved: dict[str, Any], kind: type[Any]) 
             raise DataError(f"{path}: unknown setting {prefix + name!r}")
 
 
+# Settings that run folders of earlier versions lack, with what those runs had.
+LATER = {"bands": None, "labels": None}
+
 # What differs from the class defaults above, per data set.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "synthetic": {},
-    "dubai": {
-        "teacher": "segformer-b0",
-        "student": "upernet-small",
-        "crop": 256,
-        "batch": 16,
-        "teacher_steps": 4000,
-        "student_steps": 1500,
-        "teacher_lr": 6e-4,
-        "student_lr": 2e-3,
-        "scale_jitter": 0.5,
-        "colour_jitter": 0.15,
-        "window": 512,
-        "log_every": 50,
-        "checkpoint_every": 500,
-    },
-}
+DEFAULTS: dict[str, dict[str, Any]] = {name: dict(one.defaults) for name, one in REGISTRY.items()}
 
 CHOICES = {
     "precision": ("auto", "no", "bf16", "fp16"),

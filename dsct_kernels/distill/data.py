@@ -1,149 +1,36 @@
-"""Tiles, splits by tile, random crops and whole-tile windows.
+"""Splits by tile, normalisation, random crops and windows of tiles.
 
-A tile is one image with its label map. Pixels travel as uint8 (height, width, 4): red, green, blue, class.
+Pixels travel as (height, width, bands + 1), for most sets red, green, blue and the class: as uint8, or, where a data
+set has 16 bits, as int16 that holds the bits of uint16, which torch moves but cannot compute with.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from . import scenes
+from .datasets.tile import IGNORE, Tile
 from .files import DataError
-from .images import image_size, read_rgb
-
-IGNORE = 255
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One image with its label map, read by windows."""
-
-    name: str
-    group: str  # tiles of one group touch each other, so they fall on the same side of the split
-    height: int
-    width: int
-
-    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        raise NotImplementedError
-
-
-# --------------------------------------------------------------------------------------------- synthetic scenes
-
-
-@dataclass(frozen=True)
-class SceneTile(Tile):
-    seed: int
-
-    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        image, label = scenes.draw_scene(self.seed, self.height)
-        return np.dstack([image, label])[y : y + height, x : x + width]
-
-
-def synthetic(count: int, size: int, seed: int = 0) -> list[Tile]:
-    return [SceneTile(f"scene {i:02d}", f"scene {i:02d}", size, size, seed=1000 * seed + i) for i in range(count)]
-
-
-# --------------------------------------------------------------------------------------------- Dubai aerial set
-
-DUBAI_CLASSES = ("Building", "Land", "Road", "Vegetation", "Water")
-DUBAI_PALETTE = ((0x3C, 0x10, 0x98), (0x84, 0x29, 0xF6), (0x6E, 0xC1, 0xE4), (0xFE, 0xDD, 0x3A), (0xE2, 0xA9, 0x29))
-DUBAI_IGNORED = ((0x9B, 0x9B, 0x9B), (0, 0, 0))
-
-
-def _code(rgb: np.ndarray) -> np.ndarray:
-    rgb = rgb.astype(np.int32)
-    return (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
-
-
-_DUBAI_CODES = [(int(_code(np.array(c))), k) for k, c in enumerate(DUBAI_PALETTE)]
-_DUBAI_CODES += [(int(_code(np.array(c))), IGNORE) for c in DUBAI_IGNORED]
-
-
-@dataclass(frozen=True)
-class DubaiTile(Tile):
-    image: Path
-    mask: Path
-
-    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        rgb = read_rgb(self.image, y, x, height, width)
-        code = _code(read_rgb(self.mask, y, x, height, width))
-        label, known = np.full(code.shape, IGNORE, np.uint8), np.zeros(code.shape, bool)
-        for colour, k in _DUBAI_CODES:
-            here = code == colour
-            label[here] = k
-            known |= here
-        if not known.all():
-            row, column = (int(v) for v in np.argwhere(~known)[0])
-            raise DataError(
-                f"{self.mask}: unknown colour #{code[row, column]:06X} at row {y + row}, column {x + column}; "
-                "known: " + ", ".join(f"#{colour:06X}" for colour, _ in _DUBAI_CODES)
-            )
-        return np.dstack([rgb, label])
-
-
-def dubai(root: str | Path | None) -> list[Tile]:
-    """`Tile N/images/*.jpg` with `Tile N/masks/*.png` of the same name and size."""
-    if root is None:
-        raise DataError("--data dubai needs --root DIR, the folder that holds 'Tile 1', 'Tile 2', ...")
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    tiles: list[Tile] = []
-    for folder in sorted(p.parent for p in root.glob("*/images") if p.is_dir()):
-        for image in sorted((folder / "images").iterdir()):
-            if image.suffix.lower() not in (".jpg", ".jpeg", ".png", ".tif", ".tiff"):
-                continue
-            mask = folder / "masks" / f"{image.stem}.png"
-            if not mask.is_file():
-                raise DataError(f"{image}: no label, expected {mask}")
-            size, labelled = image_size(image), image_size(mask)
-            if size != labelled:
-                raise DataError(
-                    f"{mask}: {labelled[1]} x {labelled[0]}, but its image {image} is {size[1]} x {size[0]}"
-                )
-            tiles.append(DubaiTile(f"{folder.name}/{image.stem}", folder.name, *size, image=image, mask=mask))
-    if not tiles:
-        raise DataError(f"{root}: no tiles, expected folders like 'Tile 1/images/image_part_001.jpg'")
-    return tiles
-
-
-@dataclass(frozen=True)
-class DownscaledTile(Tile):
-    """A tile seen from farther away: colours averaged over squares of `factor` pixels, the label of their middle."""
-
-    tile: Tile
-    factor: int
-
-    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        k = self.factor
-        pixels = self.tile.read(k * y, k * x, k * height, k * width).reshape(height, k, width, k, 4)
-        colours = np.rint(pixels[..., :3].mean((1, 3), dtype=np.float32)).astype(np.uint8)
-        return np.dstack([colours, pixels[:, k // 2, :, k // 2, 3]])
-
-
-def downscaled(tiles: list[Tile], factor: int) -> list[Tile]:
-    """Every tile at 1/factor of its resolution; what is left over at the right and bottom border is dropped."""
-    if factor < 1:
-        raise DataError(f"--downscale: expected 1 or more, got {factor}")
-    if factor == 1:
-        return tiles
-    small = [tile for tile in tiles if min(tile.height, tile.width) < factor]
-    if small:
-        raise DataError(f"--downscale {factor}: {small[0].name} is only {small[0].width} x {small[0].height}")
-    return [DownscaledTile(t.name, t.group, t.height // factor, t.width // factor, t, factor) for t in tiles]
-
+from .models import IMAGENET, Normalisation
 
 # --------------------------------------------------------------------------------------------- split and pixels
 
 
 def split(tiles: list[Tile], val_tiles: list[str] | None) -> tuple[list[Tile], list[Tile]]:
-    """Training and validation tiles. Default: every third group validates."""
+    """Training and validation tiles. Default: the owners' split, if there is one, else every third group validates."""
     groups = sorted({tile.group for tile in tiles})
+    if val_tiles is None and any(tile.side for tile in tiles):
+        train, val = ([tile for tile in tiles if tile.side == side] for side in ("train", "val"))
+        for side, found in (("training", train), ("validation", val)):
+            if not found:
+                raise DataError(
+                    f"--root: no tile of the data set's own {side} split is there; choose with --val-tiles "
+                    f"from those that are: {', '.join(groups)}"
+                )
+        return train, val
     if val_tiles is None:
         val_tiles = groups[::3]
     for name in val_tiles:
@@ -156,18 +43,86 @@ def split(tiles: list[Tile], val_tiles: list[str] | None) -> tuple[list[Tile], l
     return train, val
 
 
-class Pixels:
-    """Pixels of some tiles: decoded once into one flat uint8 buffer if they fit the budget, else read by windows."""
+# How many windows the statistics of a data set are taken from, and how large they are.
+SAMPLES, SAMPLE_SIDE = 64, 512
 
-    def __init__(self, tiles: list[Tile], cache_mb: float, device: str | torch.device = "cpu"):
-        self.tiles = tiles
+
+def statistics(tiles: list[Tile]) -> Normalisation:
+    """Mean and deviation of each band, from windows spread over the tiles; where an image holds no data counts not.
+
+    Samples of 16 bits are divided by the smallest 2^k - 1 that none of them is above: a camera of 11 bits fills 0..1.
+    """
+    rng = np.random.default_rng(0)
+    count, total, squares, top = 0, np.zeros(tiles[0].bands), np.zeros(tiles[0].bands), 0
+    for i in np.linspace(0, len(tiles) - 1, SAMPLES).round().astype(int):
+        tile = tiles[i]
+        height, width = min(SAMPLE_SIDE, tile.height), min(SAMPLE_SIDE, tile.width)
+        y, x = (int(rng.integers(n + 1)) for n in (tile.height - height, tile.width - width))
+        pixels = tile.read(y, x, height, width)
+        values, ignored = pixels[..., :-1], pixels[..., -1] == IGNORE
+        values = values[values.any(-1) | ~ignored].astype(np.float64)
+        count, total, squares = count + len(values), total + values.sum(0), squares + (values**2).sum(0)
+        top = max(top, int(values.max(initial=0)))
+    if count == 0:
+        raise DataError(f"{tiles[0].name}: no pixel of {len(tiles)} training tiles holds data; look at the images")
+    maximum = 255 if tiles[0].samples == "uint8" else max(255, 2 ** top.bit_length() - 1)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return Normalisation(
+        tuple(round(float(v) / maximum, 6) for v in mean),
+        tuple(max(round(float(v) / maximum, 6), 1e-3) for v in deviation),
+        float(maximum),
+    )
+
+
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels.view(np.int16) if pixels.dtype == np.uint16 else pixels)
+
+
+def scaled(pixels: torch.Tensor, maximum: float) -> torch.Tensor:
+    """Bands of pixels, (..., bands + 1), as float32 in 0..1."""
+    bands = pixels[..., :-1]
+    return (bands if bands.dtype == torch.uint8 else bands.int() & 0xFFFF).float() / maximum
+
+
+def labels(pixels: torch.Tensor) -> torch.Tensor:
+    """Classes of pixels as uint8; a view where pixels are uint8."""
+    return pixels[..., -1].to(torch.uint8)
+
+
+def images(batch: tuple[torch.Tensor, ...], maximum: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, bands, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8, of a batch of `Crops`."""
+    pixels, gain, shift = batch
+    found = scaled(pixels, maximum).permute(0, 3, 1, 2)
+    return (found - 0.5) * gain[:, :, None, None] + 0.5 + shift[:, :, None, None], labels(pixels)
+
+
+def picture(pixels: torch.Tensor, maximum: float) -> np.ndarray:
+    """(H, W, 3) uint8 to look at: the first three bands, or the first in grey."""
+    shown = (255 * scaled(pixels, maximum)).round().clamp(0, 255).byte().numpy()
+    return shown[..., :3] if shown.shape[-1] >= 3 else np.repeat(shown[..., :1], 3, axis=2)
+
+
+class Pixels:
+    """Pixels of some tiles: decoded once into one flat buffer if they fit the budget, else read by windows."""
+
+    def __init__(
+        self,
+        tiles: list[Tile],
+        cache_mb: float,
+        device: str | torch.device = "cpu",
+        normalisation: Normalisation = IMAGENET,
+    ):
+        self.tiles, self.normalisation = tiles, normalisation
+        self.channels = tiles[0].bands + 1
         sizes = [tile.height * tile.width for tile in tiles]
         self.offsets = np.cumsum([0, *sizes])
         self.heights = np.array([tile.height for tile in tiles])
         self.widths = np.array([tile.width for tile in tiles])
         self.flat: torch.Tensor | None = None
-        if 4 * self.offsets[-1] <= cache_mb * 2**20:
-            flat = torch.empty((int(self.offsets[-1]), 4), dtype=torch.uint8)
+        kind = torch.uint8 if tiles[0].samples == "uint8" else torch.int16
+        if kind.itemsize * self.channels * self.offsets[-1] <= cache_mb * 2**20:
+            flat = torch.empty((int(self.offsets[-1]), self.channels), dtype=kind)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(lambda i: self._decode(flat, i), range(len(tiles))))
             self.flat = flat.to(device)
@@ -175,19 +130,19 @@ class Pixels:
     def _decode(self, flat: torch.Tensor, i: int) -> None:
         tile = self.tiles[i]
         pixels = tile.read(0, 0, tile.height, tile.width)
-        flat[self.offsets[i] : self.offsets[i + 1]] = torch.from_numpy(pixels.reshape(-1, 4))
+        flat[self.offsets[i] : self.offsets[i + 1]] = as_tensor(pixels.reshape(-1, self.channels))
 
     def window(self, i: int, y: int, x: int, height: int, width: int) -> torch.Tensor:
-        """(height, width, 4), clipped at the tile's border."""
+        """(height, width, bands + 1), clipped at the tile's border."""
         tile = self.tiles[i]
         height, width = min(height, tile.height - y), min(width, tile.width - x)
         if self.flat is None:
-            return torch.from_numpy(tile.read(y, x, height, width))
-        whole = self.flat[self.offsets[i] : self.offsets[i + 1]].view(tile.height, tile.width, 4)
+            return as_tensor(tile.read(y, x, height, width))
+        whole = self.flat[self.offsets[i] : self.offsets[i + 1]].view(tile.height, tile.width, self.channels)
         return whole[y : y + height, x : x + width]
 
     def crops(self, boxes: "Boxes", size: int) -> torch.Tensor:
-        """(batch, size, size, 4): every box scaled to size x size (nearest), flipped, turned; 255 outside the tile."""
+        """(batch, size, size, bands + 1): every box scaled to size (nearest), flipped, turned; 255 outside the tile."""
         steps = np.floor((np.arange(size) + 0.5) * boxes.scale[:, None]).astype(np.int64)  # (batch, size)
         rows, columns = boxes.y[:, None] + steps, boxes.x[:, None] + steps
         rows = np.where(boxes.flip_y[:, None], rows[:, ::-1], rows)
@@ -212,7 +167,7 @@ class Pixels:
     def _read_crop(self, i: int, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
         y, x = rows.min(), columns.min()
         pixels = self.tiles[i].read(int(y), int(x), int(rows.max() - y + 1), int(columns.max() - x + 1))
-        return torch.from_numpy(pixels[(rows - y)[:, None], (columns - x)[None, :]])
+        return as_tensor(pixels[(rows - y)[:, None], (columns - x)[None, :]])
 
 
 # --------------------------------------------------------------------------------------------- random crops
@@ -229,7 +184,7 @@ class Boxes:
     flip_y: np.ndarray
     flip_x: np.ndarray
     turn: np.ndarray
-    gain: np.ndarray  # (batch, 3) colour gain
+    gain: np.ndarray  # (batch, bands) colour gain
     shift: np.ndarray  # (batch, 1) brightness
 
 
@@ -244,6 +199,7 @@ class Crops(Dataset):
 
     def boxes(self, step: int) -> Boxes:
         rng, n = np.random.default_rng((self.seed, step, self.rank)), self.batch
+        bands = self.pixels.channels - 1
         tile = rng.choice(len(self.chance), n, p=self.chance)
         height, width = self.pixels.heights[tile], self.pixels.widths[tile]
         scale = np.exp(rng.uniform(-self.scale, self.scale, n))
@@ -252,11 +208,11 @@ class Crops(Dataset):
         y = (rng.random(n) * (np.maximum(height - side, 0) + 1)).astype(int)
         x = (rng.random(n) * (np.maximum(width - side, 0) + 1)).astype(int)
         flip_y, flip_x, turn = rng.random((3, n)) < 0.5
-        gain = np.exp(rng.normal(0, self.colour, (n, 1)) + rng.normal(0, self.colour / 2, (n, 3)))
+        gain = np.exp(rng.normal(0, self.colour, (n, 1)) + rng.normal(0, self.colour / 2, (n, bands)))
         return Boxes(tile, y, x, scale, flip_y, flip_x, turn, gain, rng.normal(0, self.colour / 2, (n, 1)))
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pixels (batch, size, size, 4) uint8, colour gain (batch, 3) and brightness shift (batch, 1)."""
+        """Pixels (batch, size, size, bands + 1), colour gain (batch, bands) and brightness shift (batch, 1)."""
         boxes = self.boxes(step)
         pixels = self.pixels.crops(boxes, self.size)
         return pixels, torch.from_numpy(boxes.gain).float(), torch.from_numpy(boxes.shift).float()

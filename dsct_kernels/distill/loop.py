@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dsct_kernels import DSCTLosses, dsct_loss
 
 from . import checkpoint, data, models
 from .config import Config, Loss, arm_loss, phase_folder
+from .datasets import dataset_of, tiles_of
 from .files import DataError, read_json, read_metrics, replace_file, write_json
 
 PARTS = ("total", "ce", "tckd", "nckd", "cafd", "matched", "jaccard")
@@ -51,20 +53,15 @@ class Interrupted(Exception):
 
 def classes_of(cfg: Config) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
     """Names and colours of the classes."""
-    if cfg.data == "dubai":
-        return data.DUBAI_CLASSES, data.DUBAI_PALETTE
-    return data.scenes.CLASSES, data.scenes.PALETTE
-
-
-def load_tiles(cfg: Config) -> list[data.Tile]:
-    tiles = data.dubai(cfg.root) if cfg.data == "dubai" else data.synthetic(cfg.scenes, cfg.scene_size)
-    return data.downscaled(tiles, cfg.downscale)
+    one = dataset_of(cfg)
+    return one.classes, one.palette
 
 
 def load_pixels(cfg: Config, device: torch.device) -> tuple[data.Pixels, data.Pixels]:
     """Training tiles, on the device if they fit the cache, and validation tiles."""
-    train, val = data.split(load_tiles(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
-    return data.Pixels(train, cfg.cache_mb, device), data.Pixels(val, cfg.cache_mb)
+    train, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    normalisation = data.statistics(train) if dataset_of(cfg).own_statistics else models.IMAGENET
+    return data.Pixels(train, cfg.cache_mb, device, normalisation), data.Pixels(val, cfg.cache_mb, "cpu", normalisation)
 
 
 def make_accelerator(cfg: Config) -> Any:
@@ -97,6 +94,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.classes, self.palette = classes_of(cfg)
         self.train_pixels, self.val_pixels = pixels or load_pixels(cfg, self.device)
+        self.normalisation = self.train_pixels.normalisation
         self.stop = False  # set by Ctrl-C, looked at between two steps
         self.writer: Any = None
         self.warnings: list[str] = []
@@ -163,10 +161,11 @@ class Run:
         cfg, is_teacher = self.cfg, phase == "teacher"
         folder = self.folder / phase_folder(phase)
         if phase in self.results:
-            return models.load(folder, self.classes).to(self.device)
+            return models.load(folder, self.classes, normalisation=self.normalisation).to(self.device)
         seed = cfg.teacher_seed if is_teacher else cfg.seed  # every student: same weights, same crops
         seed_everything(seed)
-        model = models.build(cfg.teacher if is_teacher else cfg.student, self.classes, is_teacher).to(self.device)
+        name = cfg.teacher if is_teacher else cfg.student
+        model = models.build(name, self.classes, is_teacher, self.normalisation).to(self.device)
         started = time.perf_counter()
         steps = cfg.teacher_steps if is_teacher else cfg.student_steps
         if not (is_teacher and cfg.teacher not in models.PRESETS):  # a teacher loaded from a folder is ready
@@ -266,11 +265,9 @@ class Run:
         return unwrapped(acc, model).eval()
 
     def inputs(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (N, 3, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8, both views of one NHWC buffer."""
-        pixels, gain, shift = (part.to(self.device, non_blocking=True) for part in batch)
-        images = pixels[..., :3].permute(0, 3, 1, 2).float() / 255
-        images = (images - 0.5) * gain[:, :, None, None] + 0.5 + shift[:, :, None, None]
-        return images, pixels[..., 3]
+        """Images (N, bands, H, W) in 0..1 with colour jitter, and labels (N, H, W) uint8, on the device."""
+        moved = tuple(part.to(self.device, non_blocking=True) for part in batch)
+        return data.images(moved, self.normalisation.maximum)
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -287,9 +284,9 @@ class Run:
             self.device
         )
         for i in range(self.accelerator.process_index, len(self.val_pixels.tiles), self.accelerator.num_processes):
-            tile = self.val_pixels.tiles[i]
-            label = self.val_pixels.window(i, 0, 0, tile.height, tile.width)[..., 3].to(self.device).long()
-            confusion.update(self.predict(model, i)[None], label[None])
+            for y, classes in self.strips(model, i):
+                label = data.labels(self.val_pixels.window(i, y, 0, *classes.shape)).to(self.device).long()
+                confusion.update(classes[None], label[None])
         matrix = confusion.compute().double()
         hit = matrix.diag()
         iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)  # NaN for a class that is nowhere
@@ -299,22 +296,18 @@ class Run:
             "accuracy": finite(float(hit.sum() / matrix.sum())),
         }
 
-    @torch.no_grad()
     def predict(self, model: nn.Module, i: int) -> torch.Tensor:
-        """Class map of a whole validation tile: windows overlap by a quarter and their probabilities are averaged."""
-        tile, size = self.val_pixels.tiles[i], self.cfg.window
-        scores = torch.zeros(len(self.classes), tile.height, tile.width, device=self.device)
-        for y in window_starts(tile.height, size):
-            for x in window_starts(tile.width, size):
-                pixels = self.val_pixels.window(i, y, x, size, size)[..., :3].to(self.device)
-                h, w = pixels.shape[:2]
-                image = pixels.permute(2, 0, 1)[None].float() / 255
-                image = F.pad(image, (0, -w % 32, 0, -h % 32), mode="replicate")
-                with self.accelerator.autocast():
-                    logits = models.forward(model, image).logits
-                logits = F.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
-                scores[:, y : y + h, x : x + w] += logits[0, :, :h, :w].softmax(0)
-        return scores.argmax(0)
+        """Class map of a whole validation tile, uint8."""
+        return torch.cat([classes.byte() for _, classes in self.strips(model, i)])
+
+    def strips(self, model: nn.Module, i: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Class maps of a validation tile, strip by strip, each with its first row."""
+
+        def logits(image: torch.Tensor) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return models.forward(model, image).logits
+
+        return predicted(self.val_pixels, i, self.cfg.window, len(self.classes), self.device, logits)
 
     # ------------------------------------------------------------------------------------------- checkpoint
 
@@ -475,6 +468,35 @@ def window_starts(length: int, size: int) -> list[int]:
     return [round(k * (length - size) / (count - 1)) for k in range(count)]
 
 
+@torch.no_grad()
+def predicted(
+    pixels: data.Pixels,
+    i: int,
+    size: int,
+    classes: int,
+    device: torch.device,
+    logits: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """First row and class map of every strip of a tile, top to bottom: windows overlap by a quarter and their
+    probabilities are averaged. Only the rows that windows are still to come for are kept, whatever the tile's size."""
+    tile = pixels.tiles[i]
+    starts = window_starts(tile.height, size)
+    scores = torch.zeros(classes, min(size, tile.height), tile.width, device=device)
+    for y, following in zip(starts, [*starts[1:], tile.height], strict=True):
+        for x in window_starts(tile.width, size):
+            window = pixels.window(i, y, x, size, size).to(device)
+            h, w = window.shape[:2]
+            image = data.scaled(window, pixels.normalisation.maximum).permute(2, 0, 1)[None]
+            image = F.pad(image, (0, -w % 32, 0, -h % 32), mode="replicate")
+            found = F.interpolate(logits(image).float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
+            scores[:, :h, x : x + w] += found[0, :, :h, :w].softmax(0)
+        done = following - y
+        yield y, scores[:, :done].argmax(0)
+        kept = scores[:, done:].clone()
+        scores.zero_()
+        scores[:, : kept.shape[1]] = kept
+
+
 def seed_everything(seed: int) -> None:
     from accelerate.utils import set_seed
 
@@ -494,7 +516,7 @@ def finite(value: float | None) -> float | None:
 @torch.no_grad()
 def images_per_second(model: nn.Module, cfg: Config, device: torch.device, seconds: float = 0.5) -> float:
     """Forward throughput on batches of crops, in the precision the model is stored in."""
-    images = torch.zeros(cfg.batch, 3, cfg.crop, cfg.crop, device=device)
+    images = torch.zeros(cfg.batch, models.bands_of(model), cfg.crop, cfg.crop, device=device)
     model.eval()
     models.forward(model, images)
     count, start = 0, time.perf_counter()

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,26 +13,38 @@ from torch import nn
 from .files import DataError, read_json, write_json
 
 Builder = Callable[..., nn.Module]
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Normalisation(NamedTuple):
+    """How samples become a network's input: divided by `maximum`, less `mean`, divided by `std`, band by band."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    maximum: float = 255.0
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _segformer(depths: Sequence[int], widths: Sequence[int], decoder: int) -> Builder:
-    def build(**labels: Any) -> nn.Module:
+    def build(bands: int, **labels: Any) -> nn.Module:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-        return SegformerForSemanticSegmentation(
-            SegformerConfig(depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=decoder, **labels)
+        config = SegformerConfig(
+            depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=decoder, num_channels=bands, **labels
         )
+        return SegformerForSemanticSegmentation(config)
 
     return build
 
 
 def _upernet(depths: Sequence[int], widths: Sequence[int], hidden: int) -> Builder:
-    def build(**labels: Any) -> nn.Module:
+    def build(bands: int, **labels: Any) -> nn.Module:
         from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
 
         stages = [f"stage{i + 1}" for i in range(len(depths))]
         backbone = ResNetConfig(  # type: ignore[call-arg,unused-ignore]
+            num_channels=bands,
             embedding_size=widths[0],
             hidden_sizes=list(widths),
             depths=list(depths),
@@ -46,10 +58,12 @@ def _upernet(depths: Sequence[int], widths: Sequence[int], hidden: int) -> Build
 
 
 def _mobilenet(depth: float) -> Builder:
-    def build(**labels: Any) -> nn.Module:
+    def build(bands: int, **labels: Any) -> nn.Module:
         from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
 
-        config = MobileNetV2Config(depth_multiplier=depth, output_stride=8, finegrained_output=False, **labels)
+        config = MobileNetV2Config(
+            num_channels=bands, depth_multiplier=depth, output_stride=8, finegrained_output=False, **labels
+        )
         return MobileNetV2ForSemanticSegmentation(config)
 
     return build
@@ -68,18 +82,27 @@ PRESETS = {
 }
 
 
-def build(name: str, classes: tuple[str, ...], whole: bool = True) -> nn.Module:
-    """A preset with fresh weights, or a folder saved by `save_pretrained`. Input normalisation rides along."""
+def build(
+    name: str, classes: tuple[str, ...], whole: bool = True, normalisation: Normalisation = IMAGENET
+) -> nn.Module:
+    """A preset with fresh weights, or a folder saved by `save_pretrained`. Input normalisation rides along: that of the
+    data, for a network that starts from nothing; a folder brings its own."""
     labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     if name in PRESETS:
-        return with_normalisation(PRESETS[name](**labels), *IMAGENET)
+        return with_normalisation(PRESETS[name](len(normalisation.mean), **labels), *normalisation)
     if not (Path(name) / "config.json").is_file():
         raise DataError(f"{name}: neither a model folder (no config.json in it) nor one of {', '.join(PRESETS)}")
-    return load(name, classes, whole)
+    return load(name, classes, whole, normalisation)
 
 
-def load(folder: str | Path, classes: tuple[str, ...], whole: bool = True) -> nn.Module:
-    """A model folder. `whole`: every weight must be there, else those that are missing start afresh."""
+def load(
+    folder: str | Path, classes: tuple[str, ...], whole: bool = True, normalisation: Normalisation = IMAGENET
+) -> nn.Module:
+    """A model folder. `whole`: every weight must be there, else those that are missing start afresh.
+
+    `normalisation` is that of the data: its maximum is what images are divided by before they reach `forward`, its mean
+    and deviation serve where the folder does not say any.
+    """
     from transformers import AutoModelForSemanticSegmentation
 
     folder = Path(folder)
@@ -100,16 +123,36 @@ def load(folder: str | Path, classes: tuple[str, ...], whole: bool = True) -> nn
             f"{folder}: its classes are {', '.join(map(str, names))} ({len(names)}), "
             f"but the data has {', '.join(classes)} ({len(classes)})"
         )
-    mean, std = IMAGENET
+    bands, read = len(normalisation.mean), _bands(model)
+    if read != bands:
+        raise DataError(f"{folder}: it reads images of {read} bands, but those of the data have {bands}; see --bands")
+    mean: Sequence[float]
+    std: Sequence[float]
+    mean, std, maximum = normalisation if bands != 3 or normalisation.maximum != 255 else IMAGENET
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.is_file():
         saved = read_json(preprocessor)
         mean, std = saved.get("image_mean", mean), saved.get("image_std", std)
-        for name, three in (("image_mean", mean), ("image_std", std)):
-            numbers = isinstance(three, (list, tuple)) and all(type(v) in (int, float) for v in three)
-            if not numbers or len(three) != 3 or (name == "image_std" and min(three) <= 0):
-                raise DataError(f"{preprocessor}: {name}: expected three numbers, got {three!r}")
-    return with_normalisation(model, mean, std)
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            numbers = isinstance(values, (list, tuple)) and all(type(v) in (int, float) for v in values)
+            if not numbers or len(values) != bands or (name == "image_std" and min(values) <= 0):
+                raise DataError(f"{preprocessor}: {name}: expected {bands} numbers, got {values!r}")
+        factor = saved.get("rescale_factor", 1 / maximum)
+        if type(factor) not in (int, float) or factor <= 0:
+            raise DataError(f"{preprocessor}: rescale_factor: expected a number above 0, got {factor!r}")
+        if "image_mean" in saved and factor != 1 / maximum:  # it was trained with samples divided by another number
+            mean, std = ([v / (maximum * factor) for v in values] for values in (mean, std))
+    return with_normalisation(model, mean, std, maximum)
+
+
+def _bands(model: Any) -> int:
+    """Bands of the images that a loaded model reads."""
+    config = model.config
+    for one in (config, getattr(config, "backbone_config", None)):
+        bands = getattr(one, "num_channels", None)
+        if isinstance(bands, int):
+            return bands
+    return 3
 
 
 # Each makes transformers fetch or run what a folder brings along, or load weights that are pickles.
@@ -158,11 +201,18 @@ def _settings(content: Any) -> list[tuple[str, Any]]:
     return [pair for value in content for pair in _settings(value)] if isinstance(content, list) else []
 
 
-def with_normalisation(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+def with_normalisation(
+    model: nn.Module, mean: Sequence[float], std: Sequence[float], maximum: float = 255.0
+) -> nn.Module:
     """Non-persistent buffers, so that they follow the model to its device and stay out of its folder's weights."""
-    model.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-    model.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+    model.register_buffer("pixel_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+    model.register_buffer("pixel_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+    model.register_buffer("pixel_maximum", torch.tensor(maximum), persistent=False)
     return model
+
+
+def bands_of(model: nn.Module) -> int:
+    return len(model.get_buffer("pixel_mean"))
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -177,7 +227,7 @@ def save(model: nn.Module, folder: Path) -> None:
             "image_processor_type": "SegformerImageProcessor",
             "do_resize": False,
             "do_rescale": True,
-            "rescale_factor": 1 / 255,
+            "rescale_factor": 1 / model.get_buffer("pixel_maximum").item(),
             "do_normalize": True,
             "image_mean": model.get_buffer("pixel_mean").flatten().tolist(),
             "image_std": model.get_buffer("pixel_std").flatten().tolist(),
@@ -196,7 +246,7 @@ class Output:
 
 
 def forward(model: nn.Module, images: torch.Tensor, strides: tuple[int, ...] = ()) -> Output:
-    """images: (N, 3, H, W) in 0..1. A feature map is the deepest hidden state at (about) the stride asked for."""
+    """images: (N, bands, H, W) in 0..1. A feature map is the deepest hidden state at (about) the stride asked for."""
     inner = getattr(model, "module", model)  # under DistributedDataParallel
     images = (images - inner.get_buffer("pixel_mean")) / inner.get_buffer("pixel_std")
     out = model(pixel_values=images, output_hidden_states=bool(strides))
@@ -236,5 +286,5 @@ def gflops(model: nn.Module, size: int) -> float:
     model = copy.deepcopy(model).cpu().eval()
     counter = FlopCounterMode(display=False)
     with counter:
-        forward(model, torch.zeros(1, 3, size, size))
+        forward(model, torch.zeros(1, bands_of(model), size, size))
     return counter.get_total_flops() / 1e9

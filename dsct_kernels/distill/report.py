@@ -1,6 +1,7 @@
 """What a run leaves to look at: the table, training curves, predictions side by side, and the attention maps."""
 
 import io
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from . import data, models
 from .config import arm_loss
 from .files import read_metrics, replace_file
 
+SHOWN = 2200  # pixels of a tile's longer side in a picture, at most
 PARTS_SHOWN = ("total", "ce", "matched", "jaccard", "tckd", "nckd", "cafd")
 
 
@@ -99,10 +101,12 @@ def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
     )
     for row, i in zip(axes, tiles, strict=True):
         tile = run.val_pixels.tiles[i]
-        pixels = run.val_pixels.window(i, 0, 0, tile.height, tile.width).numpy()
-        truth = pixels[..., 3]
-        pictures = [pixels[..., :3], palette[np.where(truth == data.IGNORE, len(run.classes), truth)]]
-        pictures += [palette[run.predict(model, i).cpu().numpy()] for model in trained.values()]
+        thin = math.ceil(max(tile.height, tile.width) / SHOWN)
+        pixels = thinned(run.val_pixels, i, thin)
+        truth = data.labels(pixels).numpy()
+        pictures = [data.picture(pixels, run.normalisation.maximum)]
+        pictures += [palette[np.where(truth == data.IGNORE, len(run.classes), truth)]]
+        pictures += [palette[run.predict(model, i)[::thin, ::thin].cpu().numpy()] for model in trained.values()]
         for axis, picture, title in zip(row, pictures, titles, strict=True):
             axis.imshow(picture)
             axis.set_title(title if i == tiles[0] else "", fontsize=10)
@@ -131,9 +135,10 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
     )
     for row, (i, stride) in zip(axes, grid, strict=True):
         size = run.cfg.window // 32 * 32
-        pixels = run.val_pixels.window(i, 0, 0, size, size)[..., :3].to(run.device)
+        pixels = run.val_pixels.window(i, 0, 0, size, size)
         h, w = (max(32, v // 32 * 32) for v in pixels.shape[:2])
-        image = pixels[:h, :w].permute(2, 0, 1)[None].float() / 255
+        pixels = pixels[:h, :w]
+        image = data.scaled(pixels.to(run.device), run.normalisation.maximum).permute(2, 0, 1)[None]
         image = F.pad(image, (0, w - image.shape[3], 0, h - image.shape[2]), mode="replicate")  # a tile below 32
         maps = []
         for model in trained.values():
@@ -147,7 +152,7 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
                 .float()
                 .cpu()
             )
-        row[0].imshow(image[0].permute(1, 2, 0).cpu())
+        row[0].imshow(data.picture(pixels, run.normalisation.maximum))
         row[0].set_ylabel(f"stride {stride}" if stride else "logits", fontsize=9)
         for axis, values in zip(row[1:], maps, strict=True):
             axis.imshow(values, cmap="magma")
@@ -158,6 +163,14 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
     save(figure, run.folder / "attention.png", 90)
+
+
+def thinned(pixels: data.Pixels, i: int, thin: int) -> torch.Tensor:
+    """Every `thin`-th row and column of a tile, read by strips."""
+    tile = pixels.tiles[i]
+    step = thin * 64
+    strips = [pixels.window(i, y, 0, step, tile.width)[::thin, ::thin] for y in range(0, tile.height, step)]
+    return torch.cat(strips)
 
 
 def sample_tiles(run: Any, count: int) -> list[int]:

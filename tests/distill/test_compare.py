@@ -82,7 +82,7 @@ def test_the_kept_answers_are_what_the_teacher_says_of_those_very_crops(out):
     teacher.load_state_dict(torch.load(this.teacher_file, weights_only=True)["model"])
     train, _ = compare.pixels(this.cfg)
     for step in range(3):
-        images, _ = compare.inputs(compare.crops_of(this.cfg, train, 0)[step], torch.device("cpu"))
+        images, _ = compare.inputs(compare.crops_of(this.cfg, train, 0)[step], train, torch.device("cpu"))
         with torch.no_grad():
             said = models.forward(teacher.eval(), images, (16, 32))
         torch.testing.assert_close(kept["logits"][step].float(), said.logits, rtol=2e-3, atol=2e-3)

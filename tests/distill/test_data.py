@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from dsct_kernels.distill import data, scenes
+from dsct_kernels.distill.datasets import dubai, synthetic
+from dsct_kernels.distill.datasets.tile import downscaled
 from dsct_kernels.distill.loop import window_starts
 
-LAND, WATER = data.DUBAI_PALETTE[1], data.DUBAI_PALETTE[4]
+LAND, WATER = dubai.PALETTE[1], dubai.PALETTE[4]
 
 
 def make_tile(root: Path, group: str = "Tile 1", part: str = "image_part_001", size=(40, 50), colour=LAND) -> Path:
@@ -42,7 +44,7 @@ def test_split_is_by_tile(tmp_path):
     for group in ("Tile 1", "Tile 2", "Tile 3"):
         for part in ("image_part_001", "image_part_002"):
             make_tile(tmp_path, group, part)
-    tiles = data.dubai(tmp_path)
+    tiles = dubai.tiles(tmp_path)
     train, val = data.split(tiles, ["Tile 2"])
     assert {t.group for t in train} == {"Tile 1", "Tile 3"} and {t.group for t in val} == {"Tile 2"}
     assert len(train) == 4 and len(val) == 2
@@ -58,7 +60,7 @@ def test_split_is_by_tile(tmp_path):
 def test_windowed_reads_give_the_same_crops_as_the_cache(tmp_path, scale):
     make_tile(tmp_path, size=(70, 90))
     make_tile(tmp_path, "Tile 2", size=(33, 120), colour=WATER)
-    tiles = [*data.dubai(tmp_path), *data.synthetic(1, 64)]
+    tiles = [*dubai.tiles(tmp_path), *synthetic.draw(1, 64)]
     cached, windowed = data.Pixels(tiles, cache_mb=64), data.Pixels(tiles, cache_mb=0)
     assert cached.flat is not None and windowed.flat is None
     for step in range(4):
@@ -68,7 +70,7 @@ def test_windowed_reads_give_the_same_crops_as_the_cache(tmp_path, scale):
 
 
 def test_a_crop_shows_the_tile_it_was_cut_from():
-    pixels = data.Pixels(data.synthetic(1, 96), cache_mb=16)
+    pixels = data.Pixels(synthetic.draw(1, 96), cache_mb=16)
     whole = pixels.window(0, 0, 0, 96, 96)
     flags = np.zeros(1, bool)
     for y, x, flip_y, flip_x, turn in ((0, 0, 0, 0, 0), (7, 30, 1, 0, 1), (64, 64, 1, 1, 0)):
@@ -84,7 +86,7 @@ def test_a_crop_shows_the_tile_it_was_cut_from():
 
 
 def test_a_tile_smaller_than_the_crop_is_padded_with_ignored():
-    pixels = data.Pixels(data.synthetic(1, 24), cache_mb=16)
+    pixels = data.Pixels(synthetic.draw(1, 24), cache_mb=16)
     batch, _, _ = data.Crops(pixels, 32, 4, 0, 0.0, 0.0)[0]
     labels = batch[..., 3]
     assert batch.shape == (4, 32, 32, 4)
@@ -92,7 +94,7 @@ def test_a_tile_smaller_than_the_crop_is_padded_with_ignored():
 
 
 def test_batches_depend_on_seed_and_step_alone():
-    pixels = data.Pixels(data.synthetic(2, 96), cache_mb=16)
+    pixels = data.Pixels(synthetic.draw(2, 96), cache_mb=16)
     crops = data.Crops(pixels, 32, 4, 3, 0.3, 0.1)
     late = [batch[0] for batch in crops.loader(2, 4)]
     assert torch.equal(late[0], crops[2][0]) and torch.equal(late[1], crops[3][0])
@@ -102,8 +104,8 @@ def test_batches_depend_on_seed_and_step_alone():
 
 @pytest.mark.parametrize("factor", [2, 3])
 def test_downscaling_averages_colours_and_keeps_labels(factor):
-    (tile,) = data.synthetic(1, 64)
-    (small,) = data.downscaled([tile], factor)
+    (tile,) = synthetic.draw(1, 64)
+    (small,) = downscaled([tile], factor)
     size = 64 // factor
     assert (small.height, small.width, small.group) == (size, size, tile.group)
     whole, pixels = tile.read(0, 0, 64, 64), small.read(0, 0, size, size)
@@ -114,12 +116,12 @@ def test_downscaling_averages_colours_and_keeps_labels(factor):
 
 
 def test_downscaling_by_nonsense():
-    tiles = data.synthetic(1, 64)
-    assert data.downscaled(tiles, 1) == tiles
+    tiles = synthetic.draw(1, 64)
+    assert downscaled(tiles, 1) == tiles
     with pytest.raises(data.DataError, match="--downscale: expected 1 or more, got 0"):
-        data.downscaled(tiles, 0)
+        downscaled(tiles, 0)
     with pytest.raises(data.DataError, match="--downscale 65: scene 00 is only 64 x 64"):
-        data.downscaled(tiles, 65)
+        downscaled(tiles, 65)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 47, 64, 100, 544, 2149])
@@ -141,44 +143,44 @@ def test_palette_masks_are_read_as_colours(tmp_path):
     colours.paste(WATER, (0, 0, 10, 40))
     colours.quantize(4).save(mask, bits=2)
     assert Image.open(mask).mode == "P"
-    label = data.dubai(tmp_path)[0].read(0, 0, 40, 50)[..., 3]
+    label = dubai.tiles(tmp_path)[0].read(0, 0, 40, 50)[..., 3]
     assert (label[:, :10] == 4).all() and (label[:, 10:] == 1).all()
 
 
 def test_unlabelled_and_black_are_ignored(tmp_path):
-    for k, colour in enumerate(data.DUBAI_IGNORED):
+    for k, colour in enumerate(dubai.IGNORED):
         make_tile(tmp_path, f"Tile {k}", colour=colour)
-    assert all((tile.read(0, 0, 40, 50)[..., 3] == data.IGNORE).all() for tile in data.dubai(tmp_path))
+    assert all((tile.read(0, 0, 40, 50)[..., 3] == data.IGNORE).all() for tile in dubai.tiles(tmp_path))
 
 
 # ---- bad input: an error that names the file
 
 
 def pixels_of(root: Path) -> data.Pixels:
-    return data.Pixels(data.dubai(root), cache_mb=64)
+    return data.Pixels(dubai.tiles(root), cache_mb=64)
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(data.DataError, match="nowhere: no such folder"):
-        data.dubai(tmp_path / "nowhere")
+        dubai.tiles(tmp_path / "nowhere")
     with pytest.raises(data.DataError, match="--root"):
-        data.dubai(None)
+        dubai.tiles(None)
     with pytest.raises(data.DataError, match=rf"{tmp_path}: no tiles"):
-        data.dubai(tmp_path)
+        dubai.tiles(tmp_path)
 
 
 def test_image_without_label(tmp_path):
     folder = make_tile(tmp_path)
     (folder / "masks" / "image_part_001.png").unlink()
     with pytest.raises(data.DataError, match=r"Tile 1/images/image_part_001.jpg: no label"):
-        data.dubai(tmp_path)
+        dubai.tiles(tmp_path)
 
 
 def test_sizes_that_differ(tmp_path):
     folder = make_tile(tmp_path)
     Image.new("RGB", (51, 40), LAND).save(folder / "masks" / "image_part_001.png")
     with pytest.raises(data.DataError, match=r"masks/image_part_001.png: 51 x 40, but its image .* is 50 x 40"):
-        data.dubai(tmp_path)
+        dubai.tiles(tmp_path)
 
 
 def test_unknown_colour(tmp_path):
@@ -196,7 +198,7 @@ def test_truncated_file(tmp_path, which, kept):
     path = make_tile(tmp_path, size=(200, 200)) / which
     if path.suffix == ".png":  # noise, so that half the file is half the picture
         noise = np.random.default_rng(0).integers(0, 5, (200, 200))
-        Image.fromarray(np.array(data.DUBAI_PALETTE, np.uint8)[noise]).save(path)
+        Image.fromarray(np.array(dubai.PALETTE, np.uint8)[noise]).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(data.DataError, match=which):
@@ -215,7 +217,7 @@ def test_sixteen_bit_image(tmp_path):
 
 
 def test_real_tiles(dubai_root):
-    tiles = data.dubai(dubai_root)
+    tiles = dubai.tiles(dubai_root)
     assert len(tiles) >= 54 and all((dubai_root / tile.group).is_dir() for tile in tiles)
     small = [tile for tile in tiles if tile.height * tile.width < 400_000]
     labels = torch.cat([data.Pixels([tile], 64).flat[:, 3] for tile in small])

@@ -15,14 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, report
+from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, report, scenes
 from dsct_kernels.distill.config import Config
+from dsct_kernels.distill.datasets import dubai
 
 from .test_data import make_tile
 
 TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
 TINY += ["--teacher-steps=3", "--student-steps=3", "--arms=alone", "--checkpoint-every=1"]
-CLASSES = data.scenes.CLASSES
+CLASSES = scenes.CLASSES
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +247,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch, writer)
 def unlabelled(root: Path) -> list[str]:
     for group in ("Tile 1", "Tile 2", "Tile 3"):
         make_tile(root, group, size=(64, 64))
-    Image.new("RGB", (64, 64), data.DUBAI_IGNORED[0]).save(root / "Tile 2/masks/image_part_001.png")
+    Image.new("RGB", (64, 64), dubai.IGNORED[0]).save(root / "Tile 2/masks/image_part_001.png")
     return [
         f"--root={root}",
         "--data=dubai",

@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageOps
 
 from dsct_kernels.distill import data, images
+from dsct_kernels.distill.datasets import dubai
 
 from .test_data import make_tile
 
-PALETTE = np.array(data.DUBAI_PALETTE, np.uint8)
+PALETTE = np.array(dubai.PALETTE, np.uint8)
 RNG = np.random.default_rng(0)
 CLASSES = RNG.integers(0, 5, (96, 120))
 NOISE = RNG.integers(0, 256, (96, 120, 4), dtype=np.uint8)
@@ -114,7 +115,7 @@ def test_a_cut_file_of_a_data_set_is_named_with_and_without_the_cache(tmp_path, 
     bad = tmp_path / "Tile 3" / which
     bad.write_bytes(bad.read_bytes()[: bad.stat().st_size * 6 // 10])
     with pytest.raises(data.DataError, match=f"Tile 3/{which}"):
-        pixels = data.Pixels(data.dubai(tmp_path), cache_mb)
+        pixels = data.Pixels(dubai.tiles(tmp_path), cache_mb)
         for i in range(4):
             pixels.window(i, 0, 0, 96, 120)
 
@@ -192,7 +193,7 @@ def test_a_turned_photograph_and_its_upright_mask_agree(tmp_path, value, cache_m
     exif[images.ORIENTATION] = value
     photograph.save(folder / "images/image_part_001.jpg", quality=100, subsampling=0, exif=exif)
     Image.fromarray(upright).save(folder / "masks/image_part_001.png")
-    (tile,) = data.dubai(tmp_path)
+    (tile,) = dubai.tiles(tmp_path)
     assert (tile.height, tile.width) == (64, 96)
     pixels = data.Pixels([tile], cache_mb).window(0, 5, 9, 50, 80).numpy()
     assert np.abs(pixels[..., :3].astype(int) - PALETTE[pixels[..., 3]]).mean() < 8
@@ -204,7 +205,7 @@ def test_a_mask_may_be_turned_as_well(tmp_path, value):
     folder = make_tile(tmp_path, size=(40, 50))
     mask = Image.fromarray(PALETTE[CLASSES[:50, :40] if value == 6 else CLASSES[:40, :50]])
     save_turned(mask, folder / "masks/image_part_001.png", value)
-    (tile,) = data.dubai(tmp_path)
+    (tile,) = dubai.tiles(tmp_path)
     turned = np.asarray(ImageOps.exif_transpose(Image.open(folder / "masks/image_part_001.png")))
     assert np.array_equal(PALETTE[tile.read(0, 0, 40, 50)[..., 3]], turned)
 
@@ -213,7 +214,7 @@ def test_a_size_that_only_differs_by_the_turn_is_told_as_it_is_shown(tmp_path):
     folder = make_tile(tmp_path, size=(40, 50))
     save_turned(Image.fromarray(NOISE[:40, :50, :3]), folder / "images/image_part_001.jpg", 6)
     with pytest.raises(data.DataError, match=r"masks/image_part_001.png: 50 x 40, but its image .* is 40 x 50"):
-        data.dubai(tmp_path)
+        dubai.tiles(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
@@ -247,7 +248,7 @@ def test_a_text_that_names_code_is_not_opened_under_an_images_name(tmp_path):
             "</PixelFunctionCode></VRTRasterBand></VRTDataset>"
         )
         with rasterio.Env(GDAL_VRT_ENABLE_PYTHON="YES"), pytest.raises(data.DataError, match=name):
-            data.Pixels(data.dubai(tmp_path / "set"), 64)
+            data.Pixels(dubai.tiles(tmp_path / "set"), 64)
         (folder / name).write_bytes(good)
     assert not ran.exists()
 
@@ -271,7 +272,7 @@ def test_a_pickle_under_an_images_name_does_not_run(tmp_path, kind):
         else:
             torch.save(Hostile(ran), file)
     with pytest.raises(data.DataError, match=r"image_part_001\.png"):
-        data.dubai(tmp_path / "set")
+        dubai.tiles(tmp_path / "set")
     assert not ran.exists()
 
 

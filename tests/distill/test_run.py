@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsct_kernels.distill import cli, data, loop, models
+from dsct_kernels.distill import cli, data, loop, models, scenes
 from dsct_kernels.distill.config import ARMS, Config, Loss, arm_loss
 
 TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
 TINY += ["--teacher-steps=4", "--student-steps=5", "--strides=16,32", "--tnkd-weight=0.5"]  # every part of the loss
-CLASSES = data.scenes.CLASSES
+CLASSES = scenes.CLASSES
 
 
 @pytest.fixture(autouse=True)

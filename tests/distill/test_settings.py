@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dsct_kernels.distill import check, cli, data, loop
+from dsct_kernels.distill import check, cli, loop, scenes
 from dsct_kernels.distill.config import Config, Loss
+from dsct_kernels.distill.datasets import synthetic
 
 from .test_data import make_tile
 
@@ -118,7 +119,7 @@ def test_the_defaults_of_both_data_sets_pass():
 
 
 def networks(**settings: object) -> None:
-    check.networks(replace(SMALL, **settings), data.scenes.CLASSES, data.synthetic(1, 64))
+    check.networks(replace(SMALL, **settings), scenes.CLASSES, synthetic.draw(1, 64))
 
 
 def test_batch_1_is_fine_where_nothing_normalises_over_the_batch():
@@ -150,7 +151,7 @@ def test_a_teacher_folder_without_all_of_its_weights_is_refused(capsys, tmp_path
     from dsct_kernels.distill import models
 
     folder = tmp_path / "teacher"
-    models.save(models.build("segformer-tiny", data.scenes.CLASSES), folder)
+    models.save(models.build("segformer-tiny", scenes.CLASSES), folder)
     weights = load_file(folder / "model.safetensors")
     save_file(
         {k: v for k, v in weights.items() if "classifier" not in k}, folder / "model.safetensors", {"format": "pt"}
