@@ -1,8 +1,9 @@
 """Times the losses against eager PyTorch, the mask-trick DKD formula and torch.compile.
 
 Examples:
-    python benchmarks/bench_losses.py                                   # everything, about 15 minutes on 2 cores
-    python benchmarks/bench_losses.py --quick                           # about a minute
+    python benchmarks/bench_losses.py                                   # everything, about 25 minutes on 2 cores
+    python benchmarks/bench_losses.py --quick                           # about two minutes
+    python benchmarks/bench_losses.py --loss lowres --layout contiguous --check     # a few minutes
     python benchmarks/bench_losses.py --device cuda --json out.json --chart out.png
     python benchmarks/bench_losses.py --loss tnkd --only-shape 4x6x512x512 --dtype fp32 --layout contiguous
     python benchmarks/bench_losses.py --read out.json --markdown --dtype fp32   # the README's table
@@ -32,8 +33,19 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts allo
 import torch
 
 from benchmarks import report
-from benchmarks.candidates import BACKENDS, BASELINES, auto_backend, make_candidates
-from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, Case, make_cases, parse_shape
+from benchmarks.candidates import auto_backend, default_baselines, make_candidates
+from benchmarks.cases import (
+    BACKENDS,
+    BASELINES,
+    DTYPES,
+    FORWARD_BACKWARD,
+    LAYOUTS,
+    LOSSES,
+    PHASES,
+    Case,
+    make_cases,
+    parse_shape,
+)
 from benchmarks.check import check
 from benchmarks.machine import describe
 from benchmarks.measure import Bench, OthersLoad, copy_gb_s
@@ -59,12 +71,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     what.add_argument("--loss", nargs="+", choices=LOSSES, default=list(LOSSES))
     what.add_argument("--quick", action="store_true", help="fewer shapes, fp32, contiguous, forward+backward only")
-    what.add_argument("--only-shape", nargs="+", metavar="NxCxHxW", help="for dsct also NxKxHxW+NxCxHxW")
+    what.add_argument("--only-shape", nargs="+", metavar="NxCxHxW", help="as the tables spell them")
     what.add_argument("--layout", nargs="+", choices=LAYOUTS)
     what.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
     what.add_argument("--phase", nargs="+", choices=PHASES)
     what.add_argument("--backends", nargs="*", choices=BACKENDS, help="default: all that are usable")
-    what.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
+    what.add_argument("--baselines", nargs="*", choices=BASELINES, help="default: all that fit")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, help="CPU threads, default: torch's")
     how.add_argument("--budget", type=float, metavar="S", help="seconds of timing per case and phase, roughly")
@@ -128,7 +140,8 @@ def measure_case(case: Case, device: torch.device, options: argparse.Namespace) 
     backends = options.backends
     if backends is None:  # Triton on a CPU is its interpreter: not something to time
         backends = [name for name in BACKENDS if device.type == "cuda" or name != "triton"]
-    candidates = make_candidates(case.loss, tuple(options.baselines), tuple(backends))
+    baselines = default_baselines(case.loss) if options.baselines is None else tuple(options.baselines)
+    candidates = make_candidates(case.loss, baselines, tuple(backends))
     common = {
         **dataclasses.asdict(case),
         "device": device.type,

@@ -1,26 +1,38 @@
-"""Who is timed: the eager reference, the mask-trick formula, torch.compile of the reference, the kernel on logits that
-were upsampled beforehand, and each backend."""
+"""Who is timed: the eager reference, the mask-trick formula, torch.compile of the reference, and each backend.
+
+Where logits are smaller than the labels also the kernels on logits that F.interpolate has upsampled, on logits that
+were of the labels' size all along, and F.interpolate with F.cross_entropy alone, which who does not distil pays.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import IGNORE_INDEX, Inputs
-from benchmarks.measure import Loss
+from benchmarks.cases import (
+    BASELINES,
+    BEFOREHAND,
+    COMPILE,
+    CROSS_ENTROPY,
+    EAGER,
+    FULL_SIZE,
+    IGNORE_INDEX,
+    LOWRES,
+    MASK_TRICK,
+    Inputs,
+)
+from benchmarks.measure import Loss, Prepared
 from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
 from dsct_kernels.cafd.reference import cafd as cafd_reference
 from dsct_kernels.cafd.reference import matched_cafd as matched_reference
 from dsct_kernels.jaccard.reference import jaccard as jaccard_reference
-from dsct_kernels.pool import labelled
+from dsct_kernels.pool import overlaid
 from dsct_kernels.tnkd.reference import tnkd as tnkd_reference
 
-EAGER, MASK_TRICK, COMPILE, BEFOREHAND = "eager", "mask-trick", "compile", "beforehand"
-BASELINES = (EAGER, MASK_TRICK, COMPILE, BEFOREHAND)
-BACKENDS = ("native", "triton")
 ALPHA, BETA, TEMPERATURE = 1.0, 2.0, 2.0  # tnkd_loss's defaults, stated for the mask-trick form
 
 
@@ -54,36 +66,55 @@ def align_corners(x: Inputs) -> bool:
     return _given(x.student_logits).shape[-1] % 2 == 1
 
 
-def upsampled(x: Inputs) -> tuple[Tensor, Tensor]:
-    """lowres: both logits at the labels' size."""
-    size, align = _given(x.target).shape[1:], align_corners(x)
-    student, teacher = (
-        F.interpolate(_given(logits).float(), size=size, mode="bilinear", align_corners=align)
-        for logits in (x.student_logits, x.teacher_logits)
-    )
-    return student, teacher
+def at_labels(logits: Tensor | None, x: Inputs) -> Tensor:
+    """lowres: logits at the labels' size."""
+    size = _given(x.target).shape[1:]
+    return F.interpolate(_given(logits).float(), size=size, mode="bilinear", align_corners=align_corners(x))
 
 
-def tnkd_and_ce(student: Tensor, teacher: Tensor, target: Tensor, align: bool, backend: str) -> Tensor:
-    return dsct_loss(
-        student,
-        teacher,
-        target,
-        matched_weight=0.0,
-        jaccard_weight=0.0,
-        tnkd_weight=1.0,
-        alpha=ALPHA,
-        beta=BETA,
-        temperature=TEMPERATURE,
-        ignore_index=IGNORE_INDEX,
-        align_corners=align,
-        backend=backend,
-    ).total
+def cross_entropy(x: Inputs) -> Tensor:
+    """lowres: what training without a teacher takes."""
+    return F.cross_entropy(at_labels(x.student_logits, x), _given(x.target), ignore_index=IGNORE_INDEX)
 
 
-def beforehand(x: Inputs) -> Tensor:
-    """The native kernel on logits that F.interpolate has made as large as the labels."""
-    return tnkd_and_ce(*upsampled(x), _given(x.target), False, "native")
+def logit_kernels(loss: str, student: Tensor, teacher: Tensor, x: Inputs, align: bool, backend: str) -> Tensor:
+    """The lowres losses, of these logits and the labels of `x`, less what dsct_loss does at the logits' own size."""
+    settings = {"alpha": ALPHA, "beta": BETA, "temperature": TEMPERATURE, "align_corners": align, "backend": backend}
+    if loss == "lowres-tnkd":
+        return tnkd_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, **settings)
+    tnkd_weight = 1.0 if loss == "lowres" else 0.0
+    parts = {"matched_weight": 0.0, "jaccard_weight": 0.0, "tnkd_weight": tnkd_weight, **settings}
+    return dsct_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, **parts).total
+
+
+def own_size_kernels(x: Inputs) -> Tensor:
+    """What dsct_loss does by default at the logits' own size."""
+    student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+    matched = matched_cafd_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend="native")
+    return 3 * matched + 3 * jaccard_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend="native")
+
+
+def beforehand(loss: str) -> Loss:
+    """The native kernels on logits that F.interpolate has made as large as the labels, as the library once did."""
+
+    def call(x: Inputs) -> Tensor:
+        student = at_labels(x.student_logits, x)
+        teacher = student.detach() if loss == "lowres-dsct" else at_labels(x.teacher_logits, x)
+        total = logit_kernels(loss, student, teacher, x, False, "native")
+        return total + own_size_kernels(x) if loss == "lowres-dsct" else total
+
+    return call
+
+
+def full_size(loss: str) -> Prepared:
+    """The native kernels on logits that are as large as the labels from the start: nothing is upsampled."""
+
+    def prepare(x: Inputs) -> Inputs:
+        student, teacher = (at_labels(logits, x).detach() for logits in (x.student_logits, x.teacher_logits))
+        student.requires_grad_(_given(x.student_logits).requires_grad)
+        return dataclasses.replace(x, student_logits=student, teacher_logits=teacher)
+
+    return Prepared(backend_loss(loss, "native"), prepare)
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -121,6 +152,7 @@ def backend_loss(loss: str, backend: str) -> Loss:
             x.student_features,
             x.teacher_features,
             ignore_index=IGNORE_INDEX,
+            align_corners=loss == "lowres-dsct" and align_corners(x),
             backend=backend,
         ).total
 
@@ -129,11 +161,10 @@ def backend_loss(loss: str, backend: str) -> Loss:
         return jaccard_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, backend=backend)
 
     def lowres(x: Inputs) -> Tensor:
-        student, teacher, target = _given(x.student_logits), _given(x.teacher_logits), _given(x.target)
-        return tnkd_and_ce(student, teacher, target, align_corners(x), backend)
+        return logit_kernels(loss, _given(x.student_logits), _given(x.teacher_logits), x, align_corners(x), backend)
 
-    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct, "lowres": lowres}
-    return losses[loss]
+    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}
+    return {**losses, "lowres": lowres, "lowres-tnkd": lowres, "lowres-dsct": dsct}[loss]
 
 
 def reference_loss(loss: str) -> Loss:
@@ -142,40 +173,54 @@ def reference_loss(loss: str) -> Loss:
     For dsct F.cross_entropy plus the reference losses, as a training loop would add them up.
     """
 
-    def tnkd(x: Inputs) -> Tensor:
-        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
+    def tnkd_of(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
         mean, with_ce = 1, False
         return tnkd_reference(
-            student, teacher, x.target, None, 0.0, ALPHA, BETA, TEMPERATURE, IGNORE_INDEX, mean, with_ce
+            student, teacher, target, None, 0.0, ALPHA, BETA, TEMPERATURE, IGNORE_INDEX, mean, with_ce
         )[0]
+
+    def tnkd(x: Inputs) -> Tensor:
+        return tnkd_of(_given(x.student_logits), _given(x.teacher_logits), x.target)
 
     def cafd(x: Inputs) -> Tensor:
         return cafd_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 1.0, 1)
 
+    def maps(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        student, teacher, share = overlaid(_given(x.student_logits), _given(x.teacher_logits), x.target, IGNORE_INDEX)
+        return student, teacher, _given(share)
+
+    def matched_of(student: Tensor, teacher: Tensor, share: Tensor) -> Tensor:
+        return matched_reference(student, teacher, share.unsqueeze(1) > 0, 1.0, 4.0, 1)
+
     def matched(x: Inputs) -> Tensor:
-        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
-        mask = (_given(x.target) != IGNORE_INDEX).unsqueeze(1)
-        return matched_reference(student, teacher, mask, 1.0, 4.0, 1)
+        return matched_of(*maps(x))
 
     def jaccard(x: Inputs) -> Tensor:
-        student, teacher = _given(x.student_logits), _given(x.teacher_logits)
-        acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-        share = labelled(_given(x.target), IGNORE_INDEX, list(student.shape[2:]), acc)
-        return jaccard_reference(student, teacher, share, 1.0)
+        return jaccard_reference(*maps(x), 1.0)
 
     def dsct(x: Inputs) -> Tensor:
-        ce = F.cross_entropy(_given(x.student_logits), _given(x.target), ignore_index=IGNORE_INDEX)
-        total = ce + 3 * matched(x) + 3 * jaccard(x)
+        if loss == "lowres-dsct":
+            ce = cross_entropy(x)
+        else:
+            ce = F.cross_entropy(_given(x.student_logits), _given(x.target), ignore_index=IGNORE_INDEX)
+        at_own_size = maps(x)
+        total = ce + 3 * matched_of(*at_own_size) + 3 * jaccard_reference(*at_own_size, 1.0)
         return total if x.student_features is None else total + cafd(x)
 
     def lowres(x: Inputs) -> Tensor:
-        student, teacher = upsampled(x)
-        ce = F.cross_entropy(student, _given(x.target), ignore_index=IGNORE_INDEX)
-        settings = (None, 0.0, ALPHA, BETA, TEMPERATURE, IGNORE_INDEX, 1, False)
-        return ce + tnkd_reference(student, teacher, x.target, *settings)[0]
+        student = at_labels(x.student_logits, x)
+        total = tnkd_of(student, at_labels(x.teacher_logits, x), x.target)
+        if loss == "lowres-tnkd":
+            return total
+        return total + F.cross_entropy(student, _given(x.target), ignore_index=IGNORE_INDEX)
 
-    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct, "lowres": lowres}
-    return losses[loss]
+    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}
+    return {**losses, "lowres": lowres, "lowres-tnkd": lowres, "lowres-dsct": dsct}[loss]
+
+
+def default_baselines(loss: str) -> tuple[str, ...]:
+    """lowres: not the eager reference, which takes seconds a call and is far behind torch.compile."""
+    return BASELINES[2:] if loss in LOWRES else BASELINES[:3]
 
 
 def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, ...]) -> dict[str, Loss]:
@@ -191,8 +236,9 @@ def make_candidates(loss: str, baselines: tuple[str, ...], backends: tuple[str, 
     if COMPILE in baselines:
         torch.compiler.reset()
         candidates[COMPILE] = torch.compile(reference)
-    if BEFOREHAND in baselines and loss == "lowres":
-        candidates[BEFOREHAND] = beforehand
+    if loss in LOWRES:
+        theirs = {BEFOREHAND: beforehand(loss), CROSS_ENTROPY: cross_entropy, FULL_SIZE: full_size(loss)}
+        candidates.update({name: theirs[name] for name in theirs if name in baselines})
     candidates.update({backend: backend_loss(loss, backend) for backend in backends})
     return candidates
 
@@ -201,7 +247,7 @@ def auto_backend(loss: str, inputs: Inputs) -> str:
     """The backend that `backend="auto"` stands for with these inputs."""
     from dsct_kernels import backends
 
-    folder = {"matched": "cafd", "dsct": "tnkd", "lowres": "tnkd"}.get(loss, loss)
+    folder = {"matched": "cafd", **dict.fromkeys(("dsct", *LOWRES), "tnkd")}.get(loss, loss)
     prefix = "matched_" if loss == "matched" else ""
     reference, native = (
         importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", f"{prefix}native")

@@ -7,10 +7,31 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.cases import DTYPES, FORWARD_BACKWARD, LAYOUTS, LOSSES, PHASES, default_shapes
+from benchmarks.cases import (
+    BEFOREHAND,
+    COMPILE,
+    CROSS_ENTROPY,
+    DTYPES,
+    EAGER,
+    FORWARD_BACKWARD,
+    FULL_SIZE,
+    LAYOUTS,
+    LOSSES,
+    LOWRES,
+    MASK_TRICK,
+    PHASES,
+    default_shapes,
+)
 
 Result = dict[str, Any]  # what the JSON file holds
-EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
+COLOURS = {
+    EAGER: "#4477aa",
+    MASK_TRICK: "#aabbcc",
+    COMPILE: "#ee7733",
+    BEFOREHAND: "#228833",
+    CROSS_ENTROPY: "#aa3377",
+    FULL_SIZE: "#999933",
+}
 BUSY = 0.05  # share of the CPUs taken by others that calls for a warning
 KEY = ("loss", "shape", "layout", "dtype", "phase")
 
@@ -48,10 +69,16 @@ class Row:
 
     @property
     def speedup_best(self) -> float | None:
-        """Over the better of eager and compile, as called: for the small shapes, where overhead rules."""
-        ours, bases = self.as_called(self.ours_name), [self.as_called(name) for name in (EAGER, COMPILE)]
+        """Over the best of what else computes it, as called: for the small shapes, where overhead rules."""
+        ours, bases = self.as_called(self.ours_name), [self.as_called(name) for name in (EAGER, COMPILE, BEFOREHAND)]
         ratios = [base / ours for base in bases if base and ours]
         return min(ratios) if ratios else None
+
+    @property
+    def of_full_size(self) -> float | None:
+        """Our time as a multiple of that of our own kernel on logits of the labels' size."""
+        ratio = self.speedup(FULL_SIZE)
+        return 1 / ratio if ratio else None
 
     def _first(self) -> dict[str, Any]:
         return next(iter(self.by_name.values()))
@@ -74,11 +101,11 @@ class Row:
         ours = self.ms(name or self.ours_name)
         return None if ours is None else self._first()["floor_bytes"] / ours / 1e6
 
-    def memory(self, name: str | None = None) -> float | None:
-        """Peak extra memory in student tensors."""
+    def memory(self, name: str | None = None, scratch: int = 0) -> float | None:
+        """Peak extra memory in student tensors, less `scratch` bytes that are there at any size."""
         measured = self.by_name.get(name or self.ours_name or "", {})
         extra = measured.get("extra_bytes")
-        return None if extra is None else extra / measured["student_bytes"]
+        return None if extra is None else max(extra - scratch, 0) / measured["student_bytes"]
 
 
 def make_rows(result: Result, phases: Iterable[str] | None = None) -> list[Row]:
@@ -198,30 +225,49 @@ def _print_ranges(rows: list[Row], names: Iterable[str], console: Any) -> None:
 
 
 def markdown(result: Result) -> str:
-    """The README's table, forward+backward: figures in a README are generated, never typed."""
+    """The README's tables, forward+backward: figures in a README are generated, never typed.
+
+    Losses of logits smaller than the labels come first, in a table of their own, with baselines of their own.
+    """
     rows = make_rows(result, [FORWARD_BACKWARD])
-    machine = result["machine"]
-    on_gpu = machine["device"] != "cpu"
-    baselines = [f"{name} ms" for name in (EAGER, MASK_TRICK, COMPILE)]
+    on_gpu = result["machine"]["device"] != "cpu"
+    lowres = [row for row in rows if row.loss in LOWRES]
+    others = [row for row in rows if row.loss not in LOWRES]
+    tables = []
+    if lowres:
+        times = (COMPILE, BEFOREHAND, CROSS_ENTROPY, FULL_SIZE)
+        tables.append(_table(lowres, on_gpu, times, (COMPILE, BEFOREHAND, CROSS_ENTROPY, FULL_SIZE)))
+    if others:
+        tables.append(_table(others, on_gpu, (EAGER, MASK_TRICK, COMPILE), (EAGER, COMPILE)))
+    return "\n\n".join([*tables, _note(result, rows)]) + "\n"
+
+
+def _table(rows: list[Row], on_gpu: bool, times: tuple[str, ...], ratios: tuple[str, ...]) -> str:
     ours = ["backend", "ms", "host ms"] if on_gpu else ["ours ms"]
     shares = ["GB/s", "of copy"] if on_gpu else ["x floor"]
     left = ["loss", "shape", "layout", "dtype"]
-    right = [*baselines, *ours, "x eager", "x compile", *shares, "memory"]
+    right = [*(f"{name} ms" for name in times), *ours, *(f"x {name}" for name in ratios), *shares, "memory"]
     lines = [_line([*left, *right]), _line(["---"] * len(left) + ["---:"] * len(right))]
     for row in rows:
-        case = [row.loss, row.shape.replace("x", " x ").replace("+", " + "), row.layout, row.dtype]
-        case += [number(row.ms(name)) for name in (EAGER, MASK_TRICK, COMPILE)]
+        case = [row.loss, row.shape.replace("x", " x ").replace("+", " + ").replace("@", " @ "), row.layout, row.dtype]
+        case += [number(row.ms(name)) for name in times]
         for name in _backends(row) if on_gpu else [row.ours_name]:
             x_floor = row.x_floor(name)
             cells = [number(row.ms(name))]
             if on_gpu:
                 cells = [name or "-", *cells, number(row.by_name.get(name or "", {}).get("host_ms"))]
-            cells += [number(row.speedup(EAGER, name)), number(row.speedup(COMPILE, name))]
+            cells += [number(row.speedup(ratio, name)) for ratio in ratios]
             if on_gpu:
                 cells += [number(row.gb_s(name)), f"{1 / x_floor:.0%}" if x_floor else "-"]
             else:
                 cells.append("in cache" if row.in_cache and row.ours else number(x_floor))
             lines.append(_line([*case, *cells, number(row.memory(name))]))
+    return "\n".join(lines)
+
+
+def _note(result: Result, rows: list[Row]) -> str:
+    machine = result["machine"]
+    on_gpu = machine["device"] != "cpu"
     copies = sorted(m["copy_gb_s"] for m in result["measurements"])
     where = machine["name"] if on_gpu else f"{machine['name']}, {machine['threads']} threads"
     backends = sorted({row.ours_name for row in rows if row.ours_name})
@@ -230,12 +276,11 @@ def markdown(result: Result) -> str:
     else:
         ours_are = f"ours: {', '.join(backends) or 'none'}; "
         explained = "x floor: times the time in which the bytes that must move could be copied"
-    note = (
+    return (
         f"{where}, torch {machine['torch']}, {machine['date'][:10]}; {ours_are}"
         f"median of interleaved repeats; copy bandwidth {copies[0]:.0f} to {copies[-1]:.0f} GB/s in the same run; "
         f"{explained}; memory: peak extra, in student tensors."
     )
-    return "\n".join([*lines, "", note]) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -258,10 +303,9 @@ def draw_charts(result: Result, path: pathlib.Path) -> list[pathlib.Path]:
     machine, paths = result["machine"], []
     by_loss = {loss: [r for r in make_rows(result, [FORWARD_BACKWARD]) if r.loss == loss and r.ours] for loss in LOSSES}
     losses = [loss for loss in LOSSES if by_loss[loss]]
-    colours = {EAGER: "#4477aa", MASK_TRICK: "#aabbcc", COMPILE: "#ee7733"}
     for loss in losses:
         rows = by_loss[loss]
-        baselines = [name for name in (EAGER, MASK_TRICK, COMPILE) if any(row.speedup(name) for row in rows)]
+        baselines = [name for name in COLOURS if any(row.speedup(name) for row in rows)]
         height = 1.1 + 0.24 * (len(baselines) + 0.8) * len(rows)
         figure, axes = plt.subplots(figsize=(8.5, height), layout="constrained")
         for place, row in enumerate(rows):
@@ -270,7 +314,7 @@ def draw_charts(result: Result, path: pathlib.Path) -> list[pathlib.Path]:
                 if ratio is None:
                     continue
                 y = place * (len(baselines) + 0.8) + turn
-                axes.barh(y, ratio, height=0.9, color=colours[name], label=f"over {name}" if place == 0 else None)
+                axes.barh(y, ratio, height=0.9, color=COLOURS[name], label=f"over {name}" if place == 0 else None)
                 axes.annotate(
                     f"{number(ratio)}x", (ratio, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
                 )

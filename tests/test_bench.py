@@ -12,7 +12,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import bench_losses, candidates, cases, check, measure, report  # noqa: E402
+from benchmarks import bench_losses, candidates, cases, check, measure, report, train_step  # noqa: E402
 
 
 def case(loss="tnkd", shape="2x3x4x4", layout="contiguous", dtype="fp32", phase=cases.FORWARD_BACKWARD):
@@ -29,7 +29,7 @@ def measured(of: cases.Case, name: str, ms: float, extra: int = 0, device: str =
         "phase": of.phase,
         "device": device,
         "candidate": name,
-        "kind": "backend" if name in candidates.BACKENDS else "baseline",
+        "kind": "backend" if name in cases.BACKENDS else "baseline",
         "auto": "native",
         "floor_bytes": of.floor_bytes,
         "student_bytes": of.student_bytes,
@@ -60,13 +60,17 @@ def test_floor_counts_what_must_move():
     assert case("matched").floor_bytes == 5 * 4 * logits + 8 * pixels  # both logits are read again
     small = case("lowres", "2x3x4x4+2x3x2x2")  # student and gradient, the smaller teacher, labels of 512 x 512
     assert small.floor_bytes == 2 * 4 * logits + 4 * 2 * 3 * 2 * 2 + 8 * 2 * 512 * 512
-    assert small.student_bytes == 4 * logits
+    assert small.student_bytes == 4 * logits == case("lowres", "2x3x4x4", dtype="bf16").student_bytes
+    assert case("lowres-tnkd", "2x3x4x4@8x16").floor_bytes == 3 * 4 * logits + 8 * 2 * 8 * 16
+    assert case("lowres-dsct", "2x3x4x4@8x16").floor_bytes == 5 * 4 * logits + 8 * 2 * 8 * 16
     joined = case("dsct", "2x3x4x4+2x5x2x2")
     assert joined.floor_bytes == case("jaccard").floor_bytes + 4 * 4 * (2 * 5 * 2 * 2)
     assert joined.student_bytes == 4 * (logits + 2 * 5 * 2 * 2)
 
 
-@pytest.mark.parametrize("text", ["4x6", "4x6x0x2", "ax6x2x2", "4x6x2x2+1x1x1x1+1x1x1x1", ""])
+@pytest.mark.parametrize(
+    "text", ["4x6", "4x6x0x2", "ax6x2x2", "4x6x2x2+1x1x1x1+1x1x1x1", "4x6x2x2@8", "4x6x2x2@0x8", ""]
+)
 def test_bad_shape_is_named(text):
     with pytest.raises(ValueError, match="shape: expected"):
         cases.parse_shape(text)
@@ -80,6 +84,9 @@ def test_cases_asked_for():
     assert any(c.shape == "16x150x512x512" for c in cases.make_cases(["tnkd"], "cuda"))
     only = cases.make_cases(["tnkd", "cafd"], "cpu", shapes=["2x3x4x4+1x1x2x2"])
     assert only == []  # a pair of shapes fits dsct alone
+    small = cases.make_cases(cases.LOSSES, "cpu", shapes=["1x6x16x16@64x64", "1x6x16x16@15x64"])
+    assert {(c.loss, c.shape, c.dtype) for c in small} == {(loss, "1x6x16x16@64x64", "fp32") for loss in cases.LOWRES}
+    assert full[0].loss == "lowres" and full[0].labels == (4, 512, 512) and small[0].labels == (1, 64, 64)
     quick = cases.make_cases(cases.LOSSES, "cpu", quick=True)
     assert {(c.layout, c.dtype, c.phase) for c in quick} == {("contiguous", "fp32", cases.FORWARD_BACKWARD)}
 
@@ -108,17 +115,37 @@ def test_mask_trick_is_the_same_loss_where_it_is_safe():
         ("tnkd", "2x5x8x8"),
         ("cafd", "2x5x8x8"),
         ("matched", "2x5x8x8"),
+        ("jaccard", "2x5x8x8"),
         ("dsct", "2x5x8x8+2x4x4x4"),
-        ("lowres", "1x3x8x8+1x3x9x4"),
-        ("lowres", "1x3x9x9"),
+        *((loss, shape) for loss in cases.LOWRES for shape in ("1x3x8x8+1x3x9x4@16x16", "1x3x9x9@33x17")),
     ],
 )
 def test_baseline_and_public_function_compute_the_same(loss, shape):
+    lowres = loss in cases.LOWRES
     x = cases.make_inputs(case(loss, shape, dtype="fp64"), torch.device("cpu"))
     # upsampled in float32 or better by the library, in float32 by the baseline
-    tolerance = dict(rtol=1e-5, atol=0) if loss == "lowres" else {}
+    tolerance = dict(rtol=1e-5, atol=0) if lowres else {}
     got, want = candidates.backend_loss(loss, "reference")(x), candidates.reference_loss(loss)(x)
-    torch.testing.assert_close(got, want, check_dtype=loss != "lowres", **tolerance)
+    torch.testing.assert_close(got, want, check_dtype=not lowres, **tolerance)
+
+
+@pytest.mark.parametrize("loss", cases.LOWRES)
+@pytest.mark.parametrize("shape", ["1x3x8x8+1x3x9x4@16x16", "1x3x9x9@33x17"])
+def test_the_old_path_computes_the_same_and_the_full_size_kernel_has_logits_of_its_own(loss, shape):
+    bench = measure.Bench(case(loss, shape, "channels_last"), torch.device("cpu"))
+    every = candidates.make_candidates(loss, candidates.default_baselines(loss), ("native",))
+    assert list(every) == ["compile", "beforehand", "cross-entropy", "full-size", "native"]
+    (ours,), (before,), (full,) = (bench.call(every[name]) for name in ("native", "beforehand", "full-size"))
+    torch.testing.assert_close(ours, before, rtol=1e-4, atol=1e-7)
+    assert ours.shape == (1, 3, *cases.parse_shape(shape)[0][2:]) and full.shape[2:] == cases.label_size(shape)
+    assert bench.inputs[0].student_logits.shape == ours.shape  # the others' inputs are as they were
+    if loss != "lowres-dsct":  # whose other parts are of the logits' own size
+        upsampled = candidates.at_labels(bench.inputs[0].student_logits, bench.inputs[0])
+        (down,) = torch.autograd.grad(upsampled, bench.inputs[0].student_logits, full)
+        torch.testing.assert_close(down, ours, rtol=1e-4, atol=1e-7)
+    with_ce, alone = every["cross-entropy"](bench.inputs[0]), candidates.reference_loss("lowres")(bench.inputs[0])
+    tnkd = candidates.reference_loss("lowres-tnkd")(bench.inputs[0])
+    torch.testing.assert_close(with_ce + tnkd, alone)
 
 
 def test_turns_are_spread_evenly():
@@ -184,12 +211,18 @@ def test_row_ratios():
     assert report.make_rows(small)[0].x_floor() is None  # in cache
 
 
+TIMES = {"eager": 100.0, "compile": 30.0, "beforehand": 12.0, "cross-entropy": 11.0, "full-size": 1.0}
+
+
 def full_result(ours_ms: float, extra: float = 1.0, device: str = "cpu"):
-    """Every case in the table of thresholds, floor 1 ms, eager 100 ms, compile 30 ms."""
+    """Every case in the table of thresholds, floor 1 ms, the baselines as in TIMES."""
     measurements = []
-    for of in cases.make_cases(["tnkd", "cafd", "matched"], device, phases=[cases.FORWARD_BACKWARD]):
+    losses = [loss for loss in cases.LOSSES if loss != "dsct"]
+    for of in cases.make_cases(losses, device, phases=[cases.FORWARD_BACKWARD]):
         copy_gb_s = of.floor_bytes / 1e6
-        for name, ms in (("eager", 100.0), ("compile", 30.0), ("native", ours_ms)):
+        for name, ms in {**TIMES, "native": ours_ms}.items():
+            if of.loss not in cases.LOWRES and name in ("beforehand", "cross-entropy", "full-size"):
+                continue
             measurements.append(measured(of, name, ms, int(extra * of.student_bytes), device, copy_gb_s))
     return result(measurements, device)
 
@@ -200,9 +233,41 @@ def test_check_passes_and_misses(device):
     assert verdicts and all(verdict.passed for verdict in verdicts)
     assert {v.threshold for v in verdicts} == {t for t in check.THRESHOLDS if t.device == device}
     slow = [v for v in check.check(full_result(31.0, device=device)) if not v.passed]
-    assert {v.threshold.figure for v in slow} >= {"x eager", "x compile", "x better of eager and compile"}
+    on_cpu = {"x beforehand", "x cross-entropy", "of full size"} if device == "cpu" else set()
+    assert {v.threshold.figure for v in slow} >= {"x eager", "x compile", "x best", *on_cpu}
     greedy = [v for v in check.check(full_result(1.0, extra=1.2, device=device)) if not v.passed]
     assert {v.threshold.figure for v in greedy} == {"extra memory in student tensors"}
+
+
+@pytest.mark.parametrize(
+    "shape,required",
+    [
+        (cases.LOWRES_SHAPES[0], {"x beforehand": 5, "x compile": 15, "x cross-entropy": 5, "of full size": 1.2}),
+        (cases.LOWRES_SHAPES[-1], {"x beforehand": 10, "x compile": 25, "x cross-entropy": 5, "of full size": 1.2}),
+    ],
+)
+@pytest.mark.parametrize("loss", cases.LOWRES)
+def test_what_is_required_where_logits_are_smaller_than_the_labels(loss, shape, required):
+    of = case(loss, shape)
+    memory = {"extra memory in student tensors, less scratch": 2}
+    found = {v.threshold.figure: v for v in check.check(result([measured(of, "native", 1.0, 3 * of.student_bytes)]))}
+    assert {name: v.threshold.value for name, v in found.items()} == required | memory
+    assert not any(v.passed for v in found.values()), "no baseline was timed, and three tensors are too many"
+    entries = [measured(of, name, value) for name, value in (("native", 1.0), ("full-size", 1 / 1.25))]
+    (late,) = (v for v in check.check(result(entries)) if v.threshold.figure == "of full size")
+    assert late.value == pytest.approx(1.25) and not late.passed
+    within = measured(of, "native", 1.0, 2 * of.student_bytes + check.SCRATCH)
+    (fits,) = (v for v in check.check(result([within])) if "scratch" in v.threshold.figure)
+    assert fits.passed
+
+
+def test_a_small_image_is_held_against_the_better_of_compile_and_the_old_path():
+    of = case("lowres", cases.LOWRES_SMALL)
+    for name in ("compile", "beforehand"):
+        others = {"compile": 2.0, "beforehand": 2.0, name: 0.9}
+        entries = [measured(of, each, ms) for each, ms in {**others, "native": 1.0}.items()]
+        (verdict,) = check.check(result(entries))
+        assert verdict.threshold.figure == "x best" and verdict.value == pytest.approx(0.9) and not verdict.passed
 
 
 def test_check_calls_a_missing_figure_a_miss():
@@ -211,9 +276,16 @@ def test_check_calls_a_missing_figure_a_miss():
 
 
 def test_markdown_has_the_figures():
-    text = report.markdown(full_result(2.0))
-    lines = text.splitlines()
-    assert lines[0].startswith("| loss | shape | layout | dtype | eager ms | mask-trick ms | compile ms | ours ms |")
+    first, second, note = report.markdown(full_result(2.0)).split("\n\n")
+    left = "| loss | shape | layout | dtype "
+    lines = first.splitlines()
+    assert lines[0].startswith(f"{left}| compile ms | beforehand ms | cross-entropy ms | full-size ms | ours ms |")
+    row = next(line for line in lines if "lowres-dsct | 1 x 6 x 16 x 16 @ 64 x 64 | contiguous | fp32" in line)
+    cells = [cell.strip() for cell in row.split("|")[5:-1]]
+    assert cells == ["30.0", "12.0", "11.0", "1.00", "2.00", "15.0", "6.00", "5.50", "0.50", "2.00", "1.00"]
+    assert note.startswith("a machine, 2 threads, torch 2")
+    lines = second.splitlines()
+    assert lines[0].startswith(f"{left}| eager ms | mask-trick ms | compile ms | ours ms |")
     row = next(line for line in lines if "1 x 150 x 512 x 512 | contiguous | fp32" in line)
     cells = [cell.strip() for cell in row.split("|")[5:-1]]
     assert cells == ["100", "-", "30.0", "2.00", "50.0", "15.0", "2.00", "1.00"]
@@ -234,8 +306,9 @@ def test_markdown_of_a_gpu_has_a_line_for_each_backend_with_bandwidth_and_host_t
 
 def test_chart_is_drawn_for_each_loss(tmp_path):
     pytest.importorskip("matplotlib")
-    paths = report.draw_charts(full_result(2.0), tmp_path / "chart.png")
-    assert [path.name for path in paths] == ["chart-tnkd.png", "chart-cafd.png", "chart-matched.png"]
+    of_two = [m for m in full_result(2.0)["measurements"] if m["loss"] in ("cafd", "lowres-dsct")]
+    paths = report.draw_charts(result(of_two[::-1]), tmp_path / "chart.png")
+    assert [path.name for path in paths] == ["chart-lowres-dsct.png", "chart-cafd.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
@@ -279,7 +352,7 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     assert bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--one-process", "--json", str(path)]) == 1
     data = json.loads(path.read_text())
-    assert {m["loss"] for m in data["measurements"]} == {"cafd", "matched", "jaccard", "dsct", "lowres"}
+    assert {m["loss"] for m in data["measurements"]} == set(cases.LOSSES) - {"tnkd"}
     assert [failure["reason"] for failure in data["failed"]] == ["no such luck"]
 
 
@@ -312,7 +385,7 @@ def test_small_shapes_are_judged_as_called():
 
 
 @pytest.mark.parametrize(
-    "loss,shape", [("tnkd", "2x3x8x8"), ("cafd", "2x3x8x8"), ("matched", "2x3x8x8"), ("dsct", "2x3x8x8+2x3x4x4")]
+    "loss,shape", [("cafd", "2x3x8x8"), ("dsct", "2x3x8x8+2x3x4x4"), *((x, "2x3x8x8@16x16") for x in cases.LOWRES)]
 )
 def test_the_compiled_baseline_is_compiled_once_for_all_buffers(loss, shape):
     graphs = []
@@ -333,13 +406,14 @@ def test_the_compiled_baseline_is_compiled_once_for_all_buffers(loss, shape):
 def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
     pytest.importorskip("rich")
     path = tmp_path / "out.json"
-    options = ["--quick", "--only-shape", "2x3x4x4", "--budget", "0.05", "--baselines", "eager", "mask-trick"]
+    options = ["--quick", "--only-shape", "2x3x4x4", "2x3x4x4@8x8", "--budget", "0.01", "--threads", "1"]
+    options += ["--loss", "lowres-dsct", "tnkd", "cafd", "--baselines", "eager", "mask-trick", "full-size"]
     command = [sys.executable, ROOT / "benchmarks" / "bench_losses.py", *options, "--json", path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # as users run it
     assert done.returncode == 0, done.stderr
     data = json.loads(path.read_text())
     assert {(m["loss"], m["candidate"]) for m in data["measurements"] if "ms" in m} >= {
-        ("tnkd", "eager"), ("tnkd", "mask-trick"), ("cafd", "eager"), ("dsct", "eager"),
+        ("tnkd", "eager"), ("tnkd", "mask-trick"), ("cafd", "eager"), ("lowres-dsct", "full-size"),
     }  # fmt: skip
     for m in data["measurements"]:
         assert "reason" in m or (0 < m["ms"]["min"] <= m["ms"]["median"] <= m["ms"]["max"] < math.inf)
@@ -354,11 +428,41 @@ def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
     assert "| tnkd | 2 x 3 x 4 x 4 | contiguous | bf16 |" in capsys.readouterr().out
     assert bench_losses.main(["--read", str(path), "--markdown", "--dtype", "fp32", "--loss", "tnkd", "cafd"]) == 0
     fp32 = capsys.readouterr().out
-    assert "| cafd | 2 x 3 x 4 x 4 | contiguous | fp32 |" in fp32 and "bf16" not in fp32 and "| dsct |" not in fp32
+    assert "| cafd | 2 x 3 x 4 x 4 | contiguous | fp32 |" in fp32 and "bf16" not in fp32 and "lowres" not in fp32
     with pytest.raises(SystemExit, match="none of the cases"):
         bench_losses.main(["--read", str(path), "--layout", "channels_last"])
     assert bench_losses.main(["--read", str(path), "--check"]) == 1  # no required shape was run: not a pass
     assert "0 of 0" in capsys.readouterr().out
+
+
+def test_a_training_step_both_ways(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    path = tmp_path / "step.json"
+    options = ["--student", "segformer-tiny", "--teacher", "segformer-tiny", "--crop", "64", "--classes", "5"]
+    assert train_step.main([*options, "--steps", "1", "--batch", "2", "--json", str(path), "--markdown"]) == 0
+    measurements = json.loads(path.read_text())["measurements"]
+    assert [m["objective"] for m in measurements] == ["lowres", "lowres-dsct"]
+    for m in measurements:
+        assert m["models_bytes"] > 0 and m["classes"] == 5
+        for way in m["ways"].values():
+            assert 0 < way["loss_ms"] < way["step_ms"] < math.inf and way["extra_bytes"] >= 0
+            assert way["loss_share"] == pytest.approx(way["loss_ms"] / way["step_ms"])
+            assert way["images_per_s"] == pytest.approx(2e3 / way["step_ms"])
+    out = capsys.readouterr().out
+    assert "| dsct_loss as it is | 5 | 2 |" in out and "segformer-tiny learning from segformer-tiny" in out
+
+
+@pytest.mark.parametrize("objective", train_step.OBJECTIVES)
+def test_both_ways_train_the_student_alike(objective):
+    pytest.importorskip("transformers")
+    options = ["--student", "segformer-tiny", "--teacher", "segformer-tiny", "--crop", "64"]
+    step = train_step.Step(train_step.parse(options), 5)
+    step.student.eval()  # no dropout between the two
+    gradients = []
+    for loss in (candidates.reference_loss(objective), candidates.backend_loss(objective, "auto")):
+        step.run(loss)
+        gradients.append(torch.cat([p.grad.flatten() for p in step.student.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm() > 0
 
 
 @pytest.mark.parametrize("loss", ["tnkd", "cafd"])

@@ -250,3 +250,22 @@ def test_two_processes_share_the_training(tmp_path):
     assert cli.main([*tiny, "--teacher", str(both / "teacher"), "--arms=alone", "--out", str(again)]) == 0
     scores = [json.loads((folder / "results.json").read_text())["teacher"]["iou"] for folder in (both, again)]
     assert scores[0] == pytest.approx(scores[1], nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_cross_entropy_is_torchs_of_upsampled_logits(dtype, labelled):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 8, 6).to(dtype).requires_grad_()
+    target = torch.randint(0, 5, (2, 32, 24), dtype=torch.uint8)
+    target[:, :5] = data.IGNORE
+    if not labelled:
+        target.fill_(data.IGNORE)
+    got = loop.cross_entropy(models.Output(logits, []), target, "auto")
+    full = torch.nn.functional.interpolate(logits.float(), size=target.shape[1:], mode="bilinear")
+    valid = (target != data.IGNORE).sum().clamp(min=1)
+    keywords = {"ignore_index": data.IGNORE, "reduction": "sum"}
+    want = torch.nn.functional.cross_entropy(full, target.long(), **keywords) / valid
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=torch.finfo(dtype).eps * 16, atol=1e-8)
