@@ -31,9 +31,11 @@ from dsct_kernels.cafd.reference import cafd as cafd_reference
 from dsct_kernels.cafd.reference import matched_cafd as matched_reference
 from dsct_kernels.jaccard.reference import jaccard as jaccard_reference
 from dsct_kernels.pool import overlaid
+from dsct_kernels.tnkd.objective import Objective
 from dsct_kernels.tnkd.reference import tnkd as tnkd_reference
 
 ALPHA, BETA, TEMPERATURE = 1.0, 2.0, 2.0  # tnkd_loss's defaults, stated for the mask-trick form
+TNKD = Objective(ALPHA, BETA, TEMPERATURE, IGNORE_INDEX)
 
 
 def mask_trick_dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
@@ -174,10 +176,7 @@ def reference_loss(loss: str) -> Loss:
     """
 
     def tnkd_of(student: Tensor, teacher: Tensor, target: Tensor | None) -> Tensor:
-        mean, with_ce = 1, False
-        return tnkd_reference(
-            student, teacher, target, None, 0.0, ALPHA, BETA, TEMPERATURE, IGNORE_INDEX, mean, with_ce
-        )[0]
+        return tnkd_reference(student, teacher, target, TNKD)[0]
 
     def tnkd(x: Inputs) -> Tensor:
         return tnkd_of(_given(x.student_logits), _given(x.teacher_logits), x.target)
@@ -247,19 +246,12 @@ def auto_backend(loss: str, inputs: Inputs) -> str:
     """The backend that `backend="auto"` stands for with these inputs."""
     from dsct_kernels import backends
 
-    folder = {"matched": "cafd", **dict.fromkeys(("dsct", *LOWRES), "tnkd")}.get(loss, loss)
-    prefix = "matched_" if loss == "matched" else ""
-    reference, native = (
-        importlib.import_module(f"dsct_kernels.{folder}.{name}") for name in ("reference", f"{prefix}native")
-    )
-    triton = None if loss in ("matched", "jaccard") else importlib.import_module(f"dsct_kernels.{folder}.triton")
+    module = {"cafd": "cafd.loss", "matched": "cafd.matched", "jaccard": "jaccard.loss"}.get(loss, "tnkd.loss")
+    offered = importlib.import_module(f"dsct_kernels.{module}").BACKENDS
     tensors = [
         x
         for x in (inputs.student_logits, inputs.teacher_logits, inputs.student_features, inputs.teacher_features)
         if x is not None
     ]
-    return (
-        backends.choose("auto", reference, native, triton, *tensors)
-        .__name__.rsplit(".", 1)[-1]
-        .removeprefix("matched_")
-    )
+    name: str = backends.choose("auto", offered, *tensors).name
+    return name

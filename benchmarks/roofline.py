@@ -39,6 +39,7 @@ from benchmarks.cases import DTYPES, FORWARD_BACKWARD, IGNORE_INDEX, LAYOUTS, PH
 from dsct_kernels import triton_common
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.tnkd import triton as tnkd
+from dsct_kernels.tnkd.objective import Objective
 from tests import nvcc
 from tests.aot import Launch, recorded, report, source
 from tests.cuda_host import harness
@@ -135,21 +136,10 @@ def launches_of(case: Case) -> list[Launch]:
     with recorded(tnkd, cafd) as launches:
         if case.logits:
             target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
-            logits, with_ce = empty(case.logits, case), case.loss == "dsct"
-            ce_weight = 1.0 if with_ce else 0.0
-            numbers = torch.tensor([ce_weight, 1.0, 2.0, 2.0], dtype=torch.float64)
-            tnkd.forward(
-                logits,
-                logits,
-                target,
-                None,
-                numbers,
-                torch.tensor(IGNORE_INDEX),
-                1,
-                with_ce,
-                backward,
-                by_pointer=False,
-            )
+            logits = empty(case.logits, case)
+            objective = Objective(1.0, 2.0, 2.0, IGNORE_INDEX, ce_weight=1.0 if case.loss == "dsct" else None)
+            packed = objective.packed(target, torch.device("cpu"))
+            tnkd.forward(logits, logits, target, *packed, backward, by_pointer=False)
         if case.features:
             features = empty(case.features, case)
             temperatures = torch.ones(2, dtype=torch.float64)

@@ -26,6 +26,7 @@ import torch
 from benchmarks.measure import COPY_BYTES, HOLD_CYCLES_PER_S, cache_bytes
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.tnkd import triton as tnkd
+from dsct_kernels.tnkd.objective import Objective
 
 SHAPES = {
     "tnkd": [(16, 6, 512, 512), (4, 6, 512, 512), (2, 19, 512, 512), (1, 150, 512, 512), (128, 100, 1, 1)],
@@ -80,11 +81,11 @@ def tnkd_case(
 
     data = [(logits(), logits(), torch.randint(0, classes, (n, h, w), device=device)) for _ in range(sets)]
     adjacent = form == torch.contiguous_format and h * w > 1
-    numbers = torch.tensor([0.0, 1.0, 2.0, 2.0], dtype=torch.float64)
+    packed = Objective(1.0, 2.0, 2.0, ignore_index=255).packed(data[0][2], torch.device("cpu"))
     chosen = tnkd.choose(classes, dtype.itemsize, adjacent, h * w if adjacent else n * h * w)
 
     def run(i: int, config: tnkd.Config) -> object:
-        return tnkd.forward(*data[i], None, numbers, torch.tensor(255), 1, False, True, config)
+        return tnkd.forward(*data[i], *packed, True, config)
 
     return needed, sets, run, [chosen, *tnkd.candidates(classes, dtype.itemsize, adjacent)]
 

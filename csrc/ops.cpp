@@ -1,8 +1,9 @@
 // The schemas of every native op: the one list. Numbers that change from call to call are tensors: `values` (4,)
-// float64 (weights of CE, TCKD, NCKD; temperature), `ignore_index` () int64, `temperatures` (2,) float64 (channel,
-// spatial). Each lies on the CPU, where the host reads it, or beside the logits, where only kernels do. Kernels are
-// registered beside it per device: CPU here, CUDA in ops_cuda.cpp. Arguments and results are explained in docs/ops.md;
-// dsct_kernels/{tnkd,cafd,jaccard}/native.py call them.
+// float64 (weights of CE, TCKD, NCKD; temperature; without the first: no CE), `ignore_index` () int64, `temperatures`
+// (2,) float64 (channel, spatial). Each lies on the CPU, where the host reads it, or beside the logits, where only
+// kernels do. Kernels are registered beside it per device: CPU here, CUDA in ops_cuda.cpp. Arguments and results are
+// explained in docs/ops.md; dsct_kernels/{tnkd,cafd,jaccard}/native.py call them, and what Triton shares of them stands
+// in op.py there.
 #include "cafd/cpu/ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,12 +15,12 @@
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
   m.def(
       "tnkd(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
-      "Tensor? ignore_index, int reduction, bool with_ce, bool needs_grad) "
+      "Tensor? ignore_index, int reduction, bool needs_grad) "
       "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
   m.def(
       "tnkd_upsampled(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor "
       "values, "
-      "Tensor? ignore_index, int reduction, bool with_ce, bool align_corners, bool needs_grad) "
+      "Tensor? ignore_index, int reduction, bool align_corners, bool needs_grad) "
       "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
   // In place: multiplies by a scalar that lives on the device, and does nothing when it is exactly 1. CUDA only.
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");

@@ -6,22 +6,32 @@ import platform
 import torch
 
 from . import __version__, backends
-from .cafd import matched_native
-from .cafd import native as cafd_native
-from .cafd import reference as cafd_reference
+from .backends import Backend
 from .cafd import triton as cafd_triton
-from .jaccard import native as jaccard_native
-from .jaccard import reference as jaccard_reference
-from .tnkd import native as tnkd_native
-from .tnkd import reference as tnkd_reference
+from .cafd.loss import BACKENDS as CAFD
+from .cafd.matched import BACKENDS as MATCHED
+from .jaccard.loss import BACKENDS as JACCARD
 from .tnkd import triton as tnkd_triton
+from .tnkd.loss import BACKENDS as TNKD
+from .tnkd.loss import TNKDBackend
 
-LOSSES = {
-    "tnkd": (tnkd_reference, tnkd_native, tnkd_triton),
-    "cafd": (cafd_reference, cafd_native, cafd_triton),
-    "matched": (cafd_reference, matched_native, None),  # matched CAFD
-    "jaccard": (jaccard_reference, jaccard_native, None),
+LOSSES: dict[str, tuple[Backend, ...]] = {
+    "tnkd": TNKD,  # and cross-entropy
+    "cafd": CAFD,
+    "matched": MATCHED,  # matched CAFD
+    "jaccard": JACCARD,
 }
+
+
+def how(backend: Backend, device: str) -> str:
+    """What a usable backend makes of a call on this type of device."""
+    if backend.name == "reference":
+        return "plain PyTorch, not fused"
+    if not isinstance(backend, TNKDBackend):
+        return "fused"
+    if device in backend.upsamples_on:
+        return "fused, and so are logits smaller than the labels"
+    return "fused; logits smaller than the labels are upsampled beforehand"
 
 
 def devices() -> list[tuple[torch.device, str]]:
@@ -47,17 +57,19 @@ def main() -> None:
         print(f'DSCT_KERNELS_BACKEND={os.environ["DSCT_KERNELS_BACKEND"]} is what "auto" stands for')
     for device, name in devices():
         print(f"\n{device} ({name})")
-        for loss, modules in LOSSES.items():
+        for loss, offered in LOSSES.items():
             x = torch.zeros((1, 2, 1, 1), device=device)
+            chosen: Backend | None = None
+            refusal: Exception | None = None
             try:
-                chosen, refusal = backends.choose("auto", *modules, x), None
+                chosen = backends.choose("auto", offered, x)
             except (RuntimeError, ValueError) as error:  # DSCT_KERNELS_BACKEND cannot serve, or names no backend
-                chosen, refusal = None, error
-            for module in filter(None, modules):
-                backend = module.__name__.rpartition(".")[2].removeprefix("matched_")
-                reason = module.why_not(x)
-                state = "usable" if reason is None else f"not usable: {reason}"
-                print(f"  {loss:7} {backend:10} {state}{', chosen by auto' if module is chosen else ''}")
+                refusal = error
+            for backend in offered:
+                reason = backend.why_not(x)
+                by_auto = ", chosen by auto" if backend is chosen else ""
+                state = f"usable{by_auto}: {how(backend, device.type)}" if reason is None else f"not usable: {reason}"
+                print(f"  {loss:7} {backend.name:10} {state}")
             if refusal is not None:
                 print(f"  {loss:7} {'auto':10} raises: {refusal}")
     print(

@@ -1,13 +1,14 @@
 """Which backend serves a call, and why the others do not.
 
-A loss folder holds one module per backend, `reference`, `native` and `triton`, with the same functions in each and a
-`why_not(*tensors)` that returns None where the backend can serve these tensors, else the reason.
+A loss folder holds one module per backend, `reference`, `native` and `triton`, with the same functions in each. The
+loss lists them as records of its own, derived from `Backend`, in its `BACKENDS`.
 """
 
 import importlib
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -19,6 +20,22 @@ from torch.autograd import forward_ad
 F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "reference", "native", "triton")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute a loss. Each loss derives its own record, with its functions as fields."""
+
+    name: str
+    why_not: Callable[..., str | None]  # of a call's tensors: None where the backend can serve them, else the reason
+
+
+B = TypeVar("B", bound=Backend)
+
+
+def always(*tensors: Tensor) -> None:
+    """The `why_not` of a reference: it serves every device and dtype that torch does."""
+
 
 # With build isolation, pip's default, torch is not there and nothing can be built.
 INSTALL = 'pip install torch pybind11 ninja "setuptools>=77" && pip install --no-build-isolation .'
@@ -132,39 +149,39 @@ def known(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def else_reference(backend: str, native: ModuleType, *tensors: Tensor) -> str:
+def else_reference(backend: str, offered: tuple[Backend, ...], *tensors: Tensor) -> str:
     """What to ask for in a part of an objective that has no kernels on every device: `backend`, or the reference."""
     known(backend)
     asked = default_backend() if backend == "auto" else backend
-    missing = asked == "triton" or (asked == "native" and native.why_not(*tensors) is not None)
-    return "reference" if missing else backend
+    serves = asked == "auto" or any(b.name == asked and b.why_not(*tensors) is None for b in offered)
+    return backend if serves else "reference"
 
 
-def choose(
-    backend: str, reference: ModuleType, native: ModuleType, triton: ModuleType | None, *tensors: Tensor
-) -> ModuleType:
-    """The module that serves these tensors: a backend that is named serves or raises; "auto" falls back.
+def choose(backend: str, offered: tuple[B, ...], *tensors: Tensor) -> B:
+    """The one that serves these tensors: a backend that is named serves or raises; "auto" falls back.
 
-    triton: None where a loss has no Triton kernels.
+    offered: a loss's backends, the reference first, then in the order of preference.
     """
     if backend == "auto":
         backend = default_backend()
     if backend == "auto":
-        # CPU: Triton would run under its interpreter, never unasked. Elsewhere the measured order: benchmarks/results.
-        candidates = (native,) if triton is None or tensors[0].device.type == "cpu" else (native, triton)
         if why_no_kernel(*tensors) is None:
-            for module in candidates:
-                if module.why_not(*tensors) is None:
-                    return module
-        return reference
-    if backend == "reference":
-        return reference
-    if backend not in ("native", "triton"):
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton" and triton is None:
-        raise RuntimeError("backend='triton' cannot serve this call: this loss has no Triton kernels yet")
-    module = native if backend == "native" or triton is None else triton
-    reason = module.why_not(*tensors) or why_no_kernel(*tensors)
-    if reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
-    return module
+            # CPU: Triton would run under its interpreter, never unasked. Elsewhere the measured order:
+            # benchmarks/results.
+            unasked = "triton" if tensors[0].device.type == "cpu" else None
+            for candidate in offered[1:]:
+                if candidate.name != unasked and candidate.why_not(*tensors) is None:
+                    return candidate
+        return offered[0]
+    known(backend)
+    for candidate in offered:
+        if candidate.name == backend:
+            reason = candidate.why_not(*tensors)
+            if reason is None and candidate is not offered[0]:
+                reason = why_no_kernel(*tensors)
+            if reason is not None:
+                raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
+            return candidate
+    raise RuntimeError(
+        f"backend={backend!r} cannot serve this call: this loss has no {backend.capitalize()} kernels yet"
+    )

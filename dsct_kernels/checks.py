@@ -81,15 +81,20 @@ def label_map(target: Tensor, student_logits: Tensor) -> None:
     same_device("target", target, "student_logits", student_logits)
 
 
-def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
-    """Checks the three tensors of a TNKD call and returns the output resolution."""
+def label_size(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> list[int]:
+    """The resolution of a TNKD call: the labels', or, without them, the larger of the two networks'."""
+    if target is not None:
+        return list(target.shape[1:])
+    return [torch.sym_max(a, b) for a, b in zip(student_logits.shape[2:], teacher_logits.shape[2:])]
+
+
+def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> None:
+    """Checks the three tensors of a TNKD call."""
     logit_pair(student_logits, teacher_logits)
     s, t = student_logits.shape, teacher_logits.shape
-    if target is None:
-        size = [max(a, b) for a, b in zip(s[2:], t[2:])]
-    else:
+    if target is not None:
         label_map(target, student_logits)
-        size = list(target.shape[1:])
+    size = label_size(student_logits, teacher_logits, target)
     for name, shape in (("student_logits", s), ("teacher_logits", t)):
         for have, want in zip(shape[2:], size):
             if have == want:
@@ -102,7 +107,6 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
                 )
             if have == 0:
                 raise ValueError(f"{name}: an empty map cannot be upsampled: {tuple(shape)}, output size {tuple(size)}")
-    return size
 
 
 def overlaid(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, classes: int = 2) -> list[int]:

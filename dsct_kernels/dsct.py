@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, values
-from .cafd import matched_native
 from .cafd.loss import Features, cafd_loss
+from .cafd.matched import BACKENDS as MATCHED_BACKENDS
 from .cafd.matched import of_maps as matched_of_maps
-from .jaccard import native as jaccard_native
+from .jaccard.loss import BACKENDS as JACCARD_BACKENDS
 from .jaccard.loss import of_maps as jaccard_of_maps
 from .pool import overlaid
 from .tnkd.loss import logit_loss
+from .tnkd.objective import Objective
 from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 
 NO_MAP = "reduction: expected 'mean' or 'sum', got 'none': a map and a vector do not add up"
@@ -74,9 +75,9 @@ def dsct_loss(
             teacher's argmax.
         student_features, teacher_features: as for `cafd_loss`; both None leaves CAFD of features out.
         ce_weight, matched_weight, jaccard_weight, tnkd_weight, cafd_weight: >= 0; numbers or 0-d tensors that may
-            change at every step, as alpha, beta and the temperatures may (see `tnkd_loss`). A part of weight 0 is not
-            computed, and reported 0, where the number is known beforehand: not in a compiled graph, which serves every
-            value.
+            change at every step, as alpha, beta and the temperatures may (see `tnkd_loss`). Cross-entropy of weight 0
+            is reported 0, always; every other part where the number is known beforehand, and then it is not computed:
+            not in a compiled graph, which serves every value.
         class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
         matched_temperature: the temperature of `matched_cafd_loss`, whose channel_temperature is the one below.
         align_corners: how logits smaller than the labels are upsampled for CE and TNKD, as in `F.interpolate`.
@@ -119,22 +120,20 @@ def dsct_loss(
         class_weight = class_weight.detach().to(acc).contiguous()
         if class_weight.device.type != "cpu":  # where nobody looks at them, a negative one makes the loss NaN
             class_weight = torch.where(class_weight < 0, torch.nan, class_weight)
-    untaught = values.known_zero(tnkd_weight)  # then the teacher is there for its argmax alone
-    total, parts = logit_loss(
-        student_logits,
-        None if untaught and target is not None else teacher_logits,
-        target,
-        class_weight,
-        ce_weight,
-        tnkd_weight * alpha,
-        tnkd_weight * beta,
-        temperature,
-        ignore_index,
-        align_corners,
-        reduction,
-        not values.known_zero(ce_weight),
-        backend,
+    objective = Objective(
+        tckd_weight=tnkd_weight * alpha,
+        nckd_weight=tnkd_weight * beta,
+        temperature=positive("temperature", temperature),
+        ignore_index=label_value("ignore_index", ignore_index),
+        reduction=checks.reduction(reduction),
+        align_corners=align_corners,
+        ce_weight=ce_weight,
+        class_weight=class_weight,
     )
+    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
+    untaught = values.known_zero(tnkd_weight)  # then the teacher is there for its argmax alone
+    teacher = None if untaught and target is not None else teacher_logits
+    total, parts = logit_loss(student_logits, teacher, target, objective, backend)
     ce, tckd, nckd = parts.unbind()
     cafd = matched = jaccard = torch.zeros_like(ce)
     if untaught:
@@ -143,11 +142,11 @@ def dsct_loss(
     if with_matched or with_jaccard:
         maps = overlaid(student_logits, teacher_logits, target, ignore_index)
     if with_matched:
-        where = backends.else_reference(backend, matched_native, student_logits)
+        where = backends.else_reference(backend, MATCHED_BACKENDS, student_logits)
         matched = matched_of_maps(*maps, matched_temperature, channel_temperature, reduction, where)
         total = total + _weighted(matched_weight, matched)
     if with_jaccard:
-        where = backends.else_reference(backend, jaccard_native, student_logits)
+        where = backends.else_reference(backend, JACCARD_BACKENDS, student_logits)
         jaccard = jaccard_of_maps(*maps, 1.0, where)
         total = total + _weighted(jaccard_weight, jaccard)
     if student_features is not None and teacher_features is not None and not values.known_zero(cafd_weight):

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
+from dsct_kernels import __main__ as report
 from dsct_kernels import backends, triton_common
+from dsct_kernels.backends import Backend, choose, else_reference
 
 PURE = "import sys; sys.modules['dsct_kernels._C'] = None; "  # as installed without a compiler
 CALL = (
@@ -38,6 +40,69 @@ def test_the_report_stands_whatever_the_environment_names():
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
         assert "at most 4 kernels for tnkd, 8 for each stage of cafd" in done.stdout
+
+
+def test_the_report_says_which_calls_are_fused():
+    tnkd = {b.name: b for b in report.LOSSES["tnkd"]}
+    assert report.how(tnkd["native"], "cpu") == "fused, and so are logits smaller than the labels"
+    for name, device in (("native", "cuda"), ("triton", "cuda")):
+        assert report.how(tnkd[name], device) == "fused; logits smaller than the labels are upsampled beforehand"
+    for loss, offered in report.LOSSES.items():
+        assert report.how(offered[0], "cpu") == "plain PyTorch, not fused"
+        if loss != "tnkd":
+            assert {report.how(b, "cpu") for b in offered[1:]} == {"fused"}
+    done = run("-m", "dsct_kernels", DSCT_KERNELS_BACKEND="auto")
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
+    told = {tuple(words[:2]) for words in lines if words[2] in ("usable,", "usable:", "not")}
+    assert told >= {(loss, b.name) for loss, offered in report.LOSSES.items() for b in offered}
+    if backends.NATIVE_MISSING is None:
+        assert "native     usable, chosen by auto: fused, and so are logits smaller than the labels" in done.stdout
+
+
+def offered(native: str | None = None, triton: str | None = None) -> tuple[Backend, ...]:
+    reasons = (("reference", None), ("native", native), ("triton", triton))
+    return tuple(Backend(name, lambda *_, reason=reason: reason) for name, reason in reasons)
+
+
+@pytest.mark.parametrize(
+    "device,native,triton,serves",
+    [
+        ("cpu", None, None, "native"),
+        ("cpu", "no compiler", None, "reference"),  # Triton never unasked on a CPU
+        ("meta", None, None, "native"),
+        ("meta", "no CUDA", None, "triton"),
+        ("meta", "no CUDA", "too old", "reference"),
+    ],
+)
+def test_auto_takes_the_first_that_can_serve(monkeypatch, device, native, triton, serves):
+    monkeypatch.delenv("DSCT_KERNELS_BACKEND", raising=False)
+    x = torch.empty(1, device=device)
+    assert choose("auto", offered(native, triton), x).name == serves
+    for name, reason in (("native", native), ("triton", triton)):
+        monkeypatch.setenv("DSCT_KERNELS_BACKEND", name)
+        for asked in (name, "auto"):
+            if reason is None:
+                assert choose(asked, offered(native, triton), x).name == name
+            else:
+                with pytest.raises(RuntimeError, match=f"^backend='{name}' cannot serve this call: {reason}$"):
+                    choose(asked, offered(native, triton), x)
+
+
+def test_a_backend_that_a_loss_does_not_have(monkeypatch):
+    monkeypatch.delenv("DSCT_KERNELS_BACKEND", raising=False)
+    x, two = torch.empty(1), offered("out of order")[:2]
+    with pytest.raises(RuntimeError, match="backend='triton' cannot serve this call: this loss has no Triton kernels"):
+        choose("triton", two, x)
+    # as a part of an objective
+    assert [else_reference(name, two, x) for name in ("auto", "reference", "native", "triton")] == [
+        "auto", "reference", "reference", "reference"
+    ]  # fmt: skip
+    assert else_reference("native", offered()[:2], x) == "native"
+    monkeypatch.setenv("DSCT_KERNELS_BACKEND", "triton")
+    assert else_reference("auto", two, x) == "reference"
+    for serve in (choose, else_reference):
+        with pytest.raises(ValueError, match="backend: expected one of auto, reference, native, triton, got 'cuda'"):
+            serve("cuda", two, x)
 
 
 def test_the_environment_names_the_default_backend():

@@ -12,6 +12,7 @@ from dsct_kernels.cafd import triton as cafd_triton
 from dsct_kernels.tnkd import native as tnkd_native
 from dsct_kernels.tnkd import reference as tnkd_reference
 from dsct_kernels.tnkd import triton as tnkd_triton
+from dsct_kernels.tnkd.objective import Objective
 from tests.helpers import LAYOUTS, assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
 
@@ -28,9 +29,15 @@ HALF_ULP = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 DEVICE = "cuda"
 
 
-def run_tnkd(student: Tensor, teacher: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def asked(weight: Tensor | None, ce: float | None, tckd: float, nckd: float, temperature: float,
+          ignore_index: int | None, reduction: int) -> Objective:  # fmt: skip
+    return Objective(tckd, nckd, temperature, ignore_index, reduction, ce_weight=ce, class_weight=weight)
+
+
+def run_tnkd(student: Tensor, teacher: Tensor, target: Tensor | None,
+             *rest: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     leaf = student.detach().requires_grad_()
-    loss, parts = tnkd_native.tnkd(leaf, teacher, *rest)
+    loss, parts = tnkd_native.tnkd(leaf, teacher, target, asked(*rest))
     loss.sum().backward()
     return loss.detach(), parts.detach(), leaf.grad
 
@@ -39,7 +46,7 @@ def tnkd_truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Ten
                *rest: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     leaf = student.detach().to(dtype).requires_grad_()
     weight = None if weight is None else weight.to(dtype)
-    loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), target, weight, *rest)
+    loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), target, asked(weight, *rest))
     loss.sum().backward()
     return loss.detach(), parts.detach(), leaf.grad
 
@@ -74,7 +81,7 @@ WEIGHTS = (0.7, 1.0, 2.0, 2.0)  # cross-entropy, TCKD, NCKD, temperature
 @pytest.mark.parametrize("classes", [2, 6, 19, 150])
 def test_tnkd_layouts(dtype: torch.dtype, layout: str, classes: int) -> None:
     student, teacher, target = make_tnkd((2, classes, 24, 40), dtype, layout)
-    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1, True)
+    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,7 @@ def test_tnkd_layouts(dtype: torch.dtype, layout: str, classes: int) -> None:
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_tnkd_shapes(shape: tuple[int, ...], reduction: int) -> None:
     student, teacher, target = make_tnkd(shape, torch.float32)
-    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, reduction, True)
+    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, reduction)
 
 
 @pytest.mark.parametrize("label", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
@@ -91,8 +98,8 @@ def test_tnkd_shapes(shape: tuple[int, ...], reduction: int) -> None:
 def test_tnkd_labels_and_class_weights(label: torch.dtype, classes: int) -> None:
     student, teacher, target = make_tnkd((2, classes, 64, 64), torch.bfloat16, label=label)
     weight = torch.rand(classes, device=DEVICE) + 0.5
-    check_tnkd(student, teacher, target, weight, *WEIGHTS, 100 if label == torch.int8 else 255, 1, True)
-    check_tnkd(student, teacher, None, None, *WEIGHTS, None, 1, True)
+    check_tnkd(student, teacher, target, weight, *WEIGHTS, 100 if label == torch.int8 else 255, 1)
+    check_tnkd(student, teacher, None, None, *WEIGHTS, None, 1)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 3.0])
@@ -100,7 +107,7 @@ def test_tnkd_labels_and_class_weights(label: torch.dtype, classes: int) -> None
 def test_tnkd_magnitudes(dtype: torch.dtype, temperature: float) -> None:
     for classes in (6, 19):
         student, teacher, target = make_tnkd((1, classes, 16, 16), dtype, scale=1e4)
-        check_tnkd(student, teacher, target, None, 0.7, 1.0, 2.0, temperature, 255, 1, True)
+        check_tnkd(student, teacher, target, None, 0.7, 1.0, 2.0, temperature, 255, 1)
 
 
 @pytest.mark.parametrize("classes", [6, 19, 21])
@@ -109,23 +116,23 @@ def test_tnkd_edges(classes: int) -> None:
     ignored = (target == 255).unsqueeze(1).expand_as(student)
     student[ignored], teacher[ignored] = float("nan"), float("inf")
     student[:, 1] = teacher[:, 1] = -float("inf")
-    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1, True)
-    loss, _, grad = run_tnkd(student, teacher, torch.full_like(target, 255), None, *WEIGHTS, 255, 1, True)
+    check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1)
+    loss, _, grad = run_tnkd(student, teacher, torch.full_like(target, 255), None, *WEIGHTS, 255, 1)
     assert loss == 0 and (grad == 0).all()
     target[0, 0, 0] = 200
-    loss, _, grad = run_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1, True)
+    loss, _, grad = run_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1)
     assert loss.isnan() and grad[0, :, 0, 0].isnan().all()
     assert grad.isnan().sum() == classes, "only the pixel with the bad label"
 
 
 def test_tnkd_mixed() -> None:
     student, teacher, target = make_tnkd((2, 6, 32, 32), torch.bfloat16)
-    check_tnkd(student, strided_copy(teacher.float(), "channels_last"), target, None, *WEIGHTS, 255, 1, True)
-    check_tnkd(
-        student, teacher.double(), target.transpose(1, 2).contiguous().transpose(1, 2), None, *WEIGHTS, 255, 0, False
-    )
+    check_tnkd(student, strided_copy(teacher.float(), "channels_last"), target, None, *WEIGHTS, 255, 1)
+    across = target.transpose(1, 2).contiguous().transpose(1, 2)
+    check_tnkd(student, teacher.double(), across, None, None, *WEIGHTS[1:], 255, 0)
+    check_tnkd(student, teacher, target, None, 0.0, *WEIGHTS[1:], 255, 1)
     empty = student[:0]
-    loss, _, grad = run_tnkd(empty, teacher[:0], target[:0], None, *WEIGHTS, 255, 1, True)
+    loss, _, grad = run_tnkd(empty, teacher[:0], target[:0], None, *WEIGHTS, 255, 1)
     assert loss == 0 and grad.shape == empty.shape
 
 

@@ -265,6 +265,35 @@ def test_dsct_leaves_out_what_has_no_weight_or_no_features(device, backend):
     assert not any((plain.cafd, plain.tckd, plain.nckd)) and all((plain.ce, plain.matched, plain.jaccard))
 
 
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_of_weight_0_is_reported_0_however_the_0_comes(device, backend, reduction, low):
+    """A number, a tensor, a traced tensor, which nobody can look at; with an infinite or NaN cross-entropy, too."""
+    student, teacher, target = problem(device, (2, 5, 6, 8))
+    if low:
+        student = student[..., :3, :4].contiguous()
+    student[0, int(target[0, 0, 0]), 0, 0] = float("-inf")
+    options = {"matched_weight": 0, "jaccard_weight": 0, "tnkd_weight": 0.5, "beta": 0, "alpha": 0}
+    options |= {"class_weight": torch.rand(student.shape[1], device=device), "reduction": reduction, "backend": backend}
+
+    def step(student, weight):
+        return dsct_loss(student, teacher, target, ce_weight=weight, **options)
+
+    torch._dynamo.reset()
+    traced = torch.compile(step, backend="eager", fullgraph=True)
+    zero = torch.zeros((), device=device)
+    for nan in (False, True):
+        if nan:
+            student[1, 0] = float("nan")
+        for losses in (step(student, 0), step(student, zero), traced(student, zero)):
+            assert losses.ce == 0
+            assert losses.total.isnan() if nan else losses.total == 0
+    student = student.nan_to_num(0, neginf=0)
+    for losses in (step(student, 0.5), traced(student, zero + 0.5)):
+        assert losses.ce > 0
+        torch.testing.assert_close(losses.total, 0.5 * losses.ce)
+
+
 def test_stages_are_averaged(device, backend):
     pairs = [features(device, seed=i) for i in range(3)]
     each = torch.stack([cafd_loss(s, t, backend=backend) for s, t in pairs])

@@ -3,12 +3,33 @@
 import pytest
 import torch
 
+from dsct_kernels import backends
+from dsct_kernels.cafd import op as cafd_op
+from dsct_kernels.tnkd import op as tnkd_op
 from tests.helpers import strided_copy
 from tests.test_edge_cases import features, problem
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 VALUES = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)
 TEMPERATURES = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+
+@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+@pytest.mark.parametrize("name,signature", [("tnkd", tnkd_op.SIGNATURE), *cafd_op.SIGNATURES.items()])
+def test_every_backend_has_the_signature_of_the_native_op(name, signature):
+    """Triton's is a text in Python, since it registers without a native build; that of csrc/ops.cpp is what it says."""
+    native, triton = (getattr(torch.ops.dsct_kernels, f"{name}{suffix}").default for suffix in ("", "_triton"))
+    assert native._schema == torch._C.parse_schema(f"dsct_kernels::{name}{signature}")
+    assert str(triton._schema) == str(native._schema).replace(f"::{name}(", f"::{name}_triton(")
+
+
+def test_the_upsampling_op_takes_one_argument_more_than_tnkd():
+    if backends.NATIVE_MISSING is not None:
+        pytest.skip(backends.NATIVE_MISSING)
+    wanted = tnkd_op.SIGNATURE.replace("bool needs_grad", "bool align_corners, bool needs_grad")
+    assert torch.ops.dsct_kernels.tnkd_upsampled.default._schema == torch._C.parse_schema(
+        f"dsct_kernels::tnkd_upsampled{wanted}"
+    )
 
 
 def op(name: str, backend: str):
@@ -31,8 +52,10 @@ def test_tnkd(device, backend, dtype, reduction, needs_grad):
         ("channels_last", target.to(torch.uint8), weight),
     ):
         logits = strided_copy(student, layout).requires_grad_(needs_grad)
-        arguments = (logits, teacher, labels, class_weight, VALUES, torch.tensor(255), reduction, True, needs_grad)
+        arguments = (logits, teacher, labels, class_weight, VALUES, torch.tensor(255), reduction, needs_grad)
         torch.library.opcheck(op("tnkd", backend), arguments, test_utils=CHECKS)
+    without_ce = (logits, teacher, labels, None, VALUES[1:], torch.tensor(255), reduction, needs_grad)
+    torch.library.opcheck(op("tnkd", backend), without_ce, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -109,6 +109,22 @@ def test_a_schedule_of_weights_and_temperatures_compiles_once(backend, as_tensor
     )  # of plain numbers torch.compile takes the first for a constant
 
 
+def test_a_compiled_graph_of_tnkd_alone_has_no_cross_entropy():
+    """Where its numbers lie on a GPU nobody can look at a weight, and cross-entropy of weight 0 would be computed."""
+    s, t, y = problem()
+    seen = []
+
+    def keep(graph, _):
+        seen.extend(node for node in graph.graph.nodes if "dsct_kernels.tnkd." in str(node.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    for loss in (tnkd_loss, lambda *args: dsct_loss(*args, matched_weight=0, jaccard_weight=0).total):
+        torch.compile(loss, backend=keep, fullgraph=True)(s, t, y)
+    values = [node.all_input_nodes[3].meta["example_value"] for node in seen]
+    assert [tuple(x.shape) for x in values] == [(3,), (4,)]
+
+
 def test_a_module_whose_attributes_change_compiles_once_even_for_ints():
     s, t, y = problem()
     fs, ft = features()

@@ -1,7 +1,7 @@
 """CAFD, channel-weighted attention-guided feature distillation: the public functions and the module."""
 
-from collections.abc import Iterable, Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,6 +9,19 @@ from torch import Tensor
 from .. import backends, checks, values
 from ..values import Number, ValueModule, positive
 from . import native, reference, triton
+
+
+@dataclass(frozen=True)
+class CAFDBackend(backends.Backend):
+    cafd: Callable[[Tensor, Tensor, Number, Number, int], Tensor]
+    attention_map: Callable[[Tensor, Number, Number], Tensor]
+
+
+BACKENDS = (
+    CAFDBackend("reference", backends.always, reference.cafd, reference.attention_map),
+    CAFDBackend("native", native.why_not, native.cafd, native.attention_map),
+    CAFDBackend("triton", triton.why_not, triton.cafd, triton.attention_map),
+)
 
 Features = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 
@@ -157,8 +170,8 @@ def _stages(name: str, features: Features, order: Iterable[str] | None = None) -
     return list(stages.values())
 
 
-def _choose(backend: str, *tensors: Tensor) -> ModuleType:
-    return backends.choose(backend, reference, native, triton, *tensors)
+def _choose(backend: str, *tensors: Tensor) -> CAFDBackend:
+    return backends.choose(backend, BACKENDS, *tensors)
 
 
 class CAFDLoss(ValueModule):

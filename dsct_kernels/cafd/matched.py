@@ -1,6 +1,7 @@
 """CAFD's matched form, for maps whose channels correspond, such as logits: the public function and the module."""
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,6 +10,17 @@ from .. import backends, checks
 from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from . import matched_native, reference
+
+
+@dataclass(frozen=True)
+class MatchedBackend(backends.Backend):
+    matched_cafd: Callable[[Tensor, Tensor, Tensor | None, Number | None, Number, int], Tensor]
+
+
+BACKENDS = (
+    MatchedBackend("reference", backends.always, reference.matched_cafd),
+    MatchedBackend("native", matched_native.why_not, matched_native.matched_cafd),
+)
 
 
 def _positive_or_none(name: str, value: object) -> Number | None:
@@ -89,18 +101,14 @@ def of_maps(
     """The loss of what `overlaid` returns; the numbers are checked already."""
     student, teacher = _maps(student), _maps(teacher)
     mask = None if share is None else _maps(share.unsqueeze(1) > 0)
-    module = _choose(backend, student, teacher)
+    serving = backends.choose(backend, BACKENDS, student, teacher)
     reduce = checks.reduction(reduction)
-    return module.matched_cafd(student, teacher, mask, channel_temperature, temperature, reduce)
+    return serving.matched_cafd(student, teacher, mask, channel_temperature, temperature, reduce)
 
 
 def _maps(x: Tensor) -> Tensor:
     """(N, C, *spatial) as (N, C, H, W)."""
     return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
-
-
-def _choose(backend: str, *tensors: Tensor) -> ModuleType:
-    return backends.choose(backend, reference, matched_native, None, *tensors)
 
 
 class MatchedCAFDLoss(ValueModule):

@@ -18,7 +18,7 @@ from .. import values
 from ..pool import pooling
 from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
 from ..values import Number
-from . import autograd
+from . import op
 
 __all__ = ["attention_map", "cafd", "why_not"]
 
@@ -143,6 +143,9 @@ def stats_row(channels: int, positions: int) -> int:
     return -(-(2 * positions + 4 * channels + 2) // 16) * 16
 
 
+_results = op.Results(stats_row)
+
+
 class _Temperatures:
     """As the kernels take them: numbers, where they lie on the CPU, else where they are, and the host is not asked.
 
@@ -202,7 +205,7 @@ def forward(
     """The op: loss, grad_map, stats (docs/ops.md). `configs` replaces the table's choice for the two networks."""
     from . import triton_kernels as kernels
 
-    loss, grad_map, stats = _fake_cafd(student, teacher, temperatures, reduction, needs_grad)
+    loss, grad_map, stats = _results.cafd(student, teacher, temperatures, reduction, needs_grad)
     samples = student.shape[0]
     if samples == 0:
         return loss.zero_(), grad_map, stats
@@ -245,7 +248,7 @@ def map_forward(features: Tensor, temperatures: Tensor, config: Config | None = 
                 by_pointer: bool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op attention_map: map, stats."""
     if features.shape[0] == 0:
-        return _fake_map(features, temperatures)
+        return _results.attention_map(features, temperatures)
     with on_device(features):
         stats, maps = _attend([_Network(features, config)], _Temperatures(temperatures, by_pointer), maps=True)
     return maps[0], stats[0]
@@ -303,61 +306,11 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
 # ------------------------------------------------------------------------------------------------- the ops
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _fake_stats(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    return x.new_empty([n, stats_row(c, h * w)], dtype=_acc(x))
-
-
-def _fake_cafd(student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int,
-               needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    n, _, h, w = student.shape
-    loss = student.new_empty([n] if reduction == 0 else [], dtype=torch.promote_types(_acc(student), _acc(teacher)))
-    return loss, student.new_empty([n, h, w] if needs_grad else [0], dtype=_acc(student)), _fake_stats(student)
-
-
-def _fake_map(features: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
-    n, _, h, w = features.shape
-    return features.new_empty([n, h, w], dtype=_acc(features)), _fake_stats(features)
-
-
-def _fake_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor) -> Tensor:
-    return torch.empty_like(features)
-
-
-for _name, _arguments, _run, _fake in (
-    (
-        "cafd_triton",
-        "(Tensor student_features, Tensor teacher_features, Tensor temperatures, int reduction, bool needs_grad) "
-        "-> (Tensor loss, Tensor grad_map, Tensor stats)",
-        forward,
-        _fake_cafd,
-    ),
-    (
-        "attention_map_triton",
-        "(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)",
-        map_forward,
-        _fake_map,
-    ),
-    (
-        "attention_map_backward_triton",
-        "(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor",
-        map_backward,
-        _fake_backward,
-    ),
-):
-    LIBRARY.define(_name + _arguments, tags=TAGS)
-    LIBRARY.impl(_name, _run, "CUDA")
-    LIBRARY.impl(_name, _run, "CPU")  # only the interpreter runs it
-    torch.library.register_fake(f"dsct_kernels::{_name}", _fake)
-
-_cafd = torch.ops.dsct_kernels.cafd_triton.default
-_map = torch.ops.dsct_kernels.attention_map_triton.default
-_backward = torch.ops.dsct_kernels.attention_map_backward_triton.default
-autograd.register("dsct_kernels::cafd_triton", "dsct_kernels::attention_map_triton", _backward)
+for _name, _run in (("cafd", forward), ("attention_map", map_forward), ("attention_map_backward", map_backward)):
+    LIBRARY.define(f"{_name}_triton{op.SIGNATURES[_name]}", tags=TAGS)
+    LIBRARY.impl(f"{_name}_triton", _run, "CUDA")
+    LIBRARY.impl(f"{_name}_triton", _run, "CPU")  # only the interpreter runs it
+_cafd, _map, _backward = op.register("_triton", _results)
 
 
 def cafd(
@@ -365,9 +318,10 @@ def cafd(
 ) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
     temperatures = values.packed((channel_temperature, spatial_temperature), student.device)
-    return autograd.call(_cafd, _backward, student, teacher, temperatures, reduction)
+    return op.call(_cafd, _backward, student, teacher, temperatures, reduction)
 
 
 def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
     """A, (N, H, W), differentiable."""
-    return _map(features, values.packed((channel_temperature, spatial_temperature), features.device))[0]
+    attention: Tensor = _map(features, values.packed((channel_temperature, spatial_temperature), features.device))[0]
+    return attention

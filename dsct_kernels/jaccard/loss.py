@@ -1,5 +1,7 @@
 """Soft Jaccard: the intersection over union of the student's and the teacher's probabilities, and its module."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -8,6 +10,17 @@ from .. import backends
 from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from . import native, reference
+
+
+@dataclass(frozen=True)
+class JaccardBackend(backends.Backend):
+    jaccard: Callable[[Tensor, Tensor, Tensor | None, Number], Tensor]
+
+
+BACKENDS = (
+    JaccardBackend("reference", backends.always, reference.jaccard),
+    JaccardBackend("native", native.why_not, native.jaccard),
+)
 
 
 def jaccard_loss(
@@ -70,9 +83,7 @@ def jaccard_loss(
 
 def of_maps(student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Number, backend: str) -> Tensor:
     """The loss of what `overlaid` returns; the temperature is checked already."""
-    module = backends.choose(backend, reference, native, None, student, teacher)
-    loss: Tensor = module.jaccard(student, teacher, share, temperature)
-    return loss
+    return backends.choose(backend, BACKENDS, student, teacher).jaccard(student, teacher, share, temperature)
 
 
 class JaccardLoss(ValueModule):

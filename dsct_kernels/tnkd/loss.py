@@ -1,5 +1,7 @@
 """TNKD, target / non-target knowledge distillation of logits, per pixel: the public function and its module."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -7,7 +9,20 @@ from torch import Tensor
 from .. import backends, checks, values
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 from . import native, reference, triton
-from .upsample import upsample
+from .objective import Objective
+
+
+@dataclass(frozen=True)
+class TNKDBackend(backends.Backend):
+    tnkd: Callable[[Tensor, Tensor | None, Tensor | None, Objective], tuple[Tensor, Tensor]]
+    upsamples_on: tuple[str, ...] = ()  # devices where its kernels read logits smaller than the labels as they are
+
+
+BACKENDS = (
+    TNKDBackend("reference", backends.always, reference.tnkd),
+    TNKDBackend("native", native.why_not, native.tnkd, native.UPSAMPLES_ON),
+    TNKDBackend("triton", triton.why_not, triton.tnkd),
+)
 
 
 def tnkd_loss(
@@ -70,58 +85,38 @@ def tnkd_loss(
         >>> student.grad.shape
         torch.Size([2, 6, 64, 64])
     """
-    return logit_loss(
-        student_logits,
-        teacher_logits,
-        target,
-        None,
-        0.0,
-        values.weight("alpha", alpha),
-        values.weight("beta", beta),
-        temperature,
-        ignore_index,
-        align_corners,
-        reduction,
-        False,
-        backend,
-    )[0]
+    objective = Objective(
+        tckd_weight=weight("alpha", alpha),
+        nckd_weight=weight("beta", beta),
+        temperature=positive("temperature", temperature),
+        ignore_index=label_value("ignore_index", ignore_index),
+        reduction=checks.reduction(reduction),
+        align_corners=align_corners,
+    )
+    checks.logits(student_logits, teacher_logits, target)
+    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
+    return logit_loss(student_logits, teacher_logits, target, objective, backend)[0]
 
 
 def logit_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
     target: Tensor | None,
-    class_weight: Tensor | None,
-    ce_weight: Number,
-    tckd_weight: Number,
-    nckd_weight: Number,
-    temperature: Number,
-    ignore_index: int | Tensor | None,
-    align_corners: bool,
-    reduction: str,
-    with_ce: bool,
+    objective: Objective,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, parts) of everything that reads the logits at the labels' size: TNKD and, with_ce, cross-entropy, in one
-    pass. The weights are checked already. Without a teacher TNKD is 0, that of the student and itself.
+    """(loss, parts) of everything that reads the logits at the labels' size: TNKD and cross-entropy, in one pass.
+
+    All but the labels is checked already. Without a teacher TNKD is 0, that of the student and itself.
     """
-    temperature = values.positive("temperature", temperature)
-    ignored = label_value("ignore_index", ignore_index)
-    reduce = checks.reduction(reduction)
-    size = checks.logits(student_logits, student_logits if teacher_logits is None else teacher_logits, target)
-    checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
-    module = backends.choose(backend, reference, native, triton, student_logits)
-    if target is not None and not isinstance(ignored, Tensor) and module is not native and values.readable(target):
+    serving = backends.choose(backend, BACKENDS, student_logits)
+    ignored = objective.ignore_index
+    if target is not None and not isinstance(ignored, Tensor) and serving.name != "native" and values.readable(target):
         checks.labels(target, student_logits.shape[1], ignored)  # the native CPU kernel looks at every label anyway
     elif target is not None and target.is_cuda and values.plain() and checks.label_checks_asked_for():
         checks.labels(target, student_logits.shape[1], ignored)
-    teacher = student_logits.detach() if teacher_logits is None else teacher_logits.detach()
-    rest = class_weight, ce_weight, tckd_weight, nckd_weight, temperature, ignored, reduce, with_ce
-    if module is native and native.upsamples(student_logits, teacher, size, reduce):
-        return native.tnkd_upsampled(student_logits, teacher, target, align_corners, *rest)
-    student = upsample(student_logits, size, align_corners)
-    teacher = student.detach() if teacher_logits is None else upsample(teacher, size, align_corners)
-    return module.tnkd(student, teacher, target, *rest)
+    teacher = None if teacher_logits is None else teacher_logits.detach()
+    return serving.tnkd(student_logits, teacher, target, objective)
 
 
 class TNKDLoss(ValueModule):

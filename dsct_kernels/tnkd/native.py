@@ -1,15 +1,17 @@
 """TNKD through the compiled kernels of csrc/tnkd: C++ on CPU, CUDA on NVIDIA."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..backends import NATIVE_MISSING
 from ..backends import why_not_native as why_not
-from . import autograd
+from . import op
+from .objective import NONE, Objective
+from .upsample import smaller, to_labels
 
-__all__ = ["tnkd", "tnkd_upsampled", "upsamples", "why_not"]
+__all__ = ["UPSAMPLES_ON", "tnkd", "tnkd_upsampled", "upsamples", "why_not"]
+
+UPSAMPLES_ON = ("cpu",)  # where logits smaller than the labels are read as they are
 
 
 def _scale(grad: Tensor, factor: Tensor) -> None:
@@ -17,37 +19,40 @@ def _scale(grad: Tensor, factor: Tensor) -> None:
 
 
 if NATIVE_MISSING is None:
-    _op = torch.ops.dsct_kernels.tnkd.default
-    torch.library.register_fake("dsct_kernels::tnkd", autograd.fake)
-    autograd.register("dsct_kernels::tnkd")
-    _upsampled = torch.ops.dsct_kernels.tnkd_upsampled.default
-    torch.library.register_fake("dsct_kernels::tnkd_upsampled", autograd.fake_upsampled)
-    autograd.register("dsct_kernels::tnkd_upsampled")
+    _op = op.register("tnkd", op.fake)
+    _upsampled = op.register("tnkd_upsampled", op.fake_upsampled)
 
 
-def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def tnkd(
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    args = autograd.packed(student_logits, *args)
-    if student_logits.is_cuda:
-        args = autograd.with_labels(*args)
-    return autograd.call(_op, _scale, student_logits, *args)
+    if not smaller(student_logits, teacher_logits, target):
+        student, teacher = student_logits, student_logits.detach() if teacher_logits is None else teacher_logits
+    elif upsamples(student_logits, objective.reduction):
+        return tnkd_upsampled(student_logits, teacher_logits, target, objective)
+    else:
+        student, teacher = to_labels(student_logits, teacher_logits, target, objective.align_corners)
+    packed = objective.packed(target, student.device)
+    if student.is_cuda:
+        target = op.labels(teacher, target, objective)
+    return op.call(_op, _scale, student, teacher, target, *packed)
 
 
-def upsamples(student_logits: Tensor, teacher_logits: Tensor, size: list[int], reduction: int) -> bool:
-    """Whether `tnkd_upsampled` serves: on CPU, logits of which some are smaller than `size`.
+def upsamples(student_logits: Tensor, reduction: int) -> bool:
+    """Whether `tnkd_upsampled` serves logits of which some are smaller than the labels: on CPU.
 
     Not for the gradient of a map: what comes in for its pixels has to be known before they are added up.
     """
-    if student_logits.device.type != "cpu" or len(size) != 2:
+    if student_logits.device.type not in UPSAMPLES_ON:
         return False
-    if list(student_logits.shape[2:]) == size and list(teacher_logits.shape[2:]) == size:
-        return False
-    return reduction != 0 or not (student_logits.requires_grad and torch.is_grad_enabled())
+    return reduction != NONE or not (student_logits.requires_grad and torch.is_grad_enabled())
 
 
 def tnkd_upsampled(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, align_corners: bool, *args: Any
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """As `tnkd` of the logits upsampled to the labels' size, which is never made; `args`: all behind the target."""
-    args = autograd.packed(student_logits, teacher_logits, target, *args)
-    return autograd.call(_upsampled, _scale, student_logits, *args, align_corners)
+    """As `tnkd` of the logits upsampled to the labels' size, which is never made."""
+    teacher = student_logits.detach() if teacher_logits is None else teacher_logits
+    packed = objective.packed(target, student_logits.device)
+    return op.call(_upsampled, _scale, student_logits, teacher, target, *packed, objective.align_corners)

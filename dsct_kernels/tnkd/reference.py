@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import values
 from ..values import Number
+from .objective import MEAN, NONE, Objective
+from .upsample import to_labels
 
 INF = float("inf")
 
@@ -43,23 +45,20 @@ def kl_categorical(log_q_teacher: Tensor, log_q_student: Tensor) -> Tensor:
 
 
 def tnkd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    ce_weight: Number,
-    tckd_weight: Number,
-    nckd_weight: Number,
-    temperature: Number,
-    ignore_index: int | Tensor | None,
-    reduction: int,
-    with_ce: bool,
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """(loss, parts) as the op `dsct_kernels::tnkd` returns them (docs/ops.md), differentiable in the student."""
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    student, teacher = student_logits.to(acc), teacher_logits.detach().to(acc)
+    """(loss, parts) as the op `dsct_kernels::tnkd` returns them (docs/ops.md), differentiable in the student.
+
+    Logits smaller than the labels are upsampled. The teacher None: the student itself, detached.
+    """
+    student, teacher = to_labels(student_logits, teacher_logits, target, objective.align_corners)
+    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    student, teacher = student.to(acc), teacher.detach().to(acc)
+    class_weight, ignore_index, with_ce = objective.class_weight, objective.ignore_index, objective.may_have_ce()
     classes = student.shape[1]
-    numbers = values.as_scalars((ce_weight, tckd_weight, nckd_weight, temperature), student.device, acc)
+    ce_weight: Number = 0.0 if objective.ce_weight is None else objective.ce_weight
+    asked = (ce_weight, objective.tckd_weight, objective.nckd_weight, objective.temperature)
+    numbers = values.as_scalars(asked, student.device, acc)
     ce_weight, tckd_weight, nckd_weight = (values.sound(weight) for weight in numbers[:3])
     temperature = values.sound(numbers[3], positive=True)
     if target is None:
@@ -92,11 +91,15 @@ def tnkd(
     hopeless = ~((student < INF).all(1) & (teacher < INF).all(1) & (in_range | ~valid))
     bad = torch.where(hopeless, torch.nan, 1.0).to(acc)
     tckd, nckd, ce = (torch.where(valid, part, 0) * bad for part in (tckd, nckd, ce))
-    if reduction == 1:
+    if objective.reduction == MEAN:
         count = valid.sum().clamp(min=1)
         weight_sum = weight.sum()
         ce = ce / torch.where(weight_sum == 0, 1, weight_sum)
         tckd, nckd = tckd / count, nckd / count
+    if not with_ce:
+        ce = torch.zeros_like(ce)
+    elif isinstance(ce_weight, Tensor):
+        ce = torch.where(ce_weight == 0, 0, ce)  # what takes no part is reported 0
 
     # A part with weight 0 takes no part. But a NaN shows whatever the weights.
     weighted = [values.weighted(w, part) for w, part in ((ce_weight, ce), (tckd_weight, tckd), (nckd_weight, nckd))]
@@ -104,9 +107,4 @@ def tnkd(
     if not loss.requires_grad and student.requires_grad:  # nothing is asked for: 0, still with a (zero) gradient
         loss = loss + student.masked_fill(torch.ones_like(is_target), 0).sum(1)
     parts = torch.stack([part.detach().sum() for part in (ce, tckd, nckd)])
-    return (loss if reduction == 0 else loss.sum()), parts
-
-
-def why_not(*tensors: Tensor) -> str | None:
-    """The reference serves every device and dtype that torch does."""
-    return None
+    return (loss if objective.reduction == NONE else loss.sum()), parts

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from ..triton_common import LIBRARY, TAGS, fast, fold, launch, next_power_of_2, on_device, product, why_not
-from . import autograd
+from . import op
+from .objective import MEAN, NONE, Objective
+from .upsample import to_labels
 
 __all__ = ["scale_in_place", "tnkd", "why_not"]
 
 MOST_COMPILED = 4  # kernels of one variant, forward and backward
-NONE, MEAN, SUM = 0, 1, 2
 COUNT_PROGRAMS = 256  # upper bound, and the length of the vector in which every program adds the counts up
 COUNT_BLOCK = 4096
 SCALE_BLOCK = 2048
@@ -128,10 +129,9 @@ def forward(
     teacher: Tensor,  # (N, K, *spatial)
     target: Tensor | None,  # (N, *spatial)
     class_weight: Tensor | None,  # (K,)
-    values: Tensor,  # (4,) float64: the weights of CE, TCKD and NCKD, the temperature
+    values: Tensor,  # (4,) float64: the weights of CE, TCKD and NCKD, the temperature; (3,), without the first: no CE
     ignore_index: Tensor | None,  # () int64
     reduction: int,
-    with_ce: bool,
     needs_grad: bool,
     config: Config | None = None,
     by_pointer: bool | None = None,
@@ -143,8 +143,8 @@ def forward(
     """
     from . import triton_kernels as kernels
 
-    loss, parts, grad, grad_scale = autograd.fake(
-        student, teacher, target, class_weight, values, ignore_index, reduction, with_ce, needs_grad)  # fmt: skip
+    loss, parts, grad, grad_scale = op.fake(
+        student, teacher, target, class_weight, values, ignore_index, reduction, needs_grad)  # fmt: skip
     num_classes, num_pixels = student.shape[1], product(student.shape) // student.shape[1]
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
@@ -160,10 +160,16 @@ def forward(
     if folded is None:  # more than PIXEL_RANK dimensions with strides that do not merge: make them merge
         loss, parts, copied, grad_scale = forward(
             student.contiguous(), teacher.contiguous(), None if target is None else target.contiguous(), class_weight,
-            values, ignore_index, reduction, with_ce, needs_grad, config, by_pointer
+            values, ignore_index, reduction, needs_grad, config, by_pointer
         )  # fmt: skip
         return loss, parts, grad.copy_(copied), grad_scale
     sizes, (s, t, y, g, m), rank = folded
+
+    numbers_at = values if _by_pointer(values, by_pointer) else None
+    ce_weight, tckd_weight, nckd_weight, temperature = [1.0] * 4
+    if numbers_at is None:
+        ce_weight, tckd_weight, nckd_weight, temperature = [0.0, *values.tolist()][-4:]
+    with_ce = len(values) == 4 and ce_weight != 0
 
     if config is None:
         itemsize = 8 if loss.dtype == torch.float64 else min(student.element_size(), teacher.element_size())
@@ -182,8 +188,6 @@ def forward(
     weight = class_weight if weighted else None
     float16 = student.dtype == torch.float16  # whose gradient leaves a power of two to grad_scale
     largest_weight = weight.amax() if float16 and weight is not None else None
-    numbers_at = values if _by_pointer(values, by_pointer) else None
-    ce_weight, tckd_weight, nckd_weight, temperature = [1.0] * 4 if numbers_at is not None else values.tolist()
     ignore, ignore_at = 0, None
     if has_ignore:
         assert ignore_index is not None
@@ -273,21 +277,16 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
         launch(kernels.scale_kernel, -(-total // SCALE_BLOCK), 4, grad, factor, total, BLOCK=SCALE_BLOCK)
 
 
-LIBRARY.define(
-    "tnkd_triton(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
-    "Tensor? ignore_index, int reduction, bool with_ce, bool needs_grad) "
-    "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)",
-    tags=TAGS,
-)
+LIBRARY.define("tnkd_triton" + op.SIGNATURE, tags=TAGS)
 LIBRARY.impl("tnkd_triton", forward, "CUDA")
 LIBRARY.impl("tnkd_triton", forward, "CPU")  # only the interpreter runs it
-torch.library.register_fake("dsct_kernels::tnkd_triton", autograd.fake)
-autograd.register("dsct_kernels::tnkd_triton")
-_op = torch.ops.dsct_kernels.tnkd_triton.default
+_op = op.register("tnkd_triton", op.fake)
 
 
-def tnkd(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def tnkd(
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None, objective: Objective
+) -> tuple[Tensor, Tensor]:
     """(loss, parts); the arguments are reference.tnkd's."""
-    return autograd.call(
-        _op, scale_in_place, student_logits, *autograd.with_labels(*autograd.packed(student_logits, *args))
-    )
+    student, teacher = to_labels(student_logits, teacher_logits, target, objective.align_corners)
+    packed = objective.packed(target, student.device)
+    return op.call(_op, scale_in_place, student, teacher, op.labels(teacher, target, objective), *packed)

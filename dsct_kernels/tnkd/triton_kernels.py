@@ -93,14 +93,16 @@ def _weighted(weight, part):
 
 
 @triton.jit
-def _numbers(values, tau, over_tau, tckd_weight, nckd_weight, ce_weight):
+def _numbers(values, tau, over_tau, tckd_weight, nckd_weight, ce_weight, WITH_CE: tl.constexpr):
     """Temperature, its reciprocal and the three weights, as they came or, where there are `values`, from device memory,
     in float64, to be rounded once. Nobody has looked at those: what the host refuses makes every loss NaN."""
     if values is not None:
-        ce_weight = tl.load(values)
-        tckd_weight = tl.load(values + 1)
-        nckd_weight = tl.load(values + 2)
-        tau = tl.load(values + 3)
+        if WITH_CE:  # else its weight, the first, is not among them
+            ce_weight = tl.load(values)
+            values += 1
+        tckd_weight = tl.load(values)
+        nckd_weight = tl.load(values + 1)
+        tau = tl.load(values + 2)
         least = tl.minimum(tl.minimum(ce_weight, tckd_weight), nckd_weight)  # drops a NaN, which the sum does not
         tau = tl.where(tau > 0, tau, float("nan"))
         tau = tl.where(least >= 0, tau, float("nan"))
@@ -331,7 +333,7 @@ def tnkd_kernel(
     nothing moves between threads but the sums over classes.
     """
     tau_, over_tau_, tckd_weight_, nckd_weight_, ce_weight_ = _numbers(values, tau_, over_tau_, tckd_weight_,
-                                                                       nckd_weight_, ce_weight_)  # fmt: skip
+                                                                       nckd_weight_, ce_weight_, WITH_CE)  # fmt: skip
     ignore = _ignored(ignore_at, ignore)
     tau = tl.full([], tau_, ACC)
     over_tau = tl.full([], over_tau_, ACC)  # from float64, rounded once: a GPU's short division is off by two units
@@ -593,7 +595,7 @@ def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_sc
                    BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """One program: the partial sums in a fixed order, the averages, the weighted loss."""
     tau_, _, tckd_weight_, nckd_weight_, ce_weight_ = _numbers(values, tau_, tau_, tckd_weight_, nckd_weight_,
-                                                               ce_weight_)  # fmt: skip
+                                                               ce_weight_, WITH_CE)  # fmt: skip
     ce = tl.zeros([BLOCK], ACC)
     tckd = tl.zeros([BLOCK], ACC)
     nckd = tl.zeros([BLOCK], ACC)
@@ -623,7 +625,7 @@ def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_sc
         if WITH_CE:
             value += _weighted(tl.full([], ce_weight_, ACC), ce)
         tl.store(loss, value)
-    tl.store(parts, ce)
+    tl.store(parts, tl.where(ce_weight_ == 0, 0.0, ce))  # what takes no part is reported 0
     tl.store(parts + 1, tckd)
     tl.store(parts + 2, nckd)
     tl.store(grad_scale, outside)

@@ -12,8 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..autograd import LIBRARY
 from ..values import plain, readable
+
+
+def smaller(student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None) -> bool:
+    """Whether any of the logits are smaller than the labels; the teacher None: the student again."""
+    teacher_logits = student_logits if teacher_logits is None else teacher_logits
+    size = checks.label_size(student_logits, teacher_logits, target)
+    return list(student_logits.shape[2:]) != size or list(teacher_logits.shape[2:]) != size
+
+
+def to_labels(
+    student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor | None, align_corners: bool
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher at the labels' size; the teacher None: the student again, detached."""
+    size = checks.label_size(student_logits, student_logits if teacher_logits is None else teacher_logits, target)
+    student = upsample(student_logits, size, align_corners)
+    return student, student.detach() if teacher_logits is None else upsample(teacher_logits, size, align_corners)
 
 
 def upsample(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:

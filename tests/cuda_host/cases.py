@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsct_kernels.cafd import reference as cafd_reference
 from dsct_kernels.tnkd import reference as tnkd_reference
+from dsct_kernels.tnkd.objective import Objective
 from tests.helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
 from .harness import Case
@@ -78,12 +79,18 @@ class TnkdCase:
         if self.rare:
             weight = torch.full((k,), 1e-6, dtype=acc_of(student, teacher))
             weight[k - 1] = 40
-        return (student, teacher, target, weight, *self.weights, self.temperature, self.ignore_index, self.reduction,
-                self.with_ce)  # fmt: skip
+        return student, teacher, target, self.objective(weight)
+
+    def objective(self, weight: Tensor | None) -> Objective:
+        ce, tckd, nckd = self.weights
+        return Objective(tckd, nckd, self.temperature, self.ignore_index, self.reduction,
+                         ce_weight=ce if self.with_ce else None, class_weight=weight)  # fmt: skip
 
     def case(self) -> Case:
         self.args = self.arguments()
-        student, teacher, target, weight, ce, tckd, nckd, temperature, ignore_index, reduction, with_ce = self.args
+        student, teacher, target, objective = self.args
+        weight, values, _, reduction = objective.packed(target, torch.device("cpu"))
+        ce, tckd, nckd, temperature = [0.0, *values.tolist()][-4:]
         acc = acc_of(student, teacher)
         tensors = {"student": student, "teacher": teacher}
         tensors |= {} if target is None else {"target": target}
@@ -95,10 +102,10 @@ class TnkdCase:
         )
         outputs |= {"grad": torch.empty_like(student)} if self.needs_grad else {}
         numbers = {"ce_weight": ce, "tckd_weight": tckd, "nckd_weight": nckd, "temperature": temperature,
-                   "reduction": reduction, "with_ce": with_ce, "shared_bytes": self.shared_bytes}  # fmt: skip
-        numbers |= {} if ignore_index is None else {"ignore_index": ignore_index}
+                   "reduction": reduction, "with_ce": self.with_ce, "shared_bytes": self.shared_bytes}  # fmt: skip
+        numbers |= {} if self.ignore_index is None else {"ignore_index": self.ignore_index}
         if "values" in self.on_device:  # and the numbers that the host would use are none
-            tensors["values"] = torch.tensor([ce, tckd, nckd, temperature], dtype=torch.float64)
+            tensors["values"] = values
             numbers |= dict.fromkeys(("ce_weight", "tckd_weight", "nckd_weight", "temperature"), float("nan"))
         if "ignore_index" in self.on_device:
             tensors["ignore_index"] = torch.tensor(numbers.pop("ignore_index"))
@@ -107,13 +114,14 @@ class TnkdCase:
     def check(self, kernel: str, got: dict[str, Tensor]) -> None:
         what = f"{self}"
         assert kernel == self.kernel, what
-        student, teacher, *rest = self.args
+        student, teacher, target, objective = self.args
 
         def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
             leaf = student.to(dtype).detach().requires_grad_()
-            more = [x.to(torch.float64) if dtype == torch.float64 and i == 1 and x is not None else x
-                    for i, x in enumerate(rest)]  # fmt: skip
-            loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), *more)
+            weight = objective.class_weight
+            if dtype == torch.float64 and weight is not None:
+                weight = weight.to(dtype)
+            loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), target, self.objective(weight))
             loss.sum().backward()
             return loss.detach(), parts.detach(), leaf.grad
 

@@ -74,7 +74,7 @@ def test_a_setting_out_of_range_is_refused_by_name_before_training(capsys, tmp_p
 def test_the_reference_backend_is_accepted_and_one_that_cannot_serve_here_is_not(capsys, tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="training began"):
         cli.main([*TINY, "--backend=reference", "--out", str(tmp_path / "fine")])
-    monkeypatch.setattr("dsct_kernels.tnkd.native.why_not", lambda *_: "it is out of order")
+    monkeypatch.setattr("dsct_kernels.backends.NATIVE_MISSING", "it is out of order")
     said = refused(capsys, tmp_path / "run", "--backend=native")
     assert "--backend" in said and "out of order" in said
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import backends, dsct_loss, tnkd_loss
-from dsct_kernels.tnkd import autograd, native, reference, upsample
+from dsct_kernels.tnkd import native, reference, upsample
+from dsct_kernels.tnkd.objective import MEAN, NONE, SUM, Objective
 
 from ..helpers import (
     ISAS,
@@ -24,18 +25,12 @@ from ..helpers import (
     run_again_with,
     strided_copy,
 )
-from .test_native import DEFAULTS, FLOATS, LABELS, MEAN, NONE, SUM, labels, logits
+from .test_native import DEFAULTS, FLOATS, LABELS, labels, logits, packed
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
 INF, NAN = float("inf"), float("nan")
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-def packed(args: dict[str, Any]) -> tuple[Any, ...]:
-    """The op's arguments behind the target, of the reference's; without align_corners."""
-    like = torch.empty(0)
-    return autograd.packed(like, like, like, *args.values())[2:]
 
 
 def low(student: Tensor, teacher: Tensor, target: Tensor | None, align_corners: bool = False, **options: Any):
@@ -59,7 +54,7 @@ def eager(student: Tensor, teacher: Tensor, target: Tensor | None, align_corners
     student = student.detach().clone().requires_grad_()
     size = [max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])] if target is None else target.shape[1:]
     full = [x if list(x.shape[2:]) == list(size) else up(x, list(size), align_corners) for x in (student, teacher)]
-    loss, parts = reference.tnkd(*full, target, *args.values())
+    loss, parts = reference.tnkd(*full, target, Objective(**args))
     (grad,) = torch.autograd.grad(loss.sum(), student)
     return loss.detach(), parts, grad
 
@@ -129,11 +124,13 @@ def test_sizes_dtypes_layouts(sizes: tuple[Any, ...], dtype: torch.dtype, layout
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 5.0))
 @pytest.mark.parametrize("reduction", (NONE, MEAN, SUM))
-@pytest.mark.parametrize("with_ce", (False, True))
+@pytest.mark.parametrize("ce_weight", (None, 0.0, 0.7))
 @pytest.mark.parametrize("align_corners", (False, True))
-def test_temperature_reduction_ce(temperature: float, reduction: int, with_ce: bool, align_corners: bool) -> None:
+def test_temperature_reduction_ce(
+    temperature: float, reduction: int, ce_weight: float | None, align_corners: bool
+) -> None:
     weight = torch.tensor([1.0, 0.5, 0.0, 2.0, 3.0, 1.0])
-    options = dict(temperature=temperature, reduction=reduction, with_ce=with_ce)
+    options = dict(temperature=temperature, reduction=reduction, ce_weight=ce_weight)
     for sizes in ((6, (5, 8), (3, 9), (9, 32)), (6, (3, 4), (9, 16), (9, 16)), (6, (9, 16), (5, 3), (9, 16))):
         student, teacher, target = problem(sizes)
         compare(student, teacher, target, align_corners, **options)
@@ -238,7 +235,7 @@ def test_absent_classes(align_corners: bool, temperature: float) -> None:
         target[target == 3] = 0
         for x in (student, teacher):  # in both alike, wherever they look
             x[:, 3] = -INF
-        options = dict(temperature=temperature, with_ce=False)
+        options = dict(temperature=temperature, ce_weight=None)
         compare(student, teacher, target, align_corners, up=walked, **options)
         compare(student.float(), teacher.float(), target, align_corners, up=walked, **options)
         loss, _, grad = low(student, teacher, target, align_corners, **options)
@@ -249,7 +246,7 @@ def test_absent_classes(align_corners: bool, temperature: float) -> None:
         x[0, 3, 1, 2] = x[1, 4, 0, 0] = -INF  # at single cells
     got = low(student, teacher, target, align_corners, reduction=NONE, **options)[0]
     full = [walked(x, [9, 16], align_corners) for x in (student, teacher)]
-    want = reference.tnkd(*full, target, *{**DEFAULTS, **options, "reduction": NONE}.values())[0]
+    want = reference.tnkd(*full, target, Objective(**{**DEFAULTS, **options, "reduction": NONE}))[0]
     torch.testing.assert_close(got, want)
     assert got.isfinite().all()
 
@@ -521,7 +518,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         layout=draw(st.sampled_from(LAYOUTS)),
         temperature=draw(st.sampled_from([0.3, 1.0, 2.0, 4.0])),
         reduction=draw(st.integers(0, 2)),
-        with_ce=draw(st.booleans()),
+        ce_weight=draw(st.sampled_from([None, 0.0, 0.7])),
         class_weight=draw(st.sampled_from([None, torch.linspace(0, 2, classes)])),
     )
 

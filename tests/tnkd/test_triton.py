@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsct_kernels import tnkd_loss, triton_common
 from dsct_kernels.tnkd import reference, triton
+from dsct_kernels.tnkd.objective import Objective
 from dsct_kernels.tnkd.triton import Config
 from tests.conftest import DEVICES
 from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
@@ -31,41 +32,39 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def values(*numbers: float) -> Tensor:
-    """The weights of CE, TCKD and NCKD and the temperature as the op takes them."""
-    return torch.tensor(numbers, dtype=torch.float64)
+def asked(weight: Tensor | None, ce: float | None, tckd: float, nckd: float, temperature: float,
+          ignore_index: int | None, reduction: int) -> Objective:  # fmt: skip
+    return Objective(tckd, nckd, temperature, ignore_index, reduction, ce_weight=ce, class_weight=weight)
 
 
-def op(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, ce: float, tckd: float,
-       nckd: float, temperature: float, ignore_index: int | None, *rest: object, **options: object):  # fmt: skip
-    """The op, of plain numbers."""
-    index = None if ignore_index is None else torch.tensor(ignore_index)
-    numbers = values(ce, tckd, nckd, temperature)
-    return triton.forward(student, teacher, target, weight, numbers, index, *rest, **options)
+def op(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None, ce: float | None, tckd: float,
+       nckd: float, temperature: float, ignore_index: int | None, reduction: int, *rest: object,
+       **options: object):  # fmt: skip
+    """The op, of plain numbers; `rest`: needs_grad and, to replace the table's choice, the launch."""
+    objective = asked(weight, ce, tckd, nckd, temperature, ignore_index, reduction)
+    packed = objective.packed(torch.empty(0), torch.device("cpu"))
+    return triton.forward(student, teacher, target, *packed, *rest, **options)
 
 
 def truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
-          numbers: tuple[float, ...], ignore_index: int | None, reduction: int, with_ce: bool):  # fmt: skip
+          *rest: object):  # fmt: skip
     """(loss, parts, gradient) of the reference, computed in dtype."""
     leaf = student.detach().to(dtype).requires_grad_()
     weight = weight.to(dtype) if weight is not None else None
-    loss, parts = reference.tnkd(
-        leaf, teacher.to(dtype), target, weight, *numbers, ignore_index, reduction, with_ce
-    )  # fmt: skip
+    loss, parts = reference.tnkd(leaf, teacher.to(dtype), target, asked(weight, *rest))
     loss.sum().backward()
     return loss.detach(), parts, leaf.grad
 
 
 def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None = None,
-          numbers: tuple[float, ...] = (0.7, 1.0, 2.0, 1.5), ignore_index: int | None = 255, reduction: int = 1,
-          with_ce: bool = True, config: Config | None = None) -> None:  # fmt: skip
+          numbers: tuple[float | None, ...] = (0.7, 1.0, 2.0, 1.5), ignore_index: int | None = 255, reduction: int = 1,
+          config: Config | None = None) -> None:  # fmt: skip
     """The op itself, with this launch, by the error rule; and the same without a gradient, and with its numbers read
     by the kernels."""
-    arguments = (student, teacher, target, weight, *numbers, ignore_index, reduction, with_ce)
+    arguments = (student, teacher, target, weight, *numbers, ignore_index, reduction)
     loss, parts, grad, scale = op(*arguments, True, config)
-    rest = (student, teacher, target, weight, numbers, ignore_index, reduction, with_ce)
-    own = truth(torch.promote_types(student.dtype, torch.float32), *rest)
-    exact = truth(torch.float64, *rest)
+    own = truth(torch.promote_types(student.dtype, torch.float32), *arguments)
+    exact = truth(torch.float64, *arguments)
     assert_as_good_as_reference(loss, own[0], exact[0], "loss")
     assert_as_good_as_reference(parts, own[1], exact[1], "parts")
     product = grad.to(scale.dtype) * scale
@@ -73,11 +72,13 @@ def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tenso
     alone = op(*arguments, False, config, by_pointer=True)
     for got, same in ((alone[0], loss), (alone[1], parts)):
         torch.testing.assert_close(got, same, rtol=0, atol=0, equal_nan=True)
-    assert alone[2].shape == (0,)
+
+
+ALONE = (None, 1.0, 2.0, 1.5)  # the numbers of TNKD without cross-entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("numbers", [(0.7, 1.0, 2.0, 1.0), (0.3, 0.5, 0.0, 0.01), (0.0, 1.0, 2.0, 2.0)], ids=str)
+@pytest.mark.parametrize("numbers", [(0.7, 1.0, 2.0, 1.0), (0.3, 0.5, 0.0, 0.01), (None, 1.0, 2.0, 2.0)], ids=str)
 @pytest.mark.parametrize("ignore_index", [255, 0, -100, 2**40, None])
 def test_numbers_that_the_kernels_read_give_the_bits_of_numbers_among_their_arguments(
     device, dtype, numbers, ignore_index
@@ -89,7 +90,7 @@ def test_numbers_that_the_kernels_read_give_the_bits_of_numbers_among_their_argu
     for layout, config in (("contiguous", None), ("channels_last", CONFIGS[6])):
         rest = (strided_copy(student, layout), strided_copy(teacher, layout), target, weight, *numbers, ignore_index)
         for reduction in (0, 1, 2):
-            either = (op(*rest, reduction, True, True, config, by_pointer=by_pointer) for by_pointer in (False, True))
+            either = (op(*rest, reduction, True, config, by_pointer=by_pointer) for by_pointer in (False, True))
             assert all(torch.equal(a, b) for a, b in zip(*either, strict=True))
 
 
@@ -101,7 +102,7 @@ def test_numbers_that_nobody_could_refuse_make_every_loss_nan(device, reduction,
     target[0, 0, 0] = 255
     numbers = [0.7, 1.0, 2.0, 1.5]
     numbers[which] = bad
-    loss = op(student, teacher, target, None, *numbers, 255, reduction, True, False, by_pointer=True)[0]
+    loss = op(student, teacher, target, None, *numbers, 255, reduction, False, by_pointer=True)[0]
     if bad == 0 and which != 3:  # a weight may be 0
         assert loss.isfinite().all()
     else:
@@ -113,8 +114,11 @@ def test_a_weight_that_turns_out_to_be_0_takes_no_part(device):
     student, teacher, target = problem(device, (1, 4, 2, 3))
     student[0, int(target[0, 0, 0]), 0, 0] = float("-inf")
     for reduction in (0, 1, 2):
-        rest = (None, 0.0, 0.0, 2.0, 1.5, 255, reduction, True, False)
-        assert op(student, teacher, target, *rest, by_pointer=True)[0].isfinite().all()
+        rest = (None, 0.0, 0.0, 2.0, 1.5, 255, reduction, False)
+        loss, parts, *_ = op(student, teacher, target, *rest, by_pointer=True)
+        assert loss.isfinite().all() and parts[0] == 0
+        for same, got in zip((loss, parts), op(student, teacher, target, *rest)):  # whose host sees the 0
+            torch.testing.assert_close(got, same)
         assert op(student, teacher, target, None, 0.7, *rest[2:], by_pointer=True)[0].isinf().any()
 
 
@@ -136,8 +140,8 @@ def test_every_launch_gives_the_same_numbers(device, config, shape, layout):
     target[0, 0, :2] = 255
     weight = torch.rand(shape[1], device=device) + 0.5
     check(student, teacher, target, weight, config=config)
-    check(student, teacher, target, config=config, reduction=0, with_ce=False)
-    check(student, teacher, None, config=config, reduction=2, with_ce=False)
+    check(student, teacher, target, config=config, reduction=0, numbers=ALONE)
+    check(student, teacher, None, config=config, reduction=2, numbers=ALONE)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[2], CONFIGS[6]], ids=str)
@@ -158,11 +162,11 @@ def test_edge_cases_hold_in_both_kinds_of_launch(device, config):
     check(student, teacher, None, config=config)
     student[0, (target[0, 2, 0] + 1) % 5, 2, 0] = float("-inf")  # the teacher has mass there
     loss, _, grad, _ = op(
-        student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config
+        student, teacher, target, None, None, 1.0, 1.0, 2.0, 255, 2, True, config
     )  # fmt: skip
     assert loss == float("inf") and grad.isfinite().all()
     target[0, 2, 5] = 5
-    _, _, grad, _ = op(student, teacher, target, None, 0.0, 1.0, 1.0, 2.0, 255, 2, False, True, config)
+    _, _, grad, _ = op(student, teacher, target, None, None, 1.0, 1.0, 2.0, 255, 2, True, config)
     assert grad[0, :, 2, 5].isnan().all() and grad[0, :, 2, :5].isfinite().all()
 
 
@@ -179,12 +183,12 @@ def test_float16_keeps_a_power_of_two_out_of_the_gradient(device):
     student, teacher, target = problem(device, (2, 4, 3, 5), torch.float16)
     target[0, 0] = 255
     arguments = (teacher, target, None, 0.3, 1.0, 2.0, 2.0, 255)
-    mean, total = (op(student, *arguments, r, True, True) for r in (1, 2))
+    mean, total = (op(student, *arguments, r, True) for r in (1, 2))
     for _, _, grad, scale in (mean, total):
         assert math.log2(scale.item()).is_integer()  # nothing rounds twice
         assert 2**10 < grad.abs().max() < 2**15
     torch.testing.assert_close(mean[2].float() * mean[3] * 25, total[2].float() * total[3], rtol=2e-3, atol=1e-6)
-    folded = op(student.float(), *arguments, 1, True, True)
+    folded = op(student.float(), *arguments, 1, True)
     assert folded[3] == 1
     torch.testing.assert_close(mean[2].float() * mean[3], folded[2], rtol=1e-3, atol=1e-6)
 
@@ -199,12 +203,9 @@ def test_small_float16_gradients_survive_until_they_are_scaled(device, reduction
     rare[int(target[0, 0, 0])] = 40.0
     for weight, tckd, nckd, ce in ((None, 0.5, 0.0, None), (None, 1e-6, 2e-6, None), (rare, 1, 2, 1e-3),
                                    (rare, 1, 2, 1e4)):  # fmt: skip
-        numbers, with_ce = (ce or 0.0, tckd, nckd, temperature), ce is not None
-        rest = (student, teacher, target, weight, numbers, 255, reduction, with_ce)
+        rest = (student, teacher, target, weight, ce, tckd, nckd, temperature, 255, reduction)
         *_, exact = truth(torch.float64, *rest)
-        *_, grad, outside = op(
-            student, teacher, target, weight, *numbers, 255, reduction, with_ce, True
-        )  # fmt: skip
+        *_, grad, outside = op(*rest, True)
         assert grad.isfinite().all()
         assert relative_error(grad.to(outside.dtype) * outside, exact) < 2**-11  # one rounding
 
@@ -214,13 +215,13 @@ def test_float16_without_anything_to_scale(device, reduction):
     """Nothing valid, no term asked for, a weight that is not finite: no bound, and no 0 / 0."""
     student, teacher, target = problem(device, (1, 4, 3, 5), torch.float16)
     none = op(student, teacher, torch.full_like(target, 255), None, 1.0, 1.0, 2.0, 2.0, 255, reduction,
-                          True, True)  # fmt: skip
-    nothing = op(student, teacher, target, None, 0.0, 0.0, 0.0, 2.0, 255, reduction, True, True)
+              True)  # fmt: skip
+    nothing = op(student, teacher, target, None, 0.0, 0.0, 0.0, 2.0, 255, reduction, True)
     for _, _, grad, scale in (none, nothing):
         assert (grad == 0).all() and scale.isfinite() and scale > 0
     infinite = torch.tensor([1.0, 1.0, 1.0, float("inf")], device=device)
     target.clamp_(max=2)
-    *_, grad, scale = op(student, teacher, target, infinite, 1.0, 1.0, 2.0, 2.0, 255, reduction, True, True)
+    *_, grad, scale = op(student, teacher, target, infinite, 1.0, 1.0, 2.0, 2.0, 255, reduction, True)
     assert grad.isfinite().all() and scale == 1
 
 
@@ -244,7 +245,7 @@ def test_everything_is_written(device, layout):
     torch.use_deterministic_algorithms(True)
     try:
         for reduction in (0, 1, 2):
-            results = op(student, teacher, target, None, 1.0, 1.0, 1.0, 1.0, 255, reduction, True, True)
+            results = op(student, teacher, target, None, 1.0, 1.0, 1.0, 1.0, 255, reduction, True)
             assert all(result.isfinite().all() for result in results)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -346,8 +347,8 @@ def test_class_weights_without_labels(device, reduction):
     with pytest.raises(ValueError, match="target: expected labels"):
         check(student, teacher, None, weight)
     numbers = (0.7, 1.0, 2.0, 1.5)
-    loss, _ = triton.tnkd(student, teacher, None, weight, *numbers, 255, 1, True)
-    exact, _, _ = truth(torch.float64, student, teacher, None, weight, numbers, 255, 1, True)
+    loss, _ = triton.tnkd(student, teacher, None, asked(weight, *numbers, 255, 1))
+    exact, _, _ = truth(torch.float64, student, teacher, None, weight, *numbers, 255, 1)
     torch.testing.assert_close(loss, exact.float())
 
 
@@ -424,8 +425,8 @@ def test_real_sizes(classes, layout, dtype):
     weight = torch.rand(classes, device="cuda")
     s, t = strided_copy(student, layout), strided_copy(teacher, layout)
     check(s, t, target, weight)
-    check(s, t, target.to(torch.uint8), with_ce=False, reduction=0)
-    check(s, t, None, with_ce=False)
+    check(s, t, target.to(torch.uint8), numbers=ALONE, reduction=0)
+    check(s, t, None, numbers=ALONE)
 
 
 @pytest.mark.gpu
@@ -436,10 +437,10 @@ def test_more_than_2_to_the_31_elements(shape):
     student = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
     teacher = torch.empty_like(student).normal_()
     target = torch.randint(0, shape[1], (shape[0], *shape[2:]), dtype=torch.uint8, device="cuda")
-    _, _, grad, _ = op(student, teacher, target, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
+    _, _, grad, _ = op(student, teacher, target, None, None, 1.0, 2.0, 2.0, 255, 2, True)
     last = (slice(-1, None), slice(None), slice(-3, None))
     part = (student[last], teacher[last], target[-1:, -3:])
-    small = op(*part, None, 0.0, 1.0, 2.0, 2.0, 255, 2, False, True)
+    small = op(*part, None, None, 1.0, 2.0, 2.0, 255, 2, True)
     torch.testing.assert_close(grad[last], small[2])
 
 
@@ -458,7 +459,7 @@ def test_the_last_of_more_than_2_to_the_31_pixels(device, monkeypatch):
     logits[..., -300:], target[..., -300:] = torch.randn(1, 2, 300), torch.randint(0, 2, (1, 300))
     launches = []
     monkeypatch.setattr(triton, "launch", lambda *args, **constants: launches.append((args, constants)))
-    op(logits, logits, target, None, 1.0, 1.0, 2.0, 2.0, 255, 1, True, False)
+    op(logits, logits, target, None, 1.0, 1.0, 2.0, 2.0, 255, 1, False)
     (count, count_constants), (walk, constants), _ = launches
 
     last = -1
@@ -470,8 +471,8 @@ def test_the_last_of_more_than_2_to_the_31_pixels(device, monkeypatch):
     last, partial = walk[1] - 1, walk[3 + 9]
     triton_common.launch(walk[0], 1, *walk[2:], **constants)
     tile = pixels - last * constants["PIXELS"]
-    exact = reference.tnkd(logits[..., -tile:].double(), logits[..., -tile:].double(), target[..., -tile:], None, 1.0,
-                           1.0, 2.0, 2.0, 255, 2, True)[1]  # fmt: skip
+    end = logits[..., -tile:].double()
+    exact = reference.tnkd(end, end, target[..., -tile:], asked(None, 1.0, 1.0, 2.0, 2.0, 255, 2))[1]
     assert partial[0, last] == pytest.approx(exact[0].item(), rel=1e-6)
 
     kernel, _, warps, labels, class_weight, _, *rest = count

@@ -126,32 +126,34 @@ inline double float16_scale(const TnkdArgs& args, bool is_double, double by_coun
   return std::exp2(std::clamp(std::ilogb(bound) - 14, -126, 126));
 }
 
-inline void set_numbers(TnkdArgs& args, const Tensor& values, bool with_ce) {
-  const double* numbers = numbers_of<double>("values", values, 4);
-  const double ce_weight = numbers[0], tckd_weight = numbers[1], nckd_weight = numbers[2], temperature = numbers[3];
-  if (!(temperature > 0 && std::isfinite(temperature)))
-    fail("temperature: expected a finite number > 0, got " + std::to_string(temperature));
+inline void set_numbers(TnkdArgs& args, const Tensor& values) {
+  // Without a weight for it there is no cross-entropy; with a weight of 0 neither.
+  const bool has_ce = values.dim() != 1 || values.size(0) != 3;
+  const double* numbers = numbers_of<double>("values", values, has_ce ? 4 : 3);
+  args.ce_weight = has_ce ? *numbers++ : 0;
+  args.tckd_weight = numbers[0];
+  args.nckd_weight = numbers[1];
+  args.temperature = numbers[2];
+  args.with_ce = args.ce_weight != 0;
+  if (!(args.temperature > 0 && std::isfinite(args.temperature)))
+    fail("temperature: expected a finite number > 0, got " + std::to_string(args.temperature));
+  const double weights[] = {args.ce_weight, args.tckd_weight, args.nckd_weight};
   const char* names[] = {"ce_weight", "alpha", "beta"};  // the latter two times dsct_loss's tnkd_weight
   for (int i = 0; i < 3; i++)
-    if (!(numbers[i] >= 0 && std::isfinite(numbers[i])))
-      fail(std::string(names[i]) + ": expected a finite number >= 0, got " + std::to_string(numbers[i]));
-  args.ce_weight = with_ce ? ce_weight : 0;
-  args.tckd_weight = tckd_weight;
-  args.nckd_weight = nckd_weight;
-  args.temperature = temperature;
-  args.with_ce = with_ce;
+    if (!(weights[i] >= 0 && std::isfinite(weights[i])))
+      fail(std::string(names[i]) + ": expected a finite number >= 0, got " + std::to_string(weights[i]));
 }
 
 // All of the labels but where they are.
 inline void set_labels(TnkdArgs& args, const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                       const std::optional<Tensor>& ignore_index, bool with_ce) {
+                       const std::optional<Tensor>& ignore_index) {
   if (target.has_value()) {
     args.target = target->const_data_ptr();
     args.target_type = label_type("target", *target);
     args.has_ignore = ignore_index.has_value();
     args.ignore_index = ignore_index.has_value() ? *numbers_of<int64_t>("ignore_index", *ignore_index, 0) : 0;
   }
-  if (class_weight.has_value() && with_ce) args.class_weight = class_weight->const_data_ptr();
+  if (class_weight.has_value() && args.with_ce) args.class_weight = class_weight->const_data_ptr();
 }
 
 // What a pixel's losses are multiplied by.

@@ -15,12 +15,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
                                                     const std::optional<Tensor>& target,
                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                    bool with_ce, bool needs_grad);
+                                                    bool needs_grad);
 
 // Of (N, K, H, W) logits that are smaller than the labels.
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
     const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
-    int64_t reduction, bool with_ce, bool align_corners, bool needs_grad);
+    int64_t reduction, bool align_corners, bool needs_grad);
 
 }  // namespace dsct

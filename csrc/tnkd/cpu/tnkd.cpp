@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
                                                     const std::optional<Tensor>& target,
                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                    bool with_ce, bool needs_grad) {
+                                                    bool needs_grad) {
   const FloatType student_type = float_type("student_logits", student_logits);
   const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   check(student_logits, pixel_sizes(student_logits), target, class_weight, acc, reduction);
 
   TnkdArgs args = {};
-  set_numbers(args, values, with_ce);
+  set_numbers(args, values);
   args.student = view(student_logits, student_type);
   args.teacher = view(teacher_logits, teacher_type);
   const std::vector<int64_t> map_sizes = pixel_sizes(student_logits);
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   const std::vector<PixelDim> dims = pixel_dims(student_logits, teacher_logits, target, needs_grad ? &grad : nullptr);
   set_walk(args, student_logits, dims);
   for (size_t d = 0; d < dims.size(); d++) args.target_strides[d] = dims[d].target;
-  set_labels(args, target, class_weight, ignore_index, with_ce);
+  set_labels(args, target, class_weight, ignore_index);
 
   const TnkdKernels& kernel = tnkd_kernels(is_double);
   const bool serial = args.pixels * args.classes < kSerialLogits;

@@ -136,7 +136,7 @@ int64_t partial_row(const Strip& s, int64_t row) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
     const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
-    int64_t reduction, bool with_ce, bool align_corners, bool needs_grad) {
+    int64_t reduction, bool align_corners, bool needs_grad) {
   const FloatType student_type = float_type("student_logits", student_logits);
   const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     fail("reduction: none has no gradient here, where a number of the student's belongs to several pixels of the map");
 
   UpsampledArgs args = {};
-  set_numbers(args, values, with_ce);
+  set_numbers(args, values);
   args.student = view(student_logits, student_type);
   args.teacher = view(teacher_logits, teacher_type);
   const std::vector<int64_t> scalar;
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     args.sizes[d] = map_sizes[size_t(d)];
     args.target_strides[d] = target.has_value() ? target->stride(d) : 0;
   }
-  set_labels(args, target, class_weight, ignore_index, with_ce);
+  set_labels(args, target, class_weight, ignore_index);
   if (args.pixels == 0) {
     store_losses(args, {0, 0, 0}, {1, 1}, reduction, loss, parts);
     store(grad_scale, 0, 1);

@@ -38,7 +38,8 @@ struct TnkdArgs {
   double ce_weight, tckd_weight, nckd_weight, temperature;
   bool has_ignore;
   int64_t ignore_index;
-  // On the device, (4,) in the order above and (); nullptr: the numbers above. Read by the kernels, never by the host.
+  // On the device, (4,) in the order above, or without cross-entropy (3,), and (); nullptr: the numbers above. Read by
+  // the kernels, never by the host.
   const double* values = nullptr;
   const int64_t* ignore_index_value = nullptr;
   bool mean, with_ce;

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
                                                      const std::optional<Tensor>& target,
                                                      const std::optional<Tensor>& class_weight, const Tensor& values,
                                                      const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                     bool with_ce, bool needs_grad);
+                                                     bool needs_grad);
 
 // grad *= factor; grad is any dense tensor, factor () in float32 or float64 on the same device.
 void scale_cuda_(Tensor& grad, const Tensor& factor);

@@ -34,9 +34,10 @@ template <typename A>
 DSCT_DEVICE void read_numbers(Terms<A>& terms) {
   if (terms.values == nullptr) return;
   const double* v = terms.values;
+  const double ce_weight = terms.with_ce ? *v++ : 0;  // without cross-entropy not among them
   auto usable = [](double x) { return x >= 0 && x < std::numeric_limits<double>::infinity(); };
-  const bool good = usable(v[0]) && usable(v[1]) && usable(v[2]) && usable(v[3]) && v[3] > 0;
-  set_numbers(terms, v[0], v[1], v[2], good ? v[3] : std::numeric_limits<double>::quiet_NaN());
+  const bool good = usable(ce_weight) && usable(v[0]) && usable(v[1]) && usable(v[2]) && v[2] > 0;
+  set_numbers(terms, ce_weight, v[0], v[1], good ? v[2] : std::numeric_limits<double>::quiet_NaN());
 }
 
 // Sums over the classes other than the target, in powers of 2: with c = log2(e) / temperature and base = max * c,

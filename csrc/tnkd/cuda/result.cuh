@@ -80,7 +80,7 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
     const double weight[3] = {terms.ce_weight, terms.tckd_weight, terms.nckd_weight};
     double loss = 0;
     for (int i = 0; i < 3; ++i) {
-      result.parts[i] = static_cast<A>(part[i]);
+      result.parts[i] = static_cast<A>(i == 0 && weight[0] == 0 ? 0 : part[i]);  // CE that takes no part is reported 0
       // Weight 0 takes no part, 0 * inf would be NaN; but a NaN is never hidden.
       if (weight[i] != 0 || part[i] != part[i]) loss += weight[i] * part[i];
     }

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
                                                      const std::optional<Tensor>& target,
                                                      const std::optional<Tensor>& class_weight, const Tensor& values,
                                                      const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                     bool with_ce, bool needs_grad) {
+                                                     bool needs_grad) {
   const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
   const cuda::Device device = cuda::device_of(student_logits.get_device_index());
   cudaStream_t stream = cuda::stream_of(student_logits);
@@ -22,12 +22,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
   args.teacher_type = float_type("teacher_logits", teacher_logits);
   const bool wide = args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64;
   const ScalarType acc = wide ? ScalarType::Double : ScalarType::Float;
+  // Without a weight for it there is no cross-entropy; a weight of 0 the host sees only on the CPU.
+  const bool has_ce = values.dim() != 1 || values.size(0) != 3;
+  const double* numbers = numbers_of<double>("values", values, has_ce ? 4 : 3, student_logits);
+  if (values.is_cpu()) {
+    args.ce_weight = has_ce ? *numbers++ : 0;
+    args.tckd_weight = numbers[0], args.nckd_weight = numbers[1], args.temperature = numbers[2];
+  } else {
+    args.values = numbers;
+  }
+  args.with_ce = has_ce && (args.values != nullptr || args.ce_weight != 0);
   if (class_weight) {
     STD_TORCH_CHECK(class_weight->is_cuda() && class_weight->dim() == 1 && class_weight->is_contiguous() &&
                         class_weight->size(0) == student_logits.size(1) && class_weight->scalar_type() == acc,
                     "class_weight: expected a contiguous (K,) tensor on the logits' device in the accumulation dtype");
     // The mean needs the weights' sum before the first gradient, and the kernels find the argmax only on the way.
-    STD_TORCH_CHECK(target || !with_ce || reduction != 1,
+    STD_TORCH_CHECK(target || !args.with_ce || reduction != 1,
                     "target: expected labels (the teacher's argmax) where class weights are averaged over, got None");
   }
   STD_TORCH_CHECK(teacher_logits.is_cuda() && (!target || target->is_cuda()),
@@ -57,13 +67,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
                   teacher_logits.strides().data(), target ? target->strides().data() : nullptr,
                   needs_grad ? grad.strides().data() : nullptr);
   STD_TORCH_CHECK(args.classes <= std::numeric_limits<int32_t>::max(), "tnkd: too many classes");
-  const double* numbers = numbers_of<double>("values", values, 4, student_logits);
-  if (values.is_cpu()) {
-    args.ce_weight = numbers[0], args.tckd_weight = numbers[1], args.nckd_weight = numbers[2];
-    args.temperature = numbers[3];
-  } else {
-    args.values = numbers;
-  }
   args.has_ignore = ignore_index.has_value();
   if (ignore_index) {
     const int64_t* number = numbers_of<int64_t>("ignore_index", *ignore_index, std::nullopt, student_logits);
@@ -74,7 +77,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
     }
   }
   args.mean = reduction == 1;
-  args.with_ce = with_ce;
 
   const cuda::TnkdPlan plan = cuda::tnkd_plan(args, device);
   const Tensor workspace = make_empty(student_logits, {cuda::tnkd_workspace_bytes(plan)}, ScalarType::Byte);

@@ -1,7 +1,8 @@
-"""Autograd of the CAFD ops: whatever comes in becomes a gradient of the map, and one op takes that to the features.
+"""The CAFD ops: signatures, results, autograd.
 
-Every backend's ops have the arguments and results of `dsct_kernels::cafd`, `::attention_map` and
-`::attention_map_backward` (docs/ops.md), so one rule serves them all.
+Whatever gradient comes in becomes one of the map, and one op takes that to the features. Every backend's ops have the
+arguments and results of `dsct_kernels::cafd`, `::attention_map` and `::attention_map_backward` (docs/ops.md), so one
+rule serves them all.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,44 @@ from torch import Tensor
 from ..autograd import first_derivative_only
 
 Op = Callable[..., Any]
+
+# As csrc/ops.cpp has them: tests/test_ops.py compares the two.
+SIGNATURES = {
+    "cafd": "(Tensor student_features, Tensor teacher_features, Tensor temperatures, int reduction, bool needs_grad) "
+    "-> (Tensor loss, Tensor grad_map, Tensor stats)",
+    "attention_map": "(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)",
+    "attention_map_backward": "(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor",
+}
+
+
+class Results:
+    """What a backend's ops return, empty: a sample of its `stats` takes stats_row(channels, positions) numbers."""
+
+    def __init__(self, stats_row: Callable[[int, int], int]) -> None:
+        self.stats_row = stats_row
+
+    def cafd(
+        self, student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int, needs_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, _, h, w = student.shape
+        loss = student.new_empty([n] if reduction == 0 else [], dtype=torch.promote_types(_acc(student), _acc(teacher)))
+        grad_map = student.new_empty([n, h, w] if needs_grad else [0], dtype=_acc(student))
+        return loss, grad_map, self._stats(student)
+
+    def attention_map(self, features: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        n, _, h, w = features.shape
+        return features.new_empty([n, h, w], dtype=_acc(features)), self._stats(features)
+
+    def attention_map_backward(self, features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor) -> Tensor:
+        return torch.empty_like(features)
+
+    def _stats(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.new_empty([n, self.stats_row(c, h * w)], dtype=_acc(x))
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _cafd_backward(ctx: Any, backward_op: Op, grad_output: Tensor | None) -> Tensor | None:
@@ -57,8 +96,13 @@ class EagerCAFD(torch.autograd.Function):
         return None, None, _cafd_backward(ctx, ctx.backward_op, grad_output), None, None, None
 
 
-def register(cafd: str, attention_map: str, attention_map_backward: Op) -> None:
-    """Gives the ops named `cafd` and `attention_map` their autograd; `attention_map_backward` is the op itself."""
+def register(suffix: str, results: Results) -> tuple[Op, Op, Op]:
+    """The ops `cafd`, `attention_map` and `attention_map_backward` with this suffix, given their fakes and autograd."""
+    names = [f"{name}{suffix}" for name in SIGNATURES]
+    fakes: tuple[Op, ...] = (results.cafd, results.attention_map, results.attention_map_backward)
+    for name, fake in zip(names, fakes, strict=True):
+        torch.library.register_fake(f"dsct_kernels::{name}", fake)
+    cafd, attention_map, attention_map_backward = (getattr(torch.ops.dsct_kernels, name).default for name in names)
 
     def cafd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, grad_map, stats = output
@@ -78,8 +122,9 @@ def register(cafd: str, attention_map: str, attention_map_backward: Op) -> None:
     def map_backward(ctx: Any, grad_map: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _map_backward(ctx, attention_map_backward, grad_map), None
 
-    torch.library.register_autograd(cafd, cafd_backward, setup_context=cafd_context)
-    torch.library.register_autograd(attention_map, map_backward, setup_context=map_context)
+    torch.library.register_autograd(f"dsct_kernels::{names[0]}", cafd_backward, setup_context=cafd_context)
+    torch.library.register_autograd(f"dsct_kernels::{names[1]}", map_backward, setup_context=map_context)
+    return cafd, attention_map, attention_map_backward
 
 
 def call(op: Op, backward_op: Op, student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int) -> Tensor:

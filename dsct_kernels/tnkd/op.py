@@ -1,7 +1,6 @@
-"""Autograd of the tnkd ops. The forward pass already holds the gradient; backward only multiplies it by what comes in.
+"""The tnkd ops: signature, results, autograd. The forward pass already holds the gradient; backward only multiplies it.
 
-Every backend's op has the results and the first seven arguments of `dsct_kernels::tnkd` (docs/ops.md), so one rule
-serves them all.
+Every backend's op has the arguments and results of `dsct_kernels::tnkd` (docs/ops.md), so one rule serves them all.
 """
 
 import math
@@ -11,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import values
+from .. import checks, values
 from ..autograd import first_derivative_only
-from ..values import Number
+from .objective import MEAN, NONE, Objective
 
-REDUCTION = 6  # position of the argument `reduction`, 0 for none
+# As csrc/ops.cpp has it: tests/test_ops.py compares the two.
+SIGNATURE = (
+    "(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
+    "Tensor? ignore_index, int reduction, bool needs_grad) "
+    "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)"
+)
 InPlaceScale = Callable[[Tensor, Tensor], None]
 
 
@@ -56,7 +60,7 @@ class EagerTNKD(torch.autograd.Function):
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale, anchor)
-        ctx.per_pixel, ctx.scale_, ctx.others = args[REDUCTION] == 0, scale_, len(args) - 1
+        ctx.per_pixel, ctx.scale_, ctx.others = loss.dim() > 0, scale_, len(args) - 1
         # Somebody's saved_tensors_hooks may hold on to what is saved here.
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         return loss, parts, anchor
@@ -75,15 +79,16 @@ class EagerTNKD(torch.autograd.Function):
         return None, None, grad, *[None] * ctx.others
 
 
-def register(name: str) -> None:
-    """Gives the op `name`, of the contract of dsct_kernels::tnkd, its autograd; its output `grad` is never written."""
+def register(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The op `name`, of the contract of dsct_kernels::tnkd, given its fake and its autograd; its output `grad` is never
+    written."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, parts, grad, grad_scale = output
+        loss, parts, grad, grad_scale = output
         ctx.mark_non_differentiable(parts, grad, grad_scale)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale, inputs[0])
-        ctx.per_pixel, ctx.others = inputs[REDUCTION] == 0, len(inputs) - 1
+        ctx.per_pixel, ctx.others = loss.dim() > 0, len(inputs) - 1
 
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grad = None
@@ -93,7 +98,22 @@ def register(name: str) -> None:
             grad = first_derivative_only(scaled(grad, factor, ctx.per_pixel), student, "tnkd_loss")
         return grad, *[None] * ctx.others
 
-    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    torch.library.register_fake(f"dsct_kernels::{name}", fake)
+    torch.library.register_autograd(f"dsct_kernels::{name}", backward, setup_context=setup_context)
+    op: Callable[..., Any] = getattr(torch.ops.dsct_kernels, name).default
+    return op
+
+
+def _results(
+    student_logits: Tensor, teacher_logits: Tensor, shape: list[Any], needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    return (
+        student_logits.new_empty(shape, dtype=acc),
+        student_logits.new_empty([3], dtype=acc),
+        torch.empty_like(student_logits) if needs_grad else student_logits.new_empty([0]),
+        student_logits.new_empty([], dtype=acc),
+    )
 
 
 def fake(
@@ -101,74 +121,39 @@ def fake(
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    numbers: Tensor,
+    values: Tensor,
     ignore_index: Tensor | None,
     reduction: int,
-    with_ce: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shapes, dtypes and strides of what the op returns."""
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    shape = [student_logits.shape[0], *student_logits.shape[2:]] if reduction == 0 else []
-    return (
-        student_logits.new_empty(shape, dtype=acc),
-        student_logits.new_empty([3], dtype=acc),
-        torch.empty_like(student_logits) if needs_grad else student_logits.new_empty([0]),
-        student_logits.new_empty([], dtype=acc),
-    )
+    shape = [student_logits.shape[0], *student_logits.shape[2:]] if reduction == NONE else []
+    return _results(student_logits, teacher_logits, shape, needs_grad)
 
 
 def fake_upsampled(
-    student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of tnkd_upsampled, whose map has the labels' size."""
-    reduction, needs_grad = rest[REDUCTION - 3], rest[-1]
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    shape = []
-    if reduction == 0 and target is not None:
-        shape = list(target.shape)
-    elif reduction == 0:
-        sizes = zip(student_logits.shape[2:], teacher_logits.shape[2:])
-        shape = [student_logits.shape[0], *(torch.sym_max(a, b) for a, b in sizes)]
-    return (
-        student_logits.new_empty(shape, dtype=acc),
-        student_logits.new_empty([3], dtype=acc),
-        torch.empty_like(student_logits) if needs_grad else student_logits.new_empty([0]),
-        student_logits.new_empty([], dtype=acc),
-    )
-
-
-def packed(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
-    ce_weight: Number,
-    tckd_weight: Number,
-    nckd_weight: Number,
-    temperature: Number,
-    ignore_index: int | Tensor | None,
+    values: Tensor,
+    ignore_index: Tensor | None,
     reduction: int,
-    with_ce: bool,
-) -> tuple[Any, ...]:
-    """reference.tnkd's arguments behind student_logits as the op's: its numbers as tensors."""
-    device = student_logits.device
-    numbers = values.packed((ce_weight, tckd_weight, nckd_weight, temperature), device)
-    index = values.packed_index(ignore_index, device) if target is not None else None
-    return teacher_logits, target, class_weight, numbers, index, reduction, with_ce
+    align_corners: bool,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of tnkd_upsampled, whose map has the labels' size."""
+    shape = []
+    if reduction == NONE:
+        shape = [student_logits.shape[0], *checks.label_size(student_logits, teacher_logits, target)]
+    return _results(student_logits, teacher_logits, shape, needs_grad)
 
 
-def with_labels(
-    teacher_logits: Tensor, target: Tensor | None, class_weight: Tensor | None, *rest: Any
-) -> tuple[Any, ...]:
-    """The op's arguments behind student_logits, with the teacher's argmax as target where an op cannot do without.
-
-    A mean over class weights needs their sum before the first gradient; the GPU kernels find the argmax on the way.
-    """
-    *numbers, ignore_index, reduction, with_ce = rest
-    if target is None and class_weight is not None and with_ce and reduction == 1:
-        target, ignore_index = teacher_logits.argmax(1), None
-    return teacher_logits, target, class_weight, *numbers, ignore_index, reduction, with_ce
+def labels(teacher_logits: Tensor, target: Tensor | None, objective: Objective) -> Tensor | None:
+    """`target`, or the teacher's argmax where the ops on a GPU cannot do without: they find it on the way, and a mean
+    over class weights needs their sum before the first gradient. Nothing is ignored then."""
+    averaged = objective.class_weight is not None and objective.reduction == MEAN and objective.may_have_ce()
+    return teacher_logits.argmax(1) if target is None and averaged else target
 
 
 def call(op: Callable[..., Any], scale_: InPlaceScale, student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
