@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(dsct_kernels, m) {
       "values, "
       "Tensor? ignore_index, int reduction, bool align_corners, bool needs_grad) "
       "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
+  m.def(
+      "tnkd_upsampled_backward(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, "
+      "Tensor values, Tensor? ignore_index, bool align_corners, Tensor grad_output) -> Tensor");
   // In place: multiplies by a scalar that lives on the device, and does nothing when it is exactly 1. CUDA only.
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
   m.def(
@@ -46,6 +49,7 @@ STABLE_TORCH_LIBRARY(dsct_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
   m.impl("tnkd", TORCH_BOX(&dsct::tnkd_cpu));
   m.impl("tnkd_upsampled", TORCH_BOX(&dsct::tnkd_upsampled_cpu));
+  m.impl("tnkd_upsampled_backward", TORCH_BOX(&dsct::tnkd_upsampled_backward_cpu));
   m.impl("cafd", TORCH_BOX(&dsct::cafd_cpu));
   m.impl("attention_map", TORCH_BOX(&dsct::attention_map_cpu));
   m.impl("attention_map_backward", TORCH_BOX(&dsct::attention_map_backward_cpu));

@@ -77,7 +77,8 @@ def dsct_loss(
         ce_weight, matched_weight, jaccard_weight, tnkd_weight, cafd_weight: >= 0; numbers or 0-d tensors that may
             change at every step, as alpha, beta and the temperatures may (see `tnkd_loss`). Cross-entropy of weight 0
             is reported 0, always; every other part where the number is known beforehand, and then it is not computed:
-            not in a compiled graph, which serves every value.
+            not in a compiled graph, which serves every value
+            (but the CPU's kernel leaves TNKD out there, too).
         class_weight: (K,) weights of the cross-entropy, with the semantics of `F.cross_entropy`, or None.
         matched_temperature: the temperature of `matched_cafd_loss`, whose channel_temperature is the one below.
         align_corners: how logits smaller than the labels are upsampled for CE and TNKD, as in `F.interpolate`.

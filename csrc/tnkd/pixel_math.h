@@ -21,14 +21,15 @@
 
 namespace dsct {
 
-// Where cross-entropy, which is at temperature 1, gets its exponentials. A kernel is compiled for each that it tells
-// apart.
+// Where cross-entropy, which is at temperature 1, gets its exponentials. A device's kernel is compiled for each that it
+// tells apart.
 enum class Ce {
   kNone,    // known to be none
   kShared,  // the student's serve, at temperature 1; or there is none: the kernel is told when it runs
   kSquare,  // their squares serve, at temperature 2: exp(x) = exp(x / 2)^2
   kPowers,  // one of these two, or none: the kernel is told when it runs
   kOwn,     // it makes its own
+  kAlone,   // it makes its own, and TNKD none: nobody asks for it. Of a teacher only a NaN is looked for.
 };
 
 template <class Math>

@@ -79,20 +79,58 @@ class EagerTNKD(torch.autograd.Function):
         return None, None, grad, *[None] * ctx.others
 
 
-def register(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+TENSORS = 6  # of the ops' arguments: student_logits to ignore_index
+
+
+class EagerMap(torch.autograd.Function):
+    """The map of `op`, where a number of the student's belongs to several pixels: its gradient waits for what comes in.
+
+    `of_map` then takes it, from the inputs again: nothing of the map's size times K is kept, or made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., Any], of_map: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, parts, _, _ = op(*args, False)
+        ctx.mark_non_differentiable(parts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:TENSORS])
+        ctx.of_map, ctx.align_corners, ctx.others = of_map, args[-1], len(args) - 1
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return None, None, _gradient_of_map(ctx, grad_output), *[None] * ctx.others
+
+
+def _gradient_of_map(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
+    if grad_output is None:
+        return None
+    inputs = ctx.saved_tensors
+    return first_derivative_only(ctx.of_map(*inputs, ctx.align_corners, grad_output), inputs[0], "tnkd_loss")
+
+
+def register(name: str, fake: Callable[..., Any], of_map: Callable[..., Tensor] | None = None) -> Callable[..., Any]:
     """The op `name`, of the contract of dsct_kernels::tnkd, given its fake and its autograd; its output `grad` is never
-    written."""
+    written. of_map: what takes the gradient of a map, or None where `grad` holds it."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         loss, parts, grad, grad_scale = output
         ctx.mark_non_differentiable(parts, grad, grad_scale)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad, grad_scale, inputs[0])
         ctx.per_pixel, ctx.others = loss.dim() > 0, len(inputs) - 1
+        ctx.of_map = of_map if ctx.per_pixel else None
+        if ctx.of_map is None:
+            ctx.save_for_backward(grad, grad_scale, inputs[0])
+        else:
+            ctx.save_for_backward(*inputs[:TENSORS])
+            ctx.align_corners = inputs[-2]
 
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grad = None
-        if grad_output is not None:
+        if ctx.of_map is not None:
+            grad = _gradient_of_map(ctx, grad_output)
+        elif grad_output is not None:
             grad, scale, student = ctx.saved_tensors
             factor = torch.ops.dsct_kernels.upstream(grad_output, student) * scale
             grad = first_derivative_only(scaled(grad, factor, ctx.per_pixel), student, "tnkd_loss")
@@ -142,11 +180,16 @@ def fake_upsampled(
     align_corners: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of tnkd_upsampled, whose map has the labels' size."""
+    """The same of tnkd_upsampled, whose map has the labels' size, and no gradient before one comes in."""
     shape = []
     if reduction == NONE:
         shape = [student_logits.shape[0], *checks.label_size(student_logits, teacher_logits, target)]
-    return _results(student_logits, teacher_logits, shape, needs_grad)
+    return _results(student_logits, teacher_logits, shape, needs_grad and reduction != NONE)
+
+
+def fake_of_map(student_logits: Tensor, *_: Any) -> Tensor:
+    """The same of tnkd_upsampled_backward: the gradient."""
+    return torch.empty_like(student_logits)
 
 
 def labels(teacher_logits: Tensor, target: Tensor | None, objective: Objective) -> Tensor | None:
@@ -161,4 +204,14 @@ def call(op: Callable[..., Any], scale_: InPlaceScale, student_logits: Tensor, *
     needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
     if needs_grad and not torch.compiler.is_compiling():
         return EagerTNKD.apply(op, scale_, student_logits, *args)[:2]
+    return op(student_logits, *args, needs_grad)[:2]
+
+
+def call_map(
+    op: Callable[..., Any], of_map: Callable[..., Tensor], student_logits: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    """The same of a map whose gradient `of_map` takes."""
+    needs_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    if needs_grad and not torch.compiler.is_compiling():
+        return EagerMap.apply(op, of_map, student_logits, *args)
     return op(student_logits, *args, needs_grad)[:2]

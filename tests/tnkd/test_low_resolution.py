@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -33,13 +34,36 @@ INF, NAN = float("inf"), float("nan")
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+def upstream(loss: Tensor) -> Tensor:
+    """What comes in for a loss, or for each pixel of a map: there of either sign, and here and there 0."""
+    if loss.dim() == 0:
+        return torch.ones_like(loss)
+    values = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7)).clamp(min=-1)
+    return values.where(values.abs() > 0.1, 0).to(loss)
+
+
 def low(student: Tensor, teacher: Tensor, target: Tensor | None, align_corners: bool = False, **options: Any):
-    """(loss, parts, gradient in the accumulation dtype) of the op; no gradient of a map."""
-    args = {**DEFAULTS, **options}
+    """(loss, parts, gradient in the accumulation dtype) of the op; for a map, of the op that takes its gradient."""
+    args = packed({**DEFAULTS, **options})
     op = torch.ops.dsct_kernels.tnkd_upsampled
-    needs_grad = args["reduction"] != NONE
-    loss, parts, grad, scale = op(student, teacher, target, *packed(args), align_corners, needs_grad)
+    loss, parts, grad, scale = op(student, teacher, target, *args, align_corners, True)
+    if args[-1] == NONE:
+        assert grad.shape == (0,)
+        grad, scale = of_map(student, teacher, target, upstream(loss), align_corners, **options), torch.ones_like(scale)
     return loss, parts, grad.to(scale.dtype) * scale
+
+
+def of_map(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    grad_output: Tensor,
+    align_corners: bool = False,
+    **options: Any,
+) -> Tensor:
+    *args, _ = packed({**DEFAULTS, **options})
+    op = torch.ops.dsct_kernels.tnkd_upsampled_backward
+    return op(student, teacher, target, *args, align_corners, grad_output)
 
 
 def walked(x: Tensor, size: list[int], align_corners: bool) -> Tensor:
@@ -55,7 +79,7 @@ def eager(student: Tensor, teacher: Tensor, target: Tensor | None, align_corners
     size = [max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])] if target is None else target.shape[1:]
     full = [x if list(x.shape[2:]) == list(size) else up(x, list(size), align_corners) for x in (student, teacher)]
     loss, parts = reference.tnkd(*full, target, Objective(**args))
-    (grad,) = torch.autograd.grad(loss.sum(), student)
+    (grad,) = torch.autograd.grad(loss, student, upstream(loss))
     return loss.detach(), parts, grad
 
 
@@ -85,8 +109,6 @@ def compare(
     pixels = truth[0].numel() if target is None else target.numel()
     per_pixel = 3 * torch.finfo(acc).eps * args["temperature"] ** 2  # as in test_native.compare
     for name, *values in zip(("loss", "parts", "grad"), got, same, truth):
-        if name == "grad" and args["reduction"] == NONE:
-            continue
         count = {NONE: pixels if name == "parts" else pixels**0.5, MEAN: 1, SUM: pixels}[args["reduction"]]
         what = f"{name} of {tuple(student.shape)}, {tuple(teacher.shape)} {student.dtype} {layout} {options}"
         assert_as_good_as_reference(*values, what, floor=0 if name == "grad" else per_pixel * count)
@@ -260,7 +282,7 @@ def test_nothing_valid(shape: tuple[int, ...], reduction: int) -> None:
             target = torch.full((shape[0], 9, 9), 255)
             loss, parts, grad = low(student, teacher, target, reduction=reduction)
             assert (loss == 0).all() and (parts == 0).all() and (grad == 0).all()
-            assert grad.shape == ((0,) if reduction == NONE else shape)
+            assert grad.shape == shape
 
 
 @pytest.mark.parametrize("align_corners", (False, True))
@@ -388,11 +410,128 @@ def test_bad_label_is_named_with_its_position() -> None:
         tnkd_loss(student, teacher, target)
 
 
-def test_a_map_has_no_gradient_of_the_op() -> None:
+def test_a_maps_upstream_has_to_fit() -> None:
     student, teacher, target = problem(SIZES[0])
-    with pytest.raises(ValueError, match="reduction"):
-        args = packed({**DEFAULTS, "reduction": NONE})
-        torch.ops.dsct_kernels.tnkd_upsampled(student, teacher, target, *args, False, True)
+    for wrong in (torch.ones(2, 32, 31), torch.ones(2, 32, 32, dtype=torch.float64), torch.ones(())):
+        with pytest.raises(ValueError, match="grad_output: expected shape"):
+            of_map(student, teacher, target, wrong)
+
+
+# --- the gradient of a map ---
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("temperature", (1.0, 2.0, 3.0))
+def test_gradient_of_a_map_through_the_loss(dtype: torch.dtype, temperature: float, calls: list[int]) -> None:
+    student, teacher, target = problem((6, (5, 8), (3, 4), (15, 32)), dtype)
+    leaf = student.clone().requires_grad_()
+    pixels = tnkd_loss(leaf, teacher, target, temperature=temperature, reduction="none")
+    assert len(calls) == 1
+    for come_in in (upstream(pixels), upstream(pixels.mT).mT, torch.ones(()).to(pixels).expand_as(pixels)):
+        (grad,) = torch.autograd.grad(pixels, leaf, come_in, retain_graph=True)
+        wide = student.double().requires_grad_()
+        full = [interpolated(x, [15, 32], False) for x in (wide, teacher.double())]
+        truth = tnkd_loss(*full, target, temperature=temperature, reduction="none", backend="reference")
+        (want,) = torch.autograd.grad(truth, wide, come_in.double())
+        assert grad.dtype == dtype
+        assert relative_error(grad, want) < {torch.float32: 1e-5, torch.float64: 1e-12}.get(
+            dtype, torch.finfo(dtype).eps
+        )
+
+
+@pytest.mark.parametrize("come_in", (INF, -INF, NAN))
+@pytest.mark.parametrize("alone", (False, True))
+def test_an_ignored_pixel_gets_nothing_of_what_comes_in(come_in: float, alone: bool) -> None:
+    for sizes in (SIZES[0], SIZES[1], SIZES[2], (150, (5, 20), (9, 37), (30, 140))):
+        student, teacher, target = problem(sizes)
+        options = dict(tckd_weight=0.0, nckd_weight=0.0) if alone else {}
+        values = torch.rand(target.shape)
+        want = of_map(student, teacher, target, values, **options)
+        got = of_map(student, teacher, target, values.where(target != 255, come_in), **options)
+        assert (target == 255).any() and torch.equal(got, want) and want.isfinite().all()
+
+
+def test_a_map_takes_many_upstreams_no_second_derivative_and_no_change_of_its_inputs() -> None:
+    student, teacher, target = problem(SIZES[0])
+    leaf = student.requires_grad_()
+    pixels = tnkd_loss(leaf, teacher, target, reduction="none")
+    several = torch.stack([upstream(pixels), torch.ones_like(pixels)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # slow, says torch's vmap
+        (rows,) = torch.autograd.grad(pixels, leaf, several, is_grads_batched=True, retain_graph=True)
+    for row, one in zip(rows, several):
+        assert torch.equal(row, torch.autograd.grad(pixels, leaf, one, retain_graph=True)[0])
+    (grad,) = torch.autograd.grad(pixels, leaf, several[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        grad.sum().backward()
+    teacher.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        pixels.sum().backward()
+
+
+def test_a_map_of_float16_keeps_what_comes_in_until_it_rounds() -> None:
+    """A GradScaler's factor, and gradients that float16 does not hold before it."""
+    student, teacher, target = problem(SIZES[0], torch.float16)
+    values = torch.full(target.shape, 2.0**-24)
+    want = of_map(student.float(), teacher.float(), target, values) * 2**16
+    assert relative_error(of_map(student, teacher, target, values * 2**16), want) < 1e-3
+
+
+# --- cross-entropy alone: the weights of TNKD are 0 ---
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "sliced"))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_cross_entropy_alone(layout: str, dtype: torch.dtype) -> None:
+    for sizes in SIZES:
+        ignore = 255 if sizes[0] <= 255 else -1
+        student, _, target = problem(sizes, dtype, ignore_index=ignore)
+        student = strided_copy(student, layout)
+        weight = torch.linspace(0, 2, sizes[0], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        options = dict(tckd_weight=0.0, nckd_weight=0.0, temperature=3.0, ignore_index=ignore, class_weight=weight)
+        for reduction in (NONE, MEAN, SUM):
+            loss, parts, grad = low(student, student, target, reduction=reduction, **options)
+            assert (parts[1:] == 0).all()
+            results = []
+            for own, acc in ((dtype, weight.dtype), (torch.float64, torch.float64)):
+                leaf = student.detach().to(own).clone().requires_grad_()
+                full = leaf.to(acc)
+                full = full if full.shape[2:] == target.shape[1:] else interpolated(full, list(target.shape[1:]), False)
+                how = ("none", "mean", "sum")[reduction]
+                pixels = F.cross_entropy(full, target, weight.to(acc), ignore_index=ignore, reduction=how) * 0.7
+                results.append((pixels.detach(), torch.autograd.grad(pixels, leaf, upstream(pixels))[0]))
+            assert_as_good_as_reference(loss, results[0][0], results[1][0], f"loss of {sizes}")
+            assert_as_good_as_reference(grad, results[0][1], results[1][1], f"gradient of {sizes}")
+
+
+@pytest.mark.parametrize("garbage", (NAN, INF))
+def test_a_teacher_that_is_not_asked_for_hides_no_nan(garbage: float) -> None:
+    for classes in (2, 6, 20, 48):
+        for full in (False, True):
+            student, teacher, target = problem((classes, (16, 35) if full else (4, 5), (16, 35), (16, 35)))
+            for layout in ("contiguous", "channels_last"):
+                for at in (0, classes - 1):
+                    dirty = teacher.clone()
+                    dirty[1, at, 3, 7] = garbage
+                    target[1, 3, 7:9] = classes - 1
+                    pair = [strided_copy(x, layout) for x in (student, dirty)]
+                    options = dict(tckd_weight=0.0, nckd_weight=0.0, reduction=NONE)
+                    pixels = low(*pair, target, **options)[0].isnan()
+                    assert pixels.sum() == 1 and pixels[1, 3, 7]
+                    target[1, 3, 7] = 255
+                    loss, _, grad = low(*pair, target, **options)
+                    assert loss.isfinite().all() and grad.isfinite().all()
+
+
+def test_cross_entropy_alone_learns_from_the_teachers_argmax() -> None:
+    student, teacher, _ = problem((7, (5, 9), (4, 6), (20, 27)))
+    label = upsample.upsample(teacher, [5, 9], False).argmax(1)
+    options = dict(tckd_weight=0.0, nckd_weight=0.0)
+    got = low(student, teacher, None, **options)
+    for a, b in zip(got, low(student, student, label, ignore_index=None, **options)):
+        assert torch.equal(a, b)
+    for a, b in zip(low(student, student, None, **options), low(student, student, student.argmax(1), **options)):
+        assert torch.equal(a, b)
 
 
 # --- through the public functions ---
@@ -415,14 +554,12 @@ def test_what_it_serves(calls: list[int]) -> None:
     tnkd_loss(student, teacher, target, reduction="none")
     options = dict(matched_weight=0, jaccard_weight=0)
     dsct_loss(leaf, teacher, target, **options).total.backward()
-    assert len(calls) == 4
-    tnkd_loss(
-        leaf, teacher, target, reduction="none"
-    ).sum().backward()  # a map's gradient, and what needs no upsampling
+    tnkd_loss(leaf, teacher, target, reduction="none").sum().backward()
+    assert len(calls) == 5
     tnkd_loss(leaf, leaf.detach(), target[:, :8, :8])
     tnkd_loss(leaf, teacher, target, backend="reference")
     torch.func.grad(lambda x: tnkd_loss(x, teacher, target))(student)
-    assert len(calls) == 4
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -468,8 +605,6 @@ def test_backward_twice_and_second_derivatives(calls: list[int]) -> None:
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_opcheck(dtype: torch.dtype, reduction: int, needs_grad: bool) -> None:
-    if reduction == NONE and needs_grad:
-        pytest.skip("the op refuses")
     student, teacher, target = problem((5, (4, 5), (3, 6), (9, 20)), dtype)
     weight = torch.rand(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for layout, label, class_weight in (("contiguous", target, None), ("channels_last", None, weight)):
@@ -477,20 +612,28 @@ def test_opcheck(dtype: torch.dtype, reduction: int, needs_grad: bool) -> None:
         args = packed({**DEFAULTS, "class_weight": class_weight, "reduction": reduction})
         arguments = (leaf, teacher, label, *args, True, needs_grad)
         torch.library.opcheck(torch.ops.dsct_kernels.tnkd_upsampled.default, arguments, test_utils=CHECKS)
+        if reduction == NONE:
+            size = (4, 6) if label is None else (9, 20)
+            options = leaf.detach(), teacher, label, *args[:-1], True
+            grad_output = torch.rand(2, *size, dtype=weight.dtype)
+            op = torch.ops.dsct_kernels.tnkd_upsampled_backward.default
+            torch.library.opcheck(op, (*options, grad_output), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("dynamic", (False, True))
-def test_compiles(dynamic: bool) -> None:
+def test_compiles(dynamic: bool, reduction: str) -> None:
     frames = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    total = lambda x, t, y: tnkd_loss(x, t, y, temperature=2.0, align_corners=True)  # noqa: E731
+    total = lambda x, t, y: tnkd_loss(x, t, y, temperature=2.0, align_corners=True, reduction=reduction)  # noqa: E731
     compiled = torch.compile(total, fullgraph=True, backend=frames, dynamic=dynamic)
     # Sizes that all differ: of equal ones the compiler makes one.
     several = (6, (7, 8), (4, 5), (13, 29)), (6, (5, 9), (3, 4), (10, 24)), (6, (11, 7), (5, 8), (31, 40))
     for sizes in several[: 3 if dynamic else 1]:
         student, teacher, target = problem(sizes)
         student.requires_grad_()
-        grads = [torch.autograd.grad(run(student, teacher, target), student)[0] for run in (compiled, total)]
+        losses = [run(student, teacher, target) for run in (compiled, total)]
+        grads = [torch.autograd.grad(loss, student, upstream(loss))[0] for loss in losses]
         torch.testing.assert_close(*grads)
     assert frames.frame_count == 1
 
@@ -532,4 +675,4 @@ def test_any_problem(problem: dict[str, Any]) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """The tests of numbers again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    run_again_with(isa, __file__, "(sizes and not sliced) or ignored or nan or absent or bits or any")
+    run_again_with(isa, __file__, "(sizes and not sliced) or ignored or nan or absent or bits or any or alone or map")

@@ -19,7 +19,10 @@ struct TnkdArgs : LogitArgs {
   void* loss_map;            // contiguous, acc type; or nullptr
   double ce_weight, tckd_weight, nckd_weight, temperature;
   bool with_ce;
+  bool same;                    // the teacher is the student: without TNKD it is not looked at
   double tnkd_scale, ce_scale;  // what the gradient of a pixel is multiplied by: 1 / count, ...
+  const void* upstream;         // and what comes in for it, acc type; or nullptr
+  int64_t upstream_strides[kMaxPixelDims];
 };
 
 // Where the outputs of one dimension look: output i at input low[i] with weight near[i] and, unless far[i] is 0, at the
@@ -42,7 +45,6 @@ struct Resized {
 struct UpsampledArgs : TnkdArgs {
   int64_t height, width;
   Resized of_student, of_teacher;
-  bool same;           // the teacher is the student
   int64_t tile;        // columns of labels that are walked together: 16 to kMaxBlock
   int64_t strip_rows;  // most rows of the student's that a strip reaches
 };

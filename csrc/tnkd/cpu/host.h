@@ -156,6 +156,12 @@ inline void set_labels(TnkdArgs& args, const std::optional<Tensor>& target, cons
   if (class_weight.has_value() && args.with_ce) args.class_weight = class_weight->const_data_ptr();
 }
 
+inline bool same_tensor(const Tensor& a, const Tensor& b) {
+  bool same = a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type();
+  for (int64_t d = 0; d < a.dim(); d++) same &= a.size(d) == b.size(d) && a.stride(d) == b.stride(d);
+  return same;
+}
+
 // What a pixel's losses are multiplied by.
 struct Shares {
   double by_count, by_weight;

@@ -27,10 +27,12 @@ DSCT_INLINE void run_block(const TnkdArgs& args, Scratch<A>& s, int n, int block
   typedef typename A::S S;
   PixelLoss<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
   constexpr int kGroup = Scratch<A>::kGroup;
+  const bool has_teacher = mode != Ce::kAlone || args.target == nullptr || !args.same;
   bool any = true;
   if (args.target != nullptr) {
     any = load_labels<A>(args, s.at_target, n, s.label);
-    if (any) read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
+    if (any && has_teacher)
+      read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
   } else {
     for (int i = 0; i < kMaxBlock; i++) s.label[i] = S(-1);
     read<A>(args.teacher, s.at_teacher, n, args.classes, s.label, s.teacher, s.max_t, s.target_t);
@@ -82,9 +84,17 @@ LossSums run_mode(const TnkdArgs& args, int64_t begin, int64_t end, Scratch<A>& 
 template <class A>
 LossSums run(const TnkdArgs& args, int64_t begin, int64_t end, void* memory) {
   Scratch<A>& s = lay_out<A>(args, memory);
-  if (!args.with_ce || args.temperature == 1) return run_mode<A, Ce::kShared>(args, begin, end, s);
-  if (args.temperature == 2) return run_mode<A, Ce::kSquare>(args, begin, end, s);
-  return run_mode<A, Ce::kOwn>(args, begin, end, s);
+  switch (ce_of(args)) {
+    case Ce::kShared:
+      return run_mode<A, Ce::kShared>(args, begin, end, s);
+    case Ce::kSquare:
+      return run_mode<A, Ce::kSquare>(args, begin, end, s);
+    case Ce::kOwn:
+      return run_mode<A, Ce::kOwn>(args, begin, end, s);
+    case Ce::kAlone:
+      return run_mode<A, Ce::kAlone>(args, begin, end, s);
+  }
+  return {0, 0, 0};
 }
 
 // The teacher's argmax as labels: for the one case that has to know them all beforehand, the sum of the class weights.

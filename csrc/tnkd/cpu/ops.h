@@ -23,4 +23,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
     int64_t reduction, bool align_corners, bool needs_grad);
 
+// The gradient of its map. grad_output: what comes in for each pixel.
+Tensor tnkd_upsampled_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                   const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                                   const Tensor& values, const std::optional<Tensor>& ignore_index, bool align_corners,
+                                   const Tensor& grad_output);
+
 }  // namespace dsct

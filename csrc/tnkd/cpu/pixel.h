@@ -47,6 +47,28 @@ DSCT_INLINE void add_losses(const TnkdArgs& args, const PixelLoss<P>& losses, Sc
   add_lanes(lanes, P::N, s.lanes_ce);
 }
 
+template <class P>
+DSCT_INLINE void put_loss(const TnkdArgs& args, int n, int64_t first_pixel, int lane, typename P::V ce,
+                          typename P::V tckd, typename P::V nckd) {
+  typedef typename P::S S;
+  typedef typename P::V V;
+  if (args.loss_map == nullptr) return;
+  // A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN, which tckd always shows, is never hidden.
+  const double square = args.temperature * args.temperature;
+  V loss = P::set1(0);
+  if (args.tckd_weight != 0)
+    loss = P::fma(P::set1(S(args.tckd_weight * square)), tckd, loss);
+  else
+    loss = P::select(P::eq(tckd, tckd), loss, tckd);
+  if (args.nckd_weight != 0) loss = P::fma(P::set1(S(args.nckd_weight * square)), nckd, loss);
+  if (args.ce_weight != 0) loss = P::fma(P::set1(S(args.ce_weight)), ce, loss);
+  S* out = static_cast<S*>(args.loss_map) + first_pixel + lane;
+  if (n - lane >= P::N)
+    P::store(out, loss);
+  else
+    store_n<P>(out, loss, n - lane);
+}
+
 // P: A, or a Pair of it.
 template <class P, Ce mode, class A>
 DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, int64_t first_pixel,
@@ -54,16 +76,39 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
   typedef typename P::S S;
   typedef typename P::V V;
   const V zero = P::set1(0);
+  const typename P::M valid = P::le(zero, P::load(s.label + lane));
+  const V x_s = P::load(s.target_s + lane) - P::load(s.max_s + lane);
+  // What comes in, too: 0 stays 0, whatever that is.
+  const auto store_coef = [&](S* to, V coef) {
+    if (args.upstream != nullptr) coef = P::select(P::eq(coef, zero), coef, coef * P::load(s.upstream + lane));
+    P::store(to + lane, P::keep(valid, coef));
+  };
+  if constexpr (mode == Ce::kAlone) {
+    V unsound = zero;  // NaN where the teacher has one
+    if (!args.same) {
+      const V infinity = P::set1(S(__builtin_inf())), nan = P::set1(S(__builtin_nan("")));
+      unsound = P::select(P::lt(P::load(s.target_t + lane), infinity), P::load(s.cross + lane), nan);
+    }
+    const CePixel<Math<P>> q = ce_pixel<Math<P>>(x_s + unsound, P::load(s.sum_ce + lane));
+    const V weight = P::load(s.ce_factor + lane), ce = weight * q.ce;
+    const V sound = P::select(P::eq(q.ce, q.ce), zero, q.ce);  // a NaN shows whatever the class weighs
+    const V weighted = P::keep(P::both(valid, P::ne(weight, zero)), ce), nan_alone = P::keep(valid, sound);
+    losses.ce = losses.ce + weighted;
+    losses.tckd = losses.tckd + nan_alone;
+    const V factor_ce = weight * P::set1(S(args.ce_weight * args.ce_scale));
+    store_coef(s.coef_ce, factor_ce * q.coef);
+    store_coef(s.grad_target, -factor_ce * q.miss);
+    put_loss<P>(args, n, first_pixel, lane, weighted, nan_alone, zero);
+    return;
+  }
   const V by_temperature = P::set1(S(1 / args.temperature));
   const double factor = args.temperature * args.tnkd_scale;
   const bool two_classes = args.classes == 2;  // one beside the target: nothing to compare, not even where it is absent
-  const V x_s = P::load(s.target_s + lane) - P::load(s.max_s + lane);
   const V x_t = P::load(s.target_t + lane) - P::load(s.max_t + lane);
   const TnkdPixel<Math<P>> p =
       tnkd_pixel<Math<P>>(x_s * by_temperature, P::load(s.sum_s + lane), x_t * by_temperature, P::load(s.sum_t + lane),
                           P::load(s.cross + lane), P::set1(S(args.tckd_weight * factor)),
                           P::set1(two_classes ? S(0) : S(args.nckd_weight * factor)));
-  const typename P::M valid = P::le(zero, P::load(s.label + lane));
   const V tckd = P::keep(valid, p.tckd), nckd = two_classes ? zero : P::keep(valid, p.nckd);
   losses.tckd = losses.tckd + tckd;
   losses.nckd = losses.nckd + nckd;
@@ -78,26 +123,11 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
     grad_target = P::fma(-factor_ce, q.miss, grad_target);
     if constexpr (mode == Ce::kShared) coef_s = coef_s + coef_ce;
   }
-  P::store(s.coef_s + lane, P::keep(valid, coef_s));
-  P::store(s.coef_t + lane, P::keep(valid, p.coef_t));
-  P::store(s.coef_ce + lane, P::keep(valid, coef_ce));
-  P::store(s.grad_target + lane, P::keep(valid, grad_target));
-  if (args.loss_map != nullptr) {
-    // A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN, which tckd always shows, is never hidden.
-    const double square = args.temperature * args.temperature;
-    V loss = zero;
-    if (args.tckd_weight != 0)
-      loss = P::fma(P::set1(S(args.tckd_weight * square)), tckd, loss);
-    else
-      loss = P::select(P::eq(tckd, tckd), zero, tckd);
-    if (args.nckd_weight != 0) loss = P::fma(P::set1(S(args.nckd_weight * square)), nckd, loss);
-    if (args.ce_weight != 0) loss = P::fma(P::set1(S(args.ce_weight)), ce, loss);
-    S* out = static_cast<S*>(args.loss_map) + first_pixel + lane;
-    if (n - lane >= P::N)
-      P::store(out, loss);
-    else
-      store_n<P>(out, loss, n - lane);
-  }
+  store_coef(s.coef_s, coef_s);
+  store_coef(s.coef_t, p.coef_t);
+  store_coef(s.coef_ce, coef_ce);
+  store_coef(s.grad_target, grad_target);
+  put_loss<P>(args, n, first_pixel, lane, ce, tckd, nckd);
 }
 
 template <class A>

@@ -114,7 +114,7 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
   const double log2e = 1.4426950408889634074;
   const int64_t classes = args.classes, whole = classes / A::N * A::N, pitch = row_pitch<A>(classes);
   const int left = int(classes - whole);
-  const V to_exp2 = A::set1(S(log2e / args.temperature));
+  const V to_exp2 = A::set1(S(log2e / (mode == Ce::kAlone ? 1 : args.temperature)));
   Across<A> sum_s, sum_t, sum_ce, cross;
   for (int i = 0; i < A::N; i++) {
     PixelSums<A> total = PixelSums<A>::none();
@@ -127,7 +127,8 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
                                         A::set1(s.max_t[lane + i]),
                                         s.student + i * pitch,
                                         s.teacher + i * pitch,
-                                        s.ce + i * pitch};
+                                        s.ce + i * pitch,
+                                        !args.same};
       V k = lane_numbers<A>();
       for (int64_t begin = 0; begin < whole; begin += kPartial * A::N) {
         const int64_t end = begin + kPartial * A::N < whole ? begin + kPartial * A::N : whole;
@@ -155,7 +156,7 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
   const V all_s = across(sum_s, Add<A>());
   A::store(s.sum_s + lane, all_s);
   A::store(s.sum_t + lane, across(sum_t, Add<A>()));
-  A::store(s.sum_ce + lane, mode == Ce::kShared ? all_s : across(sum_ce, Add<A>()));
+  A::store(s.sum_ce + lane, mode == Ce::kShared || mode == Ce::kAlone ? all_s : across(sum_ce, Add<A>()));
   A::store(s.cross + lane, across(cross, Add<A>()) * A::set1(S(1 / log2e)));
 }
 
@@ -178,6 +179,10 @@ DSCT_INLINE void gradient_rows(const TnkdArgs& args, const Scratch<A>& s, int la
     const V coef_ce = A::set1(s.coef_ce[lane + i]);
     for (int64_t c = 0; c < pitch; c += A::N) {
       const V e_s = A::load(student + c);
+      if constexpr (mode == Ce::kAlone) {
+        A::store(out + c, e_s * coef_ce);
+        continue;
+      }
       V coef = coef_s;
       if constexpr (mode == Ce::kSquare) coef = A::fma(e_s, coef_ce, coef);
       V value = A::fma(e_s, coef, A::load(teacher + c) * coef_t);

@@ -21,6 +21,7 @@ struct Scratch {
   char* rows;                              // channels-last gradient of a group
   S label[kMaxBlock];                      // -1: ignored, or past the end
   S ce_factor[kMaxBlock];
+  S upstream[kMaxBlock];
   S max_s[kMaxBlock], target_s[kMaxBlock], max_t[kMaxBlock], target_t[kMaxBlock];
   S sum_s[kMaxBlock], sum_t[kMaxBlock], sum_ce[kMaxBlock], cross[kMaxBlock];
   S coef_s[kMaxBlock], coef_t[kMaxBlock], coef_ce[kMaxBlock], grad_target[kMaxBlock];

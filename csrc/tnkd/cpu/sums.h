@@ -8,6 +8,12 @@ namespace dsct {
 namespace DSCT_ISA {
 namespace {
 
+DSCT_INLINE Ce ce_of(const TnkdArgs& args) {
+  if (args.with_ce && args.tckd_weight == 0 && args.nckd_weight == 0) return Ce::kAlone;
+  if (!args.with_ce || args.temperature == 1) return Ce::kShared;
+  return args.temperature == 2 ? Ce::kSquare : Ce::kOwn;
+}
+
 template <class A>
 struct PixelSums {
   typename A::V s, t, ce, cross;
@@ -25,11 +31,21 @@ template <class A, Ce mode>
 struct Exponentials {
   typename A::V to_exp2, max_s, max_t;
   typename A::S *student, *teacher, *ce;
+  bool has_teacher;  // kAlone only
 
   DSCT_FORCE_INLINE void take(int64_t at, typename A::V z_s, typename A::V z_t, typename A::M others,
                               PixelSums<A>& sums) const {
     typedef typename A::V V;
     const V x_s = z_s - max_s, x_t = z_t - max_t;
+    if constexpr (mode == Ce::kAlone) {
+      const V e = A::keep(others, exp2_nonpositive<A>(x_s * to_exp2));
+      sums.s = sums.s + e;
+      A::store(student + at, e);
+      if (!has_teacher) return;
+      const typename A::M sound = A::either(A::lt(z_t, A::set1(typename A::S(__builtin_inf()))), A::invert(others));
+      sums.cross = A::select(sound, sums.cross, A::set1(typename A::S(__builtin_nan(""))));
+      return;
+    }
     const V t_s = x_s * to_exp2, t_t = x_t * to_exp2;
     const V e_s = A::keep(others, exp2_nonpositive<A>(t_s));
     const V e_t = A::keep(others, exp2_nonpositive<A>(t_t));
@@ -61,14 +77,16 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
   const int64_t first_asked = (v * classes + shares - 1) / shares;
   Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, classes, first_asked);
   Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, classes, first_asked);
+  const bool has_teacher = mode != Ce::kAlone || !args.same;
   const V zero = A::set1(0), one = A::set1(1), infinity = A::set1(S(__builtin_inf()));
   const V label = A::load(scratch.label + lane);
   const typename A::M valid = A::le(zero, label);
   V max_s = A::load(scratch.max_s + lane), max_t = A::load(scratch.max_t + lane);
   max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
   max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
-  const Exponentials<A, mode> to = {A::set1(S(log2e / args.temperature)), max_s, max_t, student, teacher,
-                                    scratch.ce + lane * classes};
+  const double temperature = mode == Ce::kAlone ? 1 : args.temperature;
+  const Exponentials<A, mode> to = {A::set1(S(log2e / temperature)), max_s,      max_t, student, teacher,
+                                    scratch.ce + lane * classes,     has_teacher};
   PixelSums<A> total = PixelSums<A>::none();
   V k = zero;
   for (int64_t begin = 0; begin < classes; begin += kPartial) {
@@ -78,9 +96,10 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
       if (share-- == 0) {
         share = shares - 1;
         ahead_s.ask();
-        ahead_t.ask();
+        if (has_teacher) ahead_t.ask();
       }
-      to.take(c * A::N, A::load(student + c * A::N), A::load(teacher + c * A::N), A::ne_where(valid, label, k), part);
+      to.take(c * A::N, A::load(student + c * A::N), has_teacher ? A::load(teacher + c * A::N) : zero,
+              A::ne_where(valid, label, k), part);
     }
     total.add(part);
   }
@@ -88,7 +107,7 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
   A::store(scratch.max_t + lane, max_t);
   A::store(scratch.sum_s + lane, total.s);
   A::store(scratch.sum_t + lane, total.t);
-  A::store(scratch.sum_ce + lane, mode == Ce::kShared ? total.s : total.ce);
+  A::store(scratch.sum_ce + lane, mode == Ce::kShared || mode == Ce::kAlone ? total.s : total.ce);
   A::store(scratch.cross + lane, total.cross * A::set1(S(1 / log2e)));
 }
 

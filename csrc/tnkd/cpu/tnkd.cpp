@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   set_numbers(args, values);
   args.student = view(student_logits, student_type);
   args.teacher = view(teacher_logits, teacher_type);
+  args.same = same_tensor(student_logits, teacher_logits);
   const std::vector<int64_t> map_sizes = pixel_sizes(student_logits);
   const std::vector<int64_t> scalar;
   const Tensor loss = fresh(reduction == kNone ? map_sizes : scalar, acc);

@@ -131,12 +131,12 @@ int64_t partial_row(const Strip& s, int64_t row) {
   return s.partial + (row < s.own_first ? row - s.first : (s.own_first - s.first) + (row - s.own_last));
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
-    const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
-    const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
-    int64_t reduction, bool align_corners, bool needs_grad) {
+// upstream: what comes in for each pixel; then the gradient is that of their sum, times it.
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& student_logits, const Tensor& teacher_logits,
+                                               const std::optional<Tensor>& target,
+                                               const std::optional<Tensor>& class_weight, const Tensor& values,
+                                               const std::optional<Tensor>& ignore_index, int64_t reduction,
+                                               bool align_corners, bool needs_grad, const Tensor* upstream) {
   const FloatType student_type = float_type("student_logits", student_logits);
   const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
@@ -154,8 +154,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
   check_size("teacher_logits", teacher_logits, height, width);
   if (std::max(height, width) > std::numeric_limits<int32_t>::max() - kTapPadding)
     fail("target: too large: " + shape(map_sizes));
-  if (reduction == kNone && needs_grad)
-    fail("reduction: none has no gradient here, where a number of the student's belongs to several pixels of the map");
+  if (upstream != nullptr) {
+    const auto sizes = upstream->sizes();
+    if (!std::equal(map_sizes.begin(), map_sizes.end(), sizes.begin(), sizes.end()) || upstream->scalar_type() != acc ||
+        !upstream->is_cpu())
+      fail("grad_output: expected shape " + shape(map_sizes) + " in the accumulation dtype on cpu, got shape " +
+           shape(sizes));
+  }
 
   UpsampledArgs args = {};
   set_numbers(args, values);
@@ -171,6 +176,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     set_strides(args.grad, grad);
   }
   if (reduction == kNone) args.loss_map = loss.mutable_data_ptr();
+  if (upstream != nullptr) {
+    args.upstream = upstream->const_data_ptr();
+    for (int d = 0; d < 3; d++) args.upstream_strides[d] = upstream->stride(d);
+  }
 
   set_strides(args.student, student_logits);
   set_strides(args.teacher, teacher_logits);
@@ -201,9 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
   };
   args.of_student = resized(sizes_s, y_s, x_s);
   args.of_teacher = resized(sizes_t, y_t, x_t);
-  args.same = args.student.data == args.teacher.data && student_type == teacher_type;
-  for (int64_t d = 0; d < 4; d++)
-    args.same &= sizes_s[size_t(d)] == sizes_t[size_t(d)] && student_logits.stride(d) == teacher_logits.stride(d);
+  args.same = same_tensor(student_logits, teacher_logits);
 
   args.tile = tile_of(classes);
   const int64_t four = 4 * height / sizes_s[2];
@@ -242,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
   }
   const Shares share = shares(args, target, reduction, is_double, serial);
   const double gathered = args.of_student.full ? 1 : y_s.most() * x_s.most();
-  const double outside =
-      student_type == FloatType::kF16 ? float16_scale(args, is_double, share.by_count, share.by_weight, gathered) : 1;
+  const bool scales = student_type == FloatType::kF16 && upstream == nullptr;  // else it waits for nothing
+  const double outside = scales ? float16_scale(args, is_double, share.by_count, share.by_weight, gathered) : 1;
   args.tnkd_scale = share.by_count / outside;
   args.ce_scale = share.by_weight / outside;
 
@@ -288,6 +295,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
   store_losses(args, sums, share, reduction, loss, parts);
   store(grad_scale, 0, outside);
   return {loss, parts, grad, grad_scale};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
+    const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
+    int64_t reduction, bool align_corners, bool needs_grad) {
+  return run(student_logits, teacher_logits, target, class_weight, values, ignore_index, reduction, align_corners,
+             needs_grad && reduction != kNone, nullptr);
+}
+
+Tensor tnkd_upsampled_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
+                                   const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
+                                   const Tensor& values, const std::optional<Tensor>& ignore_index, bool align_corners,
+                                   const Tensor& grad_output) {
+  constexpr int64_t kSum = 2;
+  return std::get<2>(run(student_logits, teacher_logits, target, class_weight, values, ignore_index, kSum,
+                         align_corners, true, &grad_output));
 }
 
 }  // namespace dsct

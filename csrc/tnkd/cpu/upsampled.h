@@ -415,6 +415,14 @@ void put_row(const UpsampledArgs& args, int64_t sample, int64_t row, const typen
 
 // --- strips ---
 
+// What comes in for the n pixels.
+template <class A>
+DSCT_INLINE void load_upstream(const UpsampledArgs& args, Scratch<A>& s, int64_t sample, int64_t y, int64_t x0, int n) {
+  const int64_t* strides = args.upstream_strides;
+  const typename A::S* p = static_cast<const typename A::S*>(args.upstream) + sample * strides[0] + y * strides[1];
+  for (int i = 0; i < n; i++) s.upstream[i] = p[(x0 + i) * strides[2]];
+}
+
 template <class A, class P, Ce mode>
 DSCT_INLINE void run_upsampled_block(const UpsampledArgs& args, UpsampledScratch<A>& u, const Strip& strip,
                                      int64_t sample, int64_t y, int64_t x0, int n) {
@@ -439,18 +447,14 @@ DSCT_INLINE void run_upsampled_block(const UpsampledArgs& args, UpsampledScratch
     for (int v0 = 0; v0 * A::N < n; v0 += kGroup) write<A, Gradient<A, mode>>(args, s, v0, n);
     return;
   }
-  read_upsampled<A>(args, args.teacher, args.of_teacher, u.teacher, u, &s.at_teacher, sample, y, x0, n, s.teacher,
-                    s.max_t, s.target_t);
+  if (mode != Ce::kAlone || !args.same || args.target == nullptr)
+    read_upsampled<A>(args, args.teacher, args.of_teacher, u.teacher, u, &s.at_teacher, sample, y, x0, n, s.teacher,
+                      s.max_t, s.target_t);
   if (args.target == nullptr) label_by_teacher<A>(n, args.classes, s.teacher, s.label, s.max_t, s.target_t);
-  if (args.same) {
-    memcpy(s.student, s.teacher, size_t(args.classes) * size_t((n + A::N - 1) / A::N * A::N) * sizeof(S));
-    memcpy(s.max_s, s.max_t, sizeof(s.max_s));
-    memcpy(s.target_s, s.target_t, sizeof(s.target_s));
-  } else {
-    read_upsampled<A>(args, args.student, args.of_student, u.student, u, &s.at_student, sample, y, x0, n, s.student,
-                      s.max_s, s.target_s);
-  }
+  read_upsampled<A>(args, args.student, args.of_student, u.student, u, &s.at_student, sample, y, x0, n, s.student,
+                    s.max_s, s.target_s);
   set_ce_factors<A>(args, s, n);
+  if (args.upstream != nullptr) load_upstream<A>(args, s, sample, y, x0, n);
   const bool keep = args.grad.data != nullptr && !args.of_student.full;
   S near = 1, far = 0;
   if (keep) {
@@ -512,9 +516,17 @@ template <class A>
 LossSums run_strip(const UpsampledArgs& args, int64_t sample, const Strip& strip, void* partials, void* memory) {
   UpsampledScratch<A>& u = lay_out_upsampled<A>(args, memory);
   typename A::S* p = static_cast<typename A::S*>(partials);
-  if (!args.with_ce || args.temperature == 1) return run_strip_mode<A, Ce::kShared>(args, sample, strip, p, u);
-  if (args.temperature == 2) return run_strip_mode<A, Ce::kSquare>(args, sample, strip, p, u);
-  return run_strip_mode<A, Ce::kOwn>(args, sample, strip, p, u);
+  switch (ce_of(args)) {
+    case Ce::kShared:
+      return run_strip_mode<A, Ce::kShared>(args, sample, strip, p, u);
+    case Ce::kSquare:
+      return run_strip_mode<A, Ce::kSquare>(args, sample, strip, p, u);
+    case Ce::kOwn:
+      return run_strip_mode<A, Ce::kOwn>(args, sample, strip, p, u);
+    case Ce::kAlone:
+      return run_strip_mode<A, Ce::kAlone>(args, sample, strip, p, u);
+  }
+  return {0, 0, 0};
 }
 
 // The student's row `row` from what several strips have of it, in their order.

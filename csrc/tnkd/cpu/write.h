@@ -25,7 +25,9 @@ struct Gradient {
   }
   DSCT_FORCE_INLINE typename A::V at(int64_t c, typename A::V k) const {
     typedef typename A::V V;
-    const V e_s = A::load(student + c * A::N), e_t = A::load(teacher + c * A::N);
+    const V e_s = A::load(student + c * A::N);
+    if constexpr (mode == Ce::kAlone) return A::select(A::eq(label, k), target, e_s * coef_ce);
+    const V e_t = A::load(teacher + c * A::N);
     V coef = coef_s;
     if constexpr (mode == Ce::kSquare) coef = A::fma(e_s, coef_ce, coef);
     V value = A::fma(e_s, coef, e_t * coef_t);
@@ -40,7 +42,7 @@ DSCT_INLINE void clear_gradient(const TnkdArgs& args, Scratch<A>& s, int n) {
   const size_t lanes = size_t((n + A::N - 1) / A::N * A::N);
   const size_t bytes = size_t(args.classes) * lanes * sizeof(typename A::S);
   memset(s.student, 0, bytes);
-  memset(s.teacher, 0, bytes);
+  if (mode != Ce::kAlone) memset(s.teacher, 0, bytes);
   if (mode == Ce::kOwn) memset(s.ce, 0, bytes);
   memset(s.coef_s, 0, sizeof(s.coef_s));
   memset(s.coef_t, 0, sizeof(s.coef_t));
