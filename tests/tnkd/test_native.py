@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -102,6 +103,49 @@ SHAPES = [
     (2, 6, 16, 24), (2, 19, 13, 11), (1, 150, 8, 9), (1, 1000, 3, 7), (70, 21), (128, 100), (1, 2, 333), (3, 5, 7),
     (2, 3, 2, 3, 4), (1, 33, 1, 1),
 ]  # fmt: skip
+
+
+ALONE: dict[str, Any] = dict(tckd_weight=0.0, nckd_weight=0.0, temperature=3.0)  # cross-entropy alone
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("reduction", (NONE, MEAN, SUM))
+def test_cross_entropy_alone(layout: str, dtype: torch.dtype, reduction: int) -> None:
+    for shape in (2, 6, 5, 24), (1, 48, 3, 21), (2, 150, 40), (33, 7):
+        student, target = logits(*shape, dtype=dtype), labels(shape[0], *shape[2:], classes=shape[1])
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = torch.linspace(0, 2, shape[1], dtype=acc)
+        own = strided_copy(student, layout)
+        got = native(own, own, target, class_weight=weight, reduction=reduction, **ALONE)
+        other = native(own, strided_copy(-student, layout), target, class_weight=weight, reduction=reduction, **ALONE)
+        assert all(torch.equal(a, b) for a, b in zip(got, other)) and (got[1][1:] == 0).all()
+        results = []
+        for leaf in (student.to(acc).requires_grad_(), student.double().requires_grad_()):
+            how = ("none", "mean", "sum")[reduction]
+            pixels = 0.7 * F.cross_entropy(leaf, target, weight.to(leaf), ignore_index=255, reduction=how)
+            results.append((pixels.detach(), torch.autograd.grad(pixels.sum(), leaf)[0].to(dtype).to(leaf)))
+        for name, a, b, c in zip(("loss", "grad"), (got[0], got[2]), *results):
+            extra = 1e-6 if name == "loss" else 1e-6 + torch.finfo(dtype).eps
+            assert_as_good_as_reference(a, b, c, f"{name} of {shape} {dtype} {layout}", extra=extra)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("garbage", (NAN, INF))
+@pytest.mark.parametrize("which", (0, 1))
+def test_cross_entropy_alone_hides_no_nan_of_either_network(layout: str, garbage: float, which: int) -> None:
+    for classes in (2, 6, 19, 48, 150):
+        both = [logits(2, classes, 40, seed=seed) for seed in (0, 2)]
+        target = labels(2, 40, classes=classes, ignore_index=None)
+        weight = torch.zeros(classes)  # of a class that weighs nothing, too
+        for at in (0, classes - 1):
+            dirty = [x.clone() for x in both]
+            dirty[which][1, at, 3] = dirty[which][0, at, 35] = garbage
+            target[0, 35] = 255
+            got = native(
+                *(strided_copy(x, layout) for x in dirty), target, class_weight=weight, reduction=NONE, **ALONE
+            )
+            assert got[0].isnan().nonzero().tolist() == [[1, 3]] and (got[2][0] == 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -544,7 +588,7 @@ def test_every_instruction_set(isa: str) -> None:
     run_again_with(
         isa,
         __file__,
-        "shapes or temperature or magnitudes or ignored or nan or absent or streaming or argmax or strides",
+        "shapes or temperature or magnitudes or ignored or nan or absent or streaming or argmax or strides or alone",
     )
 
 
