@@ -8,8 +8,9 @@ VENV ?= .venv
 COMPARE ?= --folds 2 --seeds 3,4,5,6,7 --batch 8 --jobs 2 --out runs/compare
 TORCH ?= torch==2.13.0
 OTHER_TORCH ?= torch==2.14.1
-# Two workers of one thread each: threads of two workers on two cores would only wait for each other.
-PYTEST ?= -n 2 -q
+# Two workers of one thread each: threads of two workers on two cores would only wait for each other. How the tests are
+# shared out between them: tests/conftest.py.
+PYTEST ?= -n 2 --dist loadgroup --no-loadscope-reorder -q
 RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)

@@ -45,7 +45,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device,backend", pairs)
 
 
+# What takes longest, begun first, so that no worker ends alone with one of them. With --dist loadgroup, what shares
+# something dear to make (a compiled driver, a trained network) goes to one worker, that it is made once.
+LONGEST = (
+    "test_no_overrun",
+    "test_in_a_process_of_its_own",
+    "test_kernels_stay_in_registers[tnkd",
+    "test_every_instruction_set",
+    "test_kernels_stay_in_registers",
+    "test_no_race",
+    "test_compiles_whole",
+    "test_the_harness_can_fail",
+    "tests/test_setup.py",
+    "tests/test_bench.py",
+)
+SHARED_FIXTURES = {
+    "plain": "the host's driver",
+    "out": "a comparison",
+    "finished": "a run",
+    "in_the_student": "a run cut",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        shared = [group for name, group in SHARED_FIXTURES.items() if name in getattr(item, "fixturenames", ())]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
+    places = range(len(LONGEST))
+    items.sort(key=lambda item: next((i for i in places if LONGEST[i] in item.nodeid), len(LONGEST)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -1,10 +1,14 @@
 """What the test files share: the error rule, strided copies of a tensor, and the kernels' other instruction sets."""
 
 import ctypes
+import itertools
 import mmap
 import os
+import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +17,40 @@ from torch import Tensor
 from dsct_kernels import backends
 from dsct_kernels.cafd import reference as cafd_reference
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISAS = ("default", "avx2", "avx512")
 
 
-def run_again_with(isa: str, file: str, chosen: str) -> None:
-    """The tests of `file` whose names hold what is chosen, in a process of their own, with the kernels of `isa`."""
+def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Of the product of the axes as few as it takes for every two values of two axes to meet. The same every time.
+
+    What breaks by a value or by two together is found, at a fraction of the product's cost; three together are not.
+    """
+    left = {(i, a, j, b) for i, j in itertools.combinations(range(len(axes)), 2)
+            for a in range(len(axes[i])) for b in range(len(axes[j]))}  # fmt: skip
+
+    def met(at: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        return {(i, at[i], j, at[j]) for i, j in itertools.combinations(range(len(axes)), 2)} & left
+
+    chosen = []
+    while left:
+        best = max(itertools.product(*(range(len(axis)) for axis in axes)), key=lambda at: len(met(at)))
+        left -= met(best)
+        chosen.append(tuple(axis[i] for axis, i in zip(axes, best, strict=True)))
+    return chosen
+
+
+# Run by a process of its own: the tests of each file whose names hold what is chosen.
+RUN_CHOSEN = """
+import ast, sys, pytest
+for file, chosen in ast.literal_eval(sys.argv[1]).items():
+    if code := pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file]):
+        sys.exit(code)
+"""
+
+
+def run_again_with(isa: str, chosen: dict[str, str]) -> None:
+    """The tests of each file whose names hold what is chosen, in a process of their own, with the kernels of `isa`."""
     info = backends.build_info()
     if os.environ.get("DSCT_KERNELS_CPU"):
         pytest.skip("already in such a process")
@@ -25,8 +58,9 @@ def run_again_with(isa: str, file: str, chosen: str) -> None:
         pytest.skip(f"{isa} is not built in")
     if ISAS.index(isa) >= ISAS.index(str(info["cpu_isa"])):
         pytest.skip(f"this run is {info['cpu_isa']} already, or the machine has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file]
-    done = subprocess.run(command, env={**os.environ, "DSCT_KERNELS_CPU": isa}, capture_output=True, text=True)
+    command = [sys.executable, "-c", RUN_CHOSEN, repr(chosen)]
+    environment = {**os.environ, "DSCT_KERNELS_CPU": isa}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 

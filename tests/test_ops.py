@@ -6,7 +6,7 @@ import torch
 from dsct_kernels import backends
 from dsct_kernels.cafd import op as cafd_op
 from dsct_kernels.tnkd import op as tnkd_op
-from tests.helpers import strided_copy
+from tests.helpers import pairs, strided_copy
 from tests.test_edge_cases import features, problem
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -39,9 +39,11 @@ def op(name: str, backend: str):
     return getattr(torch.ops.dsct_kernels, name + suffix).default
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("reduction", [0, 1, 2])
-@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize(
+    "dtype,reduction,needs_grad",
+    pairs((torch.float32, torch.float16, torch.float64), (0, 1, 2), (True, False)),
+    ids=str,
+)
 def test_tnkd(device, backend, dtype, reduction, needs_grad):
     student, teacher, target = problem(device, dtype=dtype)
     target[0, 0] = 255
@@ -58,9 +60,11 @@ def test_tnkd(device, backend, dtype, reduction, needs_grad):
     torch.library.opcheck(op("tnkd", backend), without_ce, test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize(
+    "dtype,reduction,needs_grad",
+    pairs((torch.float32, torch.bfloat16, torch.float64), (0, 1), (True, False)),
+    ids=str,
+)
 def test_cafd(device, backend, dtype, reduction, needs_grad):
     student, teacher = features(device, dtype=dtype)
     for layout in ("contiguous", "channels_last"):

@@ -42,7 +42,8 @@ compiled = pytest.mark.skipif(triton_common.interpreted(), reason="run by test_i
 
 
 @pytest.mark.skipif(not triton_common.interpreted(), reason="this process can compile")
-def test_in_a_process_of_its_own():
+@pytest.mark.parametrize("chosen", ["test_tnkd and sm90", "not (test_tnkd and sm90)"])  # halves, for two workers
+def test_in_a_process_of_its_own(chosen):
     root = Path(__file__).parents[1]
     command = [
         sys.executable,
@@ -54,6 +55,8 @@ def test_in_a_process_of_its_own():
         "no:cacheprovider",
         "-W",
         "ignore",
+        "-k",
+        chosen,
         str(Path(__file__)),
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -91,13 +94,12 @@ def tnkd_launches(
 
 
 def on_chips(cases: list[tuple[object, ...]]) -> list[object]:
-    """Everything for sm_90; for the others what has to be wide."""
-    return [pytest.param(90, *case, id="-".join(map(str, (90, *case)))) for case in cases] + [
-        pytest.param(chip, *case, id="-".join(map(str, (chip, *case))))
-        for chip in CHIPS[1:]
-        for case in cases
-        if "contiguous" in case and True not in case
-    ]
+    """Everything for sm_90; of what has to be wide every other case for each of the others."""
+    wide = [case for case in cases if "contiguous" in case and True not in case]
+    chosen = [(90, *case) for case in cases]
+    for turn, chip in enumerate(CHIPS[1:]):
+        chosen += [(chip, *case) for i, case in enumerate(wide) if (i + i // 2) % 2 == turn]
+    return [pytest.param(*case, id="-".join(map(str, (f"sm{case[0]}", *case[1:])))) for case in chosen]
 
 
 @compiled

@@ -12,13 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import MatchedCAFDLoss, backends, matched_cafd_loss
 
-from ..helpers import (
-    ISAS,
-    assert_as_good_as_reference,
-    before_a_forbidden_page,
-    relative_error,
-    run_again_with,
-)
+from ..helpers import assert_as_good_as_reference, before_a_forbidden_page, pairs, relative_error
 from .test_native import FLOATS, LAYOUTS, features, laid_out
 
 INF, NAN = float("inf"), float("nan")
@@ -209,9 +203,7 @@ SHAPES = [
 
 
 @needs_native
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, FLOATS, LAYOUTS), ids=str)
 def test_shapes_dtypes_layouts(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     student, teacher = features(*shape, dtype=dtype, scale=2), features(*shape, dtype=dtype, scale=2, seed=1)
     compare(student, teacher, layout, temperature=1.0)
@@ -582,21 +574,21 @@ def test_transforms_and_forward_mode_go_through_the_reference() -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("reduction", [0, 1])
-@pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_opcheck(dtype: torch.dtype, reduction: int, uniform: bool, needs_grad: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "uniform", "needs_grad", "layout"),
+    pairs((torch.float32, torch.bfloat16, torch.float64), (0, 1), (False, True), (False, True), LAYOUTS[:2]),
+    ids=str,
+)
+def test_opcheck(dtype: torch.dtype, reduction: int, uniform: bool, needs_grad: bool, layout: str) -> None:
     pair = torch.tensor([0.5, 2.0], dtype=torch.float64)
     ops = torch.ops.dsct_kernels
-    for layout in ("contiguous", "channels_last"):
-        student, teacher = (laid_out(features(2, 5, 4, 6, dtype=dtype, seed=i), layout) for i in range(2))
-        mask = torch.rand(2, 1, 4, 6) > 0.3 if uniform else None
-        arguments = (student.clone().requires_grad_(needs_grad), teacher, mask, pair, uniform, reduction)
-        torch.library.opcheck(ops.matched_cafd.default, arguments, test_utils=CHECKS)
-        loss, stats = ops.matched_cafd(student, teacher, mask, pair, uniform, reduction)
-        backward = (student, teacher, mask, stats, pair, torch.randn_like(loss), reduction)
-        torch.library.opcheck(ops.matched_cafd_backward.default, backward, test_utils=CHECKS)
+    student, teacher = (laid_out(features(2, 5, 4, 6, dtype=dtype, seed=i), layout) for i in range(2))
+    mask = torch.rand(2, 1, 4, 6) > 0.3 if uniform else None
+    arguments = (student.clone().requires_grad_(needs_grad), teacher, mask, pair, uniform, reduction)
+    torch.library.opcheck(ops.matched_cafd.default, arguments, test_utils=CHECKS)
+    loss, stats = ops.matched_cafd(student, teacher, mask, pair, uniform, reduction)
+    backward = (student, teacher, mask, stats, pair, torch.randn_like(loss), reduction)
+    torch.library.opcheck(ops.matched_cafd_backward.default, backward, test_utils=CHECKS)
 
 
 @each_backend
@@ -667,14 +659,6 @@ def test_same_bits_every_time_and_for_any_number_of_threads(layout: str, shape: 
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The rest of this file for the sets that this run does not use, in a process each."""
-    chosen = "shapes or temperatures or magnitudes or Infinities or block or mask or ignored or silent or any_maps"
-    run_again_with(isa, __file__, chosen)
 
 
 # --- where nothing is labelled ---

@@ -11,7 +11,7 @@ from torch import Tensor
 from dsct_kernels import backends, values
 from dsct_kernels.cafd import reference
 
-from ..helpers import ISAS, assert_as_good_as_reference, assert_cafd_as_good_as_reference, run_again_with, strided_copy
+from ..helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
@@ -373,13 +373,6 @@ def test_inputs_are_left_as_they_are() -> None:
     again = torch.ops.dsct_kernels.attention_map_backward(student, grad_map, stats, packed(1.0, 1.0))
     for a, b in zip((student, teacher, grad_map, stats, first), (*before, *saved, again)):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The rest of this file for the sets that this run does not use, in a process each."""
-    chosen = "shapes or temperatures or magnitudes or nan or zero or one_hot or upstream or equal_networks"
-    run_again_with(isa, __file__, chosen)
 
 
 @settings(max_examples=150, deadline=None)

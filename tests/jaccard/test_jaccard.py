@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dsct_kernels import JaccardLoss, backends, jaccard_loss
 from dsct_kernels.pool import averaged
 
-from ..helpers import ISAS, LAYOUTS, assert_as_good_as_reference, run_again_with, strided_copy
+from ..helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -248,17 +248,6 @@ def test_large_gradients_take_the_streaming_path() -> None:
             torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=0)
             close = torch.isclose(got[1].double(), want[1].double(), rtol=0.02, atol=1e-9)
             assert (close | ~apart_from_kinks(student, teacher, 1.0)).all()
-
-
-@needs_native
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """These tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    run_again_with(
-        isa,
-        __file__,
-        "formula or shapes or classes or magnitudes or streaming or count or nan or absent or equal or property",
-    )
 
 
 # --- edge cases ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Classes at -inf, alone or all of them, in either network: loss and gradient against the closed form of the
 specification, and what is no number (NaN, +inf) is never hidden by them. Every backend; on the CPU every instruction
-set."""
+set (tests/test_instruction_sets.py)."""
 
 import itertools
 import math
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsct_kernels import backends, dsct_loss, tnkd_loss
-from tests.helpers import ISAS, run_again_with, strided_copy
+from dsct_kernels import dsct_loss, tnkd_loss
+from tests.helpers import pairs, strided_copy
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -177,18 +177,22 @@ def test_a_certain_teacher_only_pulls_at_the_target(device, backend, logits, lab
     assert student.grad[0, 0] < 0 and abs(float(student.grad.sum())) < 1e-6  # what the target wins the others lose
 
 
-@pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("classes", [2, 5, 56])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("weights", [(1.0, 2.0), (0.0, 2.0), (1.0, 0.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    "poison,classes,layout,weights",
+    pairs(
+        (NAN, INF),
+        (2, 5, 56),
+        ("contiguous", "channels_last"),
+        ((1.0, 2.0), (0.0, 2.0), (1.0, 0.0), (0.0, 0.0)),
+    ),
+    ids=str,
+)
 def test_no_absent_class_and_no_weight_of_zero_hides_what_is_no_number(
     device, backend, poison, classes, layout, weights
 ):
     """At the target and beside it, in either network, whatever is absent in the other or around it."""
     student, teacher, target = (x.to(device) for x in batch(classes, torch.float32))
     alpha, beta = weights
-    if slow(backend, student) and layout == "channels_last" and weights != (0.0, 2.0):
-        pytest.skip("the weights are applied in one place, whatever the layout")
     for network, klass in itertools.product((0, 1), (1, 0)):
         both = [student.clone(), teacher.clone()]
         both[network][:, klass] = poison
@@ -211,10 +215,3 @@ def test_infinity_is_no_certain_teacher_without_labels_either(device, backend, n
     (student if network == "student" else teacher)[1, 2, 3, 1] = INF
     per_pixel = tnkd_loss(student, teacher, reduction="none", backend=backend)
     assert per_pixel[1, 3, 1].isnan() and per_pixel.isnan().sum() == 1
-
-
-@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa):
-    """The native backend's tests again, in a process of their own, with the kernels of `isa`."""
-    run_again_with(isa, __file__, "native")

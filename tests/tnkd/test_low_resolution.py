@@ -18,12 +18,11 @@ from dsct_kernels.tnkd import native, reference, upsample
 from dsct_kernels.tnkd.objective import MEAN, NONE, SUM, Objective
 
 from ..helpers import (
-    ISAS,
     LAYOUTS,
     assert_as_good_as_reference,
     before_a_forbidden_page,
+    pairs,
     relative_error,
-    run_again_with,
     strided_copy,
 )
 from .test_native import DEFAULTS, FLOATS, LABELS, labels, logits, packed
@@ -134,10 +133,9 @@ def problem(
     return student, teacher, labels(batch, *size, classes=classes, **options)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("align_corners", (False, True))
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "layout", "align_corners"), pairs(SIZES, FLOATS, LAYOUTS, (False, True)), ids=str
+)
 def test_sizes_dtypes_layouts(sizes: tuple[Any, ...], dtype: torch.dtype, layout: str, align_corners: bool) -> None:
     ignore = 255 if sizes[0] <= 255 else -1
     student, teacher, target = problem(sizes, dtype, ignore_index=ignore)
@@ -670,9 +668,3 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 @given(problems())
 def test_any_problem(problem: dict[str, Any]) -> None:
     compare(**problem)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """The tests of numbers again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    run_again_with(isa, __file__, "(sizes and not sliced) or ignored or nan or absent or bits or any or alone or map")

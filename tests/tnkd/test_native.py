@@ -16,12 +16,10 @@ from dsct_kernels.tnkd import reference
 from dsct_kernels.tnkd.objective import MEAN, NONE, SUM, Objective
 
 from ..helpers import (
-    ISAS,
     LAYOUTS,
     assert_as_good_as_reference,
     before_a_forbidden_page,
     relative_error,
-    run_again_with,
     strided_copy,
 )
 
@@ -580,16 +578,6 @@ def test_inputs_are_never_written() -> None:
         before = [x.clone() for x in (student, teacher, target)]
         native(student, teacher, target)
         assert all(torch.equal(a, b) for a, b in zip((student, teacher, target), before))
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set(isa: str) -> None:
-    """Some of these tests again, in a process of their own, with the kernels of `isa` where this machine has it."""
-    run_again_with(
-        isa,
-        __file__,
-        "shapes or temperature or magnitudes or ignored or nan or absent or streaming or argmax or strides or alone",
-    )
 
 
 @st.composite

@@ -18,7 +18,7 @@ from dsct_kernels.tnkd import reference, triton
 from dsct_kernels.tnkd.objective import Objective
 from dsct_kernels.tnkd.triton import Config
 from tests.conftest import DEVICES
-from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
+from tests.helpers import LAYOUTS, assert_as_good_as_reference, pairs, relative_error, strided_copy
 from tests.test_edge_cases import check_tnkd, problem
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
@@ -77,9 +77,15 @@ def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tenso
 ALONE = (None, 1.0, 2.0, 1.5)  # the numbers of TNKD without cross-entropy
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("numbers", [(0.7, 1.0, 2.0, 1.0), (0.3, 0.5, 0.0, 0.01), (None, 1.0, 2.0, 2.0)], ids=str)
-@pytest.mark.parametrize("ignore_index", [255, 0, -100, 2**40, None])
+@pytest.mark.parametrize(
+    "dtype,numbers,ignore_index",
+    pairs(
+        (torch.float32, torch.float16, torch.float64),
+        ((0.7, 1.0, 2.0, 1.0), (0.3, 0.5, 0.0, 0.01), (None, 1.0, 2.0, 2.0)),
+        (255, 0, -100, 2**40, None),
+    ),
+    ids=str,
+)
 def test_numbers_that_the_kernels_read_give_the_bits_of_numbers_among_their_arguments(
     device, dtype, numbers, ignore_index
 ):
