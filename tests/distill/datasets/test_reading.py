@@ -284,6 +284,12 @@ def test_a_comparison_of_four_bands(tmp_path):
         compare.build("efficientnet-lite0", ("a", "b"), torch.device("cpu"), FOUR)
 
 
+def test_a_comparison_of_fewer_groups_than_folds_is_refused(tmp_path):
+    make.converted_set(tmp_path, 7, ("0", "1"), ("2",))
+    with pytest.raises(DataError, match=r"--data loveda: 2 groups of tiles, of which no 3 folds can be made"):
+        compare.folds_of(Config(data="loveda", root=str(tmp_path)))
+
+
 # ---- what was run before
 
 
