@@ -716,6 +716,8 @@ def numbers(text: str) -> tuple[int, ...]:
 def folds_of(cfg: Config) -> list[tuple[str, ...]]:
     """Validation groups of each fold: every third group, starting at the first, second and third."""
     groups = sorted({tile.group for tile in tiles_of(cfg)})
+    if len(groups) < FOLDS:
+        raise DataError(f"--data {cfg.data}: {len(groups)} groups of tiles, of which no {FOLDS} folds can be made")
     return [tuple(groups[k::FOLDS]) for k in range(FOLDS)]
 
 

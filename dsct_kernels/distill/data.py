@@ -43,7 +43,7 @@ def split(tiles: list[Tile], val_tiles: list[str] | None) -> tuple[list[Tile], l
     return train, val
 
 
-# How many windows the statistics of a data set are taken from, and how large they are.
+# How many windows the statistics of a data set are taken from, at least, and how large they are.
 SAMPLES, SAMPLE_SIDE = 64, 512
 
 
@@ -54,8 +54,8 @@ def statistics(tiles: list[Tile]) -> Normalisation:
     """
     rng = np.random.default_rng(0)
     count, total, squares, top = 0, np.zeros(tiles[0].bands), np.zeros(tiles[0].bands), 0
-    for i in np.linspace(0, len(tiles) - 1, SAMPLES).round().astype(int):
-        tile = tiles[i]
+    chosen = np.unique(np.linspace(0, len(tiles) - 1, SAMPLES).round().astype(int))
+    for tile in (tiles[i] for i in chosen for _ in range(-(-SAMPLES // len(chosen)))):
         height, width = min(SAMPLE_SIDE, tile.height), min(SAMPLE_SIDE, tile.width)
         y, x = (int(rng.integers(n + 1)) for n in (tile.height - height, tile.width - width))
         pixels = tile.read(y, x, height, width)

@@ -4,6 +4,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ class Shape:
 
 
 def shape_of(path: Path) -> Shape:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened as an image ({error.strerror})") from error
+    return _shape_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=2**16)  # sets of thousands of files are listed more than once in a run
+def _shape_of(path: Path, _changed: int, _size: int) -> Shape:
     with open_image(path) as image:
         transposed = _TURNS[orientation(path, image.driver, image.tags())][0]
         size = (image.width, image.height) if transposed else (image.height, image.width)

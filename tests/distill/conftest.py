@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for name in ("transformers", "accelerate", "torchmetrics", "rasterio", "rich", "matplotlib", "tensorboard"):
+for name in ("transformers", "accelerate", "torchmetrics", "rasterio", "rich", "matplotlib", "tensorboard", "yaml"):
     pytest.importorskip(name, reason=f"the trainer's extra [train] is not installed: no {name}")
 
 

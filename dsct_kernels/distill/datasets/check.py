@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..files import DataError
-from ..images import shape_of
+from ..images import read_bands, read_rgb, shape_of
 from . import REGISTRY, check_choices, dataset_of
 from .tile import IGNORE, Colour, Dataset, Pair, misplaced
 
@@ -28,7 +28,7 @@ COLUMNS = (
     "on disk",
     "follows",
 )
-STRIP = 512  # rows of a label that are read at a time
+STRIP = 512  # rows that are read at a time
 NAMED = 10  # problems of a kind that are named one by one
 OVERLAYS, SHOWN = 6, 1024  # how many pictures, and pixels of their longer side
 
@@ -110,7 +110,7 @@ class Findings:
 
 
 def look(pairs: list[Pair], step: Any = lambda: None) -> Findings:
-    """Reads every label, whole; `step` is called once a pair."""
+    """Reads every file, whole; `step` is called once a pair."""
     found = Findings(pairs)
     for pair in pairs:
         try:
@@ -132,9 +132,10 @@ def look(pairs: list[Pair], step: Any = lambda: None) -> Findings:
 def count(pair: Pair, found: Findings) -> None:
     assert pair.image is not None and pair.label is not None
     image = shape_of(pair.image)
-    found.sizes[image.width, image.height, image.bands, image.samples] += 1
     for y in range(0, image.height, STRIP):
-        values = pair.key.read(pair.label, y, 0, min(STRIP, image.height - y), image.width)
+        window = (y, 0, min(STRIP, image.height - y), image.width)
+        read_rgb(pair.image, *window) if pair.bands is None else read_bands(pair.image, pair.bands, *window)
+        values = pair.key.read(pair.label, *window)
         for value, pixels in zip(*(v.tolist() for v in np.unique(values, return_counts=True)), strict=True):
             if value in pair.key.classes:
                 found.pixels[pair.key.classes[value]] += pixels
@@ -145,6 +146,7 @@ def count(pair: Pair, found: Findings) -> None:
             if not one.example:
                 r, c = (int(v) for v in np.argwhere(values == value)[0])
                 one.example = f"{pair.label}, row {y + r}, column {c}"
+    found.sizes[image.width, image.height, image.bands, image.samples] += 1
 
 
 def report(found: Findings, classes: tuple[str, ...]) -> list[str]:
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> int:
     p = argparse.ArgumentParser(
         prog="dsct-distill check",
         description="What of a data set is on disk: pairs, sizes, classes, unknown colours; and pictures of labels "
-        "over images. Every label is read. Exit status 1 if something is wrong with it.",
+        "over images. Every file is read, whole. Exit status 1 if something is wrong with it.",
     )
     p.add_argument("data", choices=[name for name, one in REGISTRY.items() if one.pairs is not None])
     p.add_argument("--root", required=True, metavar="DIR", help="folder of the data set")
@@ -248,7 +250,7 @@ def checked(cfg: "Config", out: Path) -> int:
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     pairs = one.pairs(cfg)
     with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("labels", total=len(pairs))
+        bar = progress.add_task("pairs", total=len(pairs))
         found = look(pairs, lambda: progress.advance(bar))
     for line in report(found, one.classes):
         console.print(line)

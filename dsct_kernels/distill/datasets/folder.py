@@ -48,7 +48,7 @@ def describe(root: Path) -> Description:
     except OSError as error:
         raise wrong(f"cannot be read ({error.strerror}); docs/data-sets.md shows one") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise wrong(f"is no YAML ({error})") from error
+        raise wrong(f"is no YAML (a text that starts with {{ needs quotes: {error})") from error
     if not isinstance(content, dict):
         raise wrong(f"expected {', '.join(KEYS[1:4])}, ..., got {content!r}")
     for name in content:

@@ -81,7 +81,7 @@ class Key:
             raise DataError(
                 f"{path}: unknown {'colour' if self.colours else 'class number'} "
                 f"{self.named(int(values[row, column]))} at row {y + row}, column {x + column}; "
-                "known: " + ", ".join(map(self.named, self.classes))
+                f"known: {', '.join(map(self.named, self.classes))}; dsct-distill check counts all that are not"
             )
         return label
 
