@@ -10,6 +10,7 @@
 
 #include "cafd/cpu/matched_ops.h"
 #include "jaccard/cpu/ops.h"
+#include "labels/cpu/ops.h"
 #include "tnkd/cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
@@ -44,6 +45,7 @@ STABLE_TORCH_LIBRARY(dsct_kernels, m) {
   m.def(
       "jaccard_backward(Tensor student_logits, Tensor teacher_logits, Tensor? share, Tensor temperature, "
       "Tensor coefficients) -> Tensor");
+  m.def("labelled(Tensor target, int ignore_index, int height, int width, bool wide) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
@@ -57,4 +59,5 @@ STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CPU, m) {
   m.impl("matched_cafd_backward", TORCH_BOX(&dsct::matched_cafd_backward_cpu));
   m.impl("jaccard", TORCH_BOX(&dsct::jaccard_cpu));
   m.impl("jaccard_backward", TORCH_BOX(&dsct::jaccard_backward_cpu));
+  m.impl("labelled", TORCH_BOX(&dsct::labelled_cpu));
 }

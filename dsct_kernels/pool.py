@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
+from . import backends, checks
 from .autograd import LIBRARY
-from .values import label_value
+from .values import label_value, readable
 
 
 def overlaid(
@@ -50,6 +50,9 @@ def pooling(size: int, to: int, device: torch.device) -> Tensor:
 
 def labelled(target: Tensor, ignored: int | Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
     """(N, *size): the share of each cell's labels that are not ignored, contiguous."""
+    if backends.NATIVE_MISSING is None and target.dim() == 3 and readable(target) and not isinstance(ignored, Tensor):
+        share: Tensor = torch.ops.dsct_kernels.labelled(target, ignored, *size, dtype == torch.float64)
+        return share
     limits = torch.iinfo(target.dtype)
     if torch.compiler.is_compiling() or isinstance(ignored, Tensor) or not limits.min <= ignored <= limits.max:
         target = target.long()  # an int8 tensor compared with the number 255 would find it equal to -1
@@ -84,6 +87,13 @@ def _averages(maps: Tensor, size: list[int]) -> Tensor:
         compiled: Tensor = torch.ops.dsct_kernels.average(maps, height, width)
         return compiled
     return F.adaptive_avg_pool2d(maps, (height, width))
+
+
+if backends.NATIVE_MISSING is None:
+
+    @torch.library.register_fake("dsct_kernels::labelled")
+    def _(target: Tensor, ignore_index: int, height: int, width: int, wide: bool) -> Tensor:
+        return target.new_empty([target.shape[0], height, width], dtype=torch.float64 if wide else torch.float32)
 
 
 LIBRARY.define("average(Tensor maps, SymInt height, SymInt width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

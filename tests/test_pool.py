@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsct_kernels import dsct_loss, jaccard_loss, matched_cafd_loss
+from dsct_kernels import backends, dsct_loss, jaccard_loss, matched_cafd_loss
 from dsct_kernels.pool import averaged, labelled
 
 LOSSES = {
@@ -56,3 +56,39 @@ def test_ignored_pixels_of_the_larger_network_change_nothing_and_learn_nothing(n
         assert leaf.grad is not None and not leaf.grad[gone].any() and leaf.grad[~gone].any()
         results.append((out.detach(), leaf.grad))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("size", [(12, 20), (3, 5), (5, 7), (1, 1), (12, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_share_of_labels_is_torchs_average_of_those_that_count(labels, size, dtype):
+    target = torch.randint(0, 4, (3, 12, 20), generator=torch.Generator().manual_seed(0)).to(labels)
+    crop = torch.randint(0, 4, (3, 24, 50), generator=torch.Generator().manual_seed(1)).to(labels)[:, 3:15, 5:45:2]
+    for values in (target, target.mT.contiguous().mT, crop, target[:0]):
+        for ignored in (2, 255, -1, 2**40):
+            want = F.adaptive_avg_pool2d((values.long() != ignored).to(dtype), size)
+            got = labelled(values, ignored, list(size), dtype)
+            assert got.dtype == dtype and got.is_contiguous()
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+def test_the_op_of_the_labels_share():
+    op, target = torch.ops.dsct_kernels.labelled, torch.zeros(2, 40, 300, dtype=torch.uint8)
+    target[:, ::3, ::7] = 255
+    torch.library.opcheck(op.default, (target, 255, 10, 60, False))
+    one = op(target, 255, 10, 60, True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(op(target, 255, 10, 60, True), one)
+    finally:
+        torch.set_num_threads(threads)
+    for wrong, message in (
+        (torch.zeros(2, 3, 3), "dtype uint8"),
+        (target[0], r"\(N, H, W\)"),
+        (target[:, :0], "cells"),
+    ):
+        with pytest.raises(ValueError, match=f"target: .*{message}"):
+            op(wrong, 255, 2, 2, False)
