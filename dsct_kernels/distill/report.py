@@ -113,7 +113,7 @@ def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(tile.name, fontsize=8)
-    handles = [Patch(color=palette[k] / 255, label=name) for k, name in enumerate(run.classes)]
+    handles = [Patch(facecolor=palette[k] / 255, edgecolor="0.5", label=name) for k, name in enumerate(run.classes)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     save(figure, run.folder / "predictions.png", 90)
 

@@ -40,7 +40,7 @@ def test_the_logits_are_found_in(wrap):
     torch.manual_seed(0)
     body = Body(wrap)
     out = models.forward(adapter.Adapter(body), IMAGES)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in models.IMAGENET)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in models.IMAGENET[:2])
     plain = body.head(body.deep["conv"](body.stem((IMAGES - mean) / std)))
     torch.testing.assert_close(out.logits, plain)
     assert out.features == []

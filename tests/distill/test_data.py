@@ -102,6 +102,16 @@ def test_batches_depend_on_seed_and_step_alone():
     assert not torch.equal(crops[2][0], data.Crops(pixels, 32, 4, 4, 0.3, 0.1)[2][0])
 
 
+def test_crops_of_three_bands_are_those_of_the_published_runs():
+    """Drawn from one generator in one order: a number that is drawn anew in between would change every run."""
+    boxes = data.Crops(data.Pixels(synthetic.draw(2, 96), cache_mb=0), 32, 2, 3, 0.5, 0.1).boxes(5)
+    assert (boxes.tile.tolist(), boxes.y.tolist(), boxes.x.tolist()) == ([0, 1], [33, 6], [13, 59])
+    assert boxes.scale == pytest.approx([1.48975, 1.08077], abs=1e-5)
+    assert (boxes.flip_y.tolist(), boxes.turn.tolist()) == ([True, True], [False, False])
+    assert boxes.gain == pytest.approx(np.array([[1.05506, 1.08967, 1.0663], [0.87926, 0.89021, 0.88863]]), abs=1e-5)
+    assert boxes.shift == pytest.approx(np.array([[0.01179], [0.01909]]), abs=1e-5)
+
+
 @pytest.mark.parametrize("factor", [2, 3])
 def test_downscaling_averages_colours_and_keeps_labels(factor):
     (tile,) = synthetic.draw(1, 64)

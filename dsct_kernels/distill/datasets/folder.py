@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import DataError
 from ..images import shape_of
-from .dubai import DEFAULTS
+from .dubai import LARGE
 from .tile import IGNORE, Colour, Dataset, Key, Pair, Tile, choose, code, folder_of, nothing, opened
 
 if TYPE_CHECKING:
@@ -230,5 +230,5 @@ DATASET = Dataset(
     ignored="whatever ignored in data.yaml lists; nodata, alpha and masks of the images, as in every set",
     bands=(),
     layout="data.yaml: image and label patterns, classes with colours or numbers",
-    defaults={**DEFAULTS, "cache_mb": 256},
+    defaults=LARGE,
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..files import DataError
-from .dubai import DEFAULTS
+from .dubai import LARGE
 from .tile import (
     Colour,
     Dataset,
@@ -109,7 +109,7 @@ DATASET = Dataset(
     layout="image_RGB or image_NirRGB with label_5classes; or mmsegmentation's img_dir and ann_dir",
     follows="the owners: five classes. mmsegmentation counts the unlabelled as a class of its own, others, and its "
     "converter turns forest into others; torchgeo has the 15 classes only",
-    defaults={**DEFAULTS, "cache_mb": 256},
+    defaults=LARGE,
 )
 
 DATASET_15 = replace(

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .dubai import DEFAULTS
+from .dubai import LARGE
 from .tile import Colour, Dataset, Pair, Tile, converted, folder_of, from_one, nothing, opened
 
 if TYPE_CHECKING:
@@ -60,5 +60,5 @@ DATASET = Dataset(
     "or mmsegmentation's img_dir and ann_dir",
     follows="mmsegmentation: 0 is ignored and 1 to 7 become classes 0 to 6, background first; torchgeo leaves 0 to 7 "
     "in the labels and names no-data last",
-    defaults={**DEFAULTS, "cache_mb": 256},
+    defaults=LARGE,
 )

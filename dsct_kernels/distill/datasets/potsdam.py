@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..files import DataError
-from .dubai import DEFAULTS
+from .dubai import LARGE
 from .tile import Colour, Dataset, Pair, Tile, by_stem, choose, colours, converted, folder_of, from_one, nothing, opened
 
 if TYPE_CHECKING:
@@ -102,5 +102,5 @@ DATASET = Dataset(
     follows="mmsegmentation: clutter is the last class and black is ignored; torchgeo has clutter first, and counts "
     "black and every unknown colour as clutter. Neither reads the labels of 6_7 (cars in #FCFF00) and 4_12 (saved with "
     "loss) as they were meant; here their channels are rounded to 0 or 255",
-    defaults={**DEFAULTS, "cache_mb": 256},
+    defaults=LARGE,
 )

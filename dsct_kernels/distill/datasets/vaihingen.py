@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .dubai import DEFAULTS
+from .dubai import LARGE
 from .potsdam import BOUNDARY, CLASSES, LABELS, PALETTE, not_labelled_twice
 from .tile import Dataset, Pair, Tile, colours, converted, folder_of, from_one, nothing, opened
 
@@ -78,5 +78,5 @@ DATASET = Dataset(
     "or mmsegmentation's img_dir and ann_dir",
     follows="mmsegmentation: clutter is the last class and black is ignored; torchgeo has clutter first, and counts "
     "black as clutter",
-    defaults={**DEFAULTS, "cache_mb": 256},
+    defaults=LARGE,
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsct_kernels.distill import data, loop
+from dsct_kernels.distill import check, cli, data, loop
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import REGISTRY, check_choices, dataset_of, gid, potsdam, tiles_of, vaihingen
 from dsct_kernels.distill.files import DataError
@@ -83,6 +83,12 @@ def test_one_run_trains_evaluates_and_predicts(tmp_path, data_set):
     bands = 4 if data_set == "folder" else 3
     assert trained["dsct"].pixel_mean.shape == (bands, 1, 1)
     run.close()
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_defaults_of_every_set_pass(name):
+    root = {} if name == "synthetic" else {"root": "/somewhere"}
+    check.settings(cli.config_from({"data": name, **root}))
 
 
 # ---- splits
