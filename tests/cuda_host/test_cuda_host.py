@@ -134,11 +134,22 @@ def test_no_race(folder: Path) -> None:
     check_all(driver, folder / "race_cafd", SMALL_CAFD)
 
 
+def other_addresses(cases: list[TnkdCase]) -> list[TnkdCase]:
+    """The first of those that differ in nothing but the numbers that are computed with."""
+    numbers = {"temperature": 0.0, "scale": 0.0, "weights": (0.0, 0.0, 0.0), "why": ""}
+    first: dict[str, TnkdCase] = {}
+    for case in cases:
+        first.setdefault(repr(replace(case, **numbers)), case)
+    return list(first.values())
+
+
 def test_no_overrun(folder: Path) -> None:
-    """AddressSanitizer over every case. What comes out is checked elsewhere."""
+    """AddressSanitizer, over every case but those of TNKD that touch the same addresses as one before them."""
     driver = build(folder, "address")
-    every = [*TNKD, *ON_DEVICE, *CAFD, *(case() for case in CAFD_ON_DEVICE)]
-    run(driver, [case.case() for case in every], folder / "overrun")
+    check_all(driver, folder / "overrun_tnkd", other_addresses(TNKD))
+    check_all(driver, folder / "overrun_on_device", other_addresses(ON_DEVICE))
+    check_all(driver, folder / "overrun_cafd", CAFD)
+    check_all(driver, folder / "overrun_cafd_on_device", [case() for case in CAFD_ON_DEVICE])
 
 
 # What is broken, and what is put in its place: the sanitizer has to find each of them.
