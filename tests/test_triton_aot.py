@@ -233,7 +233,7 @@ def test_the_report_sees_spills_and_narrow_loads():
     assert report("crowded", crowded, 90).spills > 0
     odd = laid_out((2, 6, 9, 7), torch.float32, "contiguous")
     with recorded(tnkd) as launches:
-        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, NUMBERS, None, 1, False, True)
+        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, NUMBERS[1:], None, 1, True)
     assert 4 in report("odd width", launches[0], 90).loads
 
 
@@ -246,7 +246,7 @@ def test_tnkd_float64_compiles(student, teacher, classes, labelled):
     target = torch.empty(2, 16, 16, dtype=torch.uint8) if labelled else None
     weight = torch.empty(classes, dtype=torch.float64) if labelled else None
     with recorded(tnkd) as launches:
-        tnkd.forward(*both, target, weight, NUMBERS, INDEX, int(labelled), True, True)
+        tnkd.forward(*both, target, weight, NUMBERS, INDEX, int(labelled), True)
     for launch in launches:
         assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0
 
