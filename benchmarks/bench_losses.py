@@ -6,7 +6,7 @@ Examples:
     python benchmarks/bench_losses.py --loss lowres --layout contiguous --check     # a few minutes
     python benchmarks/bench_losses.py --device cuda --json out.json --chart out.png
     python benchmarks/bench_losses.py --loss tnkd --only-shape 4x6x512x512 --dtype fp32 --layout contiguous
-    python benchmarks/bench_losses.py --read out.json --markdown --dtype fp32   # the README's table
+    python benchmarks/bench_losses.py --read out.json --markdown --dtype fp32   # docs/speed.md's table
     python benchmarks/bench_losses.py --read out.json --check           # the required ratios, exit code 1 on a miss
 """
 
@@ -90,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--read", type=pathlib.Path, metavar="JSON", help="time nothing; of a file, take what the options above name"
     )
     out.add_argument("--chart", type=pathlib.Path, metavar="PNG", help="draw the ratios; several losses: PNG-LOSS")
-    out.add_argument("--markdown", action="store_true", help="print the README's table")
+    out.add_argument("--markdown", action="store_true", help="print the table of docs/speed.md")
     out.add_argument("--check", action="store_true", help="hold it against the required ratios; exit code 1 on a miss")
     options = parser.parse_args(arguments)
     for shape in options.only_shape or []:

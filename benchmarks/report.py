@@ -1,4 +1,4 @@
-"""What comes out: rows with ratios from raw measurements, the rich table, the README's table, the charts."""
+"""What comes out: rows with ratios from raw measurements, the rich table, the table of docs/speed.md, the charts."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def _print_ranges(rows: list[Row], names: Iterable[str], console: Any) -> None:
 
 
 def markdown(result: Result) -> str:
-    """The README's tables, forward+backward: figures in a README are generated, never typed.
+    """The tables of docs/speed.md, forward+backward: figures in a document are generated, never typed.
 
     Losses of logits smaller than the labels come first, in a table of their own, with baselines of their own.
     """

@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads, default: torch's")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write every measurement")
-    parser.add_argument("--markdown", action="store_true", help="print the README's rows")
+    parser.add_argument("--markdown", action="store_true", help="print the rows of docs/speed.md")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.batch < 1:
         parser.error("--steps and --batch: expected at least 1")
