@@ -76,7 +76,8 @@ THRESHOLDS = [
         ]
     ),
     # The same of dsct_loss's defaults: of their time matched CAFD and Jaccard, at the logits' own size, are the same
-    # either way; and three gradients of the student's size are there at once when autograd adds them up.
+    # either way; and three gradients of the student's size are there at once when autograd adds them up, with the labels'
+    # shares, and an average of the student where the teacher is smaller.
     *(
         Threshold("cpu", "lowres-dsct", shapes, ("fp32",), figure, relation, value)
         for shapes, figure, relation, value in [
@@ -86,7 +87,7 @@ THRESHOLDS = [
             (LOWRES_MANY, "x compile", AT_LEAST, 25),
             (LOWRES_FEW + LOWRES_MANY, "x cross-entropy", AT_LEAST, 5),
             (LOWRES_FEW + LOWRES_MANY, "of full size", AT_MOST, 1.2),
-            (LOWRES_FEW + LOWRES_MANY, "extra memory in student tensors, less scratch", AT_MOST, 3),
+            (LOWRES_FEW + LOWRES_MANY, "extra memory in student tensors, less scratch", AT_MOST, 3.5),
             ((LOWRES_SMALL,), "x best", AT_LEAST, 1),
         ]
     ),

@@ -244,22 +244,22 @@ def test_check_passes_and_misses(device):
     [
         *((loss, cases.LOWRES_SHAPES[0], 5, 15, 2) for loss in ("lowres", "lowres-tnkd")),
         *((loss, cases.LOWRES_SHAPES[-1], 10, 25, 2) for loss in ("lowres", "lowres-tnkd")),
-        ("lowres-dsct", cases.LOWRES_SHAPES[0], 3, 12, 3),
-        ("lowres-dsct", cases.LOWRES_SHAPES[-1], 6, 25, 3),
+        ("lowres-dsct", cases.LOWRES_SHAPES[0], 3, 12, 3.5),
+        ("lowres-dsct", cases.LOWRES_SHAPES[-1], 6, 25, 3.5),
     ],
 )
 def test_what_is_required_where_logits_are_smaller_than_the_labels(loss, shape, beforehand, compiled, tensors):
     of = case(loss, shape)
     required = {"x beforehand": beforehand, "x compile": compiled, "x cross-entropy": 5, "of full size": 1.2,
                 "extra memory in student tensors, less scratch": tensors}  # fmt: skip
-    greedy = measured(of, "native", 1.0, (tensors + 1) * of.student_bytes)
+    greedy = measured(of, "native", 1.0, int((tensors + 1) * of.student_bytes))
     found = {v.threshold.figure: v for v in check.check(result([greedy]))}
     assert {name: v.threshold.value for name, v in found.items()} == required
     assert not any(v.passed for v in found.values()), "no baseline was timed, and a tensor more is too many"
     entries = [measured(of, name, value) for name, value in (("native", 1.0), ("full-size", 1 / 1.25))]
     (late,) = (v for v in check.check(result(entries)) if v.threshold.figure == "of full size")
     assert late.value == pytest.approx(1.25) and not late.passed
-    within = measured(of, "native", 1.0, tensors * of.student_bytes + check.SCRATCH)
+    within = measured(of, "native", 1.0, int(tensors * of.student_bytes) + check.SCRATCH)
     (fits,) = (v for v in check.check(result([within])) if "scratch" in v.threshold.figure)
     assert fits.passed
 
