@@ -76,8 +76,8 @@ THRESHOLDS = [
         ]
     ),
     # The same of dsct_loss's defaults: of their time matched CAFD and Jaccard, at the logits' own size, are the same
-    # either way; and three gradients of the student's size are there at once when autograd adds them up, with the labels'
-    # shares, and an average of the student where the teacher is smaller.
+    # either way; and three gradients of the student's size are there at once when autograd adds them up, with the
+    # shares of labels, and an average of the student where the teacher is smaller.
     *(
         Threshold("cpu", "lowres-dsct", shapes, ("fp32",), figure, relation, value)
         for shapes, figure, relation, value in [
