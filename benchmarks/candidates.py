@@ -185,7 +185,9 @@ def reference_loss(loss: str) -> Loss:
         return cafd_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 1.0, 1)
 
     def maps(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        student, teacher, share = overlaid(_given(x.student_logits), _given(x.teacher_logits), x.target, IGNORE_INDEX)
+        student, teacher, share = overlaid(
+            _given(x.student_logits), _given(x.teacher_logits), x.target, IGNORE_INDEX, "reference"
+        )
         return student, teacher, _given(share)
 
     def matched_of(student: Tensor, teacher: Tensor, share: Tensor) -> Tensor:

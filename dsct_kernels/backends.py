@@ -149,11 +149,16 @@ def known(backend: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
+def asked(backend: str) -> str:
+    """What is asked for: `backend`, or, where that is "auto", what "auto" stands for."""
+    return default_backend() if backend == "auto" else backend
+
+
 def else_reference(backend: str, offered: tuple[Backend, ...], *tensors: Tensor) -> str:
     """What to ask for in a part of an objective that has no kernels on every device: `backend`, or the reference."""
     known(backend)
-    asked = default_backend() if backend == "auto" else backend
-    serves = asked == "auto" or any(b.name == asked and b.why_not(*tensors) is None for b in offered)
+    name = asked(backend)
+    serves = name == "auto" or any(b.name == name and b.why_not(*tensors) is None for b in offered)
     return backend if serves else "reference"
 
 
@@ -162,8 +167,7 @@ def choose(backend: str, offered: tuple[B, ...], *tensors: Tensor) -> B:
 
     offered: a loss's backends, the reference first, then in the order of preference.
     """
-    if backend == "auto":
-        backend = default_backend()
+    backend = asked(backend)
     if backend == "auto":
         if why_no_kernel(*tensors) is None:
             # CPU: Triton would run under its interpreter, never unasked. Elsewhere the measured order:

@@ -141,7 +141,7 @@ def dsct_loss(
         tckd = nckd = cafd
     with_matched, with_jaccard = not values.known_zero(matched_weight), not values.known_zero(jaccard_weight)
     if with_matched or with_jaccard:
-        maps = overlaid(student_logits, teacher_logits, target, ignore_index)
+        maps = overlaid(student_logits, teacher_logits, target, ignore_index, backend)
     if with_matched:
         where = backends.else_reference(backend, MATCHED_BACKENDS, student_logits)
         matched = matched_of_maps(*maps, matched_temperature, channel_temperature, reduction, where)

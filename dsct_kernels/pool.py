@@ -16,6 +16,7 @@ def overlaid(
     teacher_logits: Tensor,
     target: Tensor | None,
     ignore_index: int | Tensor | None,
+    backend: str,
     classes: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Student, teacher and the share of each cell's labels that counts, checked, at the smaller of the two sizes.
@@ -26,9 +27,9 @@ def overlaid(
     size = checks.overlaid(student_logits, teacher_logits, target, classes)
     checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
     acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-    share = None if target is None or ignored is None else labelled(target, ignored, size, acc)
-    student = averaged(student_logits, size, acc, target, ignored)
-    return student, averaged(teacher_logits.detach(), size, acc, target, ignored), share
+    share = None if target is None or ignored is None else labelled(target, ignored, size, acc, backend)
+    student = averaged(student_logits, size, acc, target, ignored, backend)
+    return student, averaged(teacher_logits.detach(), size, acc, target, ignored, backend), share
 
 
 def pool(a: Tensor, size: tuple[int, int]) -> Tensor:
@@ -48,9 +49,12 @@ def pooling(size: int, to: int, device: torch.device) -> Tensor:
     return inside.to(torch.float64) / (last - first)
 
 
-def labelled(target: Tensor, ignored: int | Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+def labelled(
+    target: Tensor, ignored: int | Tensor, size: list[int], dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
     """(N, *size): the share of each cell's labels that are not ignored, contiguous."""
-    if backends.NATIVE_MISSING is None and target.dim() == 3 and readable(target) and not isinstance(ignored, Tensor):
+    native = backends.NATIVE_MISSING is None and backends.asked(backend) in ("auto", "native")
+    if native and target.dim() == 3 and readable(target) and not isinstance(ignored, Tensor):
         share: Tensor = torch.ops.dsct_kernels.labelled(target, ignored, *size, dtype == torch.float64)
         return share
     limits = torch.iinfo(target.dtype)
@@ -63,7 +67,12 @@ def labelled(target: Tensor, ignored: int | Tensor, size: list[int], dtype: torc
 
 
 def averaged(
-    maps: Tensor, size: list[int], dtype: torch.dtype, target: Tensor | None = None, ignored: int | Tensor | None = None
+    maps: Tensor,
+    size: list[int],
+    dtype: torch.dtype,
+    target: Tensor | None = None,
+    ignored: int | Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """(N, K, *size): as they are where they have that size, else adaptive averages in `dtype`.
 
@@ -74,7 +83,7 @@ def averaged(
     maps = maps.to(dtype)
     if target is None or ignored is None:
         return _averages(maps, size)
-    share = labelled(target, ignored, list(maps.shape[2:]), dtype).unsqueeze(1)
+    share = labelled(target, ignored, list(maps.shape[2:]), dtype, backend).unsqueeze(1)
     total = _averages(share, size)
     return _averages(torch.where(share > 0, maps * share, 0), size) / torch.where(total > 0, total, 1)
 

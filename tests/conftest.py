@@ -50,7 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 LONGEST = (
     "test_no_overrun",
     "test_in_a_process_of_its_own",
-    "test_kernels_stay_in_registers[tnkd",
+    "tnkd/cuda/tnkd.cu]",
     "test_every_instruction_set",
     "test_kernels_stay_in_registers",
     "test_no_race",

@@ -582,9 +582,7 @@ def test_compiles_whole(device, backend, dynamic):
         return losses.total * 2 + plain, losses.ce
 
     torch._dynamo.reset()
-    # Inductor's C++ takes most of a minute: once for the reference, once for the kernels, where sizes vary.
-    compiler = "inductor" if device != "cpu" or dynamic == (backend == "native") else "aot_eager"
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=compiler)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
     for shape in [(2, 6, 5, 4), (3, 6, 7, 4)] if dynamic else [(2, 6, 5, 4)]:
         grads = []
         fs, ft = features(device, shape)

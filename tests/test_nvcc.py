@@ -12,10 +12,8 @@ from tests import nvcc
 pytestmark = pytest.mark.skipif(nvcc.NVCC is None, reason="no nvcc on the PATH")
 
 
-# Minutes each: every architecture with one source, each source with an older and a newer one.
-@pytest.mark.parametrize(
-    "source,arch", [*((nvcc.TNKD, arch) for arch in (90, 100)), *((nvcc.CAFD, arch) for arch in (80, 120))]
-)
+@pytest.mark.parametrize("source", nvcc.SOURCES)
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 def test_kernels_stay_in_registers(source: str, arch: int, tmp_path: Path) -> None:
     found = nvcc.resources(source, arch, tmp_path)
     rows = sorted(zip(nvcc.demangled(list(found)), found.values(), strict=True), key=lambda row: row[0])

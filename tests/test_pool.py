@@ -75,14 +75,15 @@ def test_the_share_of_labels_is_torchs_average_of_those_that_count(labels, size,
 
 @pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 def test_the_op_of_the_labels_share():
-    op, target = torch.ops.dsct_kernels.labelled, torch.zeros(2, 40, 300, dtype=torch.uint8)
-    target[:, ::3, ::7] = 255
-    torch.library.opcheck(op.default, (target, 255, 10, 60, False))
-    one = op(target, 255, 10, 60, True)
+    op, target = torch.ops.dsct_kernels.labelled, torch.zeros(2, 400, 300, dtype=torch.uint8)
+    target[:, ::3, ::7] = 255  # large enough for several tasks
+    torch.library.opcheck(op.default, (target, 255, 100, 60, False))
+    want = F.adaptive_avg_pool2d((target != 255).double(), (100, 60))
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads + 1)
-        assert torch.equal(op(target, 255, 10, 60, True), one)
+        for torch_threads in (1, 2, 5):
+            torch.set_num_threads(torch_threads)
+            torch.testing.assert_close(op(target, 255, 100, 60, True), want)
     finally:
         torch.set_num_threads(threads)
     for wrong, message in (
@@ -92,3 +93,20 @@ def test_the_op_of_the_labels_share():
     ):
         with pytest.raises(ValueError, match=f"target: .*{message}"):
             op(wrong, 255, 2, 2, False)
+
+
+@pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_the_reference_is_plain_pytorch_here_too(monkeypatch, by_environment):
+    def op(*arguments):
+        raise AssertionError("a kernel was called")
+
+    monkeypatch.setattr(torch.ops.dsct_kernels, "labelled", op)
+    logits, target = torch.randn(2, 4, 4, 8), torch.randint(0, 4, (2, 16, 16))
+    if by_environment:
+        monkeypatch.setenv("DSCT_KERNELS_BACKEND", "reference")
+    for loss in LOSSES.values():
+        loss(logits, torch.randn(2, 4, 2, 4), target, backend="auto" if by_environment else "reference")
+    monkeypatch.delenv("DSCT_KERNELS_BACKEND", raising=False)
+    with pytest.raises(AssertionError, match="a kernel was called"):
+        jaccard_loss(logits, logits, target)

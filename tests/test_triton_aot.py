@@ -94,11 +94,9 @@ def tnkd_launches(
 
 
 def on_chips(cases: list[tuple[object, ...]]) -> list[object]:
-    """Everything for sm_90; of what has to be wide every other case for each of the others."""
+    """Everything for sm_90; for the others what has to be wide."""
     wide = [case for case in cases if "contiguous" in case and True not in case]
-    chosen = [(90, *case) for case in cases]
-    for turn, chip in enumerate(CHIPS[1:]):
-        chosen += [(chip, *case) for i, case in enumerate(wide) if (i + i // 2) % 2 == turn]
+    chosen = [(90, *case) for case in cases] + [(chip, *case) for chip in CHIPS[1:] for case in wide]
     return [pytest.param(*case, id="-".join(map(str, (f"sm{case[0]}", *case[1:])))) for case in chosen]
 
 

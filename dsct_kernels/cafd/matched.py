@@ -85,7 +85,7 @@ def matched_cafd_loss(
     """
     temperature = positive("temperature", temperature)
     channel_temperature = _positive_or_none("channel_temperature", channel_temperature)
-    maps = overlaid(student_logits, teacher_logits, target, ignore_index, classes=1)
+    maps = overlaid(student_logits, teacher_logits, target, ignore_index, backend, classes=1)
     return of_maps(*maps, temperature, channel_temperature, reduction, backend)
 
 

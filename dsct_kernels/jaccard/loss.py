@@ -78,7 +78,7 @@ def jaccard_loss(
         torch.Size([2, 6, 32, 32])
     """
     temperature = positive("temperature", temperature)
-    return of_maps(*overlaid(student_logits, teacher_logits, target, ignore_index), temperature, backend)
+    return of_maps(*overlaid(student_logits, teacher_logits, target, ignore_index, backend), temperature, backend)
 
 
 def of_maps(student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Number, backend: str) -> Tensor:

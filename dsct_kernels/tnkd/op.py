@@ -20,6 +20,7 @@ SIGNATURE = (
     "Tensor? ignore_index, int reduction, bool needs_grad) "
     "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)"
 )
+TENSORS = 6  # of the ops' arguments: student_logits to ignore_index
 InPlaceScale = Callable[[Tensor, Tensor], None]
 
 
@@ -77,9 +78,6 @@ class EagerTNKD(torch.autograd.Function):
                 grad = handed_over(grad, scale, grad_output, ctx.scale_, keep)
             grad = first_derivative_only(grad, anchor, "tnkd_loss")
         return None, None, grad, *[None] * ctx.others
-
-
-TENSORS = 6  # of the ops' arguments: student_logits to ignore_index
 
 
 class EagerMap(torch.autograd.Function):
