@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsct_kernels.distill import cli, compare, models, rivals
+from dsct_kernels.distill import cli, compare, loop, methods, models, rivals, table, trial
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.files import DataError, only_writer
 
@@ -38,17 +38,17 @@ TYPED = ["--data", "synthetic", "--scenes", "6", "--scene-size", "64", "--crop",
 def out(tmp_path_factory) -> Path:
     """A folder with one teacher and what it says of the crops of seed 0."""
     folder = tmp_path_factory.mktemp("comparison")
-    compare.train_teacher(job("cwd", folder))
-    compare.ask_teacher(job("cwd", folder))
+    trial.train_teacher(job("cwd", folder))
+    trial.ask_teacher(job("cwd", folder))
     return folder
 
 
-def job(method: str, out: Path, **changes) -> compare.Job:
-    return compare.Job(replace(TINY, **changes), method, (16, 32), out)
+def job(method: str, out: Path, **changes) -> trial.Job:
+    return trial.Job(replace(TINY, **changes), method, (16, 32), out)
 
 
 def result(method: str, out: Path, **changes) -> dict:
-    found = compare.run(job(method, out, **changes))
+    found = trial.run(job(method, out, **changes))
     return {k: found[k] for k in ("miou", "iou", "accuracy")}
 
 
@@ -62,13 +62,13 @@ def test_the_same_run_twice_is_the_same_run_and_another_seed_is_not(out, alone):
     assert result("alone", out, seed=1) != alone
 
 
-@pytest.mark.parametrize("name", compare.TERMS)
+@pytest.mark.parametrize("name", methods.TERMS)
 def test_every_method_starts_from_the_same_weights_and_sees_the_same_crops(out, alone, name):
     """At weight 0 all that a method could change is the weights it starts from, the crops and the random numbers."""
     assert result(f"{name}:weight=0", out) == alone
 
 
-@pytest.mark.parametrize("name", ["balanced", *compare.TERMS])
+@pytest.mark.parametrize("name", ["balanced", *methods.TERMS])
 def test_every_method_trains_the_student_otherwise_than_cross_entropy_alone(out, alone, name):
     changes = "" if name == "balanced" else ":weight=5"
     assert result(name + changes, out) != alone
@@ -77,12 +77,12 @@ def test_every_method_trains_the_student_otherwise_than_cross_entropy_alone(out,
 def test_the_kept_answers_are_what_the_teacher_says_of_those_very_crops(out):
     this = job("cwd", out)
     kept = torch.load(this.answers_file, weights_only=True)
-    classes, _ = compare.classes_of(this.cfg)
-    teacher = compare.build(this.cfg.teacher, classes, torch.device("cpu"))
+    classes, _ = loop.classes_of(this.cfg)
+    teacher = trial.build(this.cfg.teacher, classes, torch.device("cpu"))
     teacher.load_state_dict(torch.load(this.teacher_file, weights_only=True)["model"])
-    train, _ = compare.pixels(this.cfg)
+    train, _ = trial.pixels(this.cfg)
     for step in range(3):
-        images, _ = compare.inputs(compare.crops_of(this.cfg, train, 0)[step], train, torch.device("cpu"))
+        images, _ = trial.inputs(trial.crops_of(this.cfg, train, 0)[step], train, torch.device("cpu"))
         with torch.no_grad():
             said = models.forward(teacher.eval(), images, (16, 32))
         torch.testing.assert_close(kept["logits"][step].float(), said.logits, rtol=2e-3, atol=2e-3)
@@ -92,14 +92,14 @@ def test_the_kept_answers_are_what_the_teacher_says_of_those_very_crops(out):
 
 def test_cwd_on_features_learns_the_convolution_that_its_paper_puts_after_the_student(out, monkeypatch):
     seen = {}
-    original = compare.fit
+    original = trial.fit
 
     def spy(cfg, train, student, objective, *rest):
         before = [p.detach().clone() for p in objective.parameters()]
         original(cfg, train, student, objective, *rest)
         seen["moved"] = [not torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True)]
 
-    monkeypatch.setattr(compare, "fit", spy)
+    monkeypatch.setattr(trial, "fit", spy)
     result("cwd_features", out)
     assert seen["moved"] == [True, True]
 
@@ -124,38 +124,38 @@ def own_number(classes: int) -> int:
 
 def test_any_module_of_ones_own_is_a_teacher_and_a_student(tmp_path):
     own = f"{__name__}:own_network"
-    this = compare.Job(replace(TINY, teacher=own, student=own), "cwd", (), tmp_path)
-    compare.train_teacher(this)
-    compare.ask_teacher(this)
-    assert 0 <= compare.run(this)["miou"] <= 1
+    this = trial.Job(replace(TINY, teacher=own, student=own), "cwd", (), tmp_path)
+    trial.train_teacher(this)
+    trial.ask_teacher(this)
+    assert 0 <= trial.run(this)["miou"] <= 1
 
 
 def test_a_teacher_that_a_folder_holds_is_taken_as_it_is(tmp_path, out):
-    classes, _ = compare.classes_of(TINY)
+    classes, _ = loop.classes_of(TINY)
     torch.manual_seed(5)
     made = models.build("segformer-tiny", classes)
     models.save(made, tmp_path / "folder")
     this = job("cwd", tmp_path, teacher=str(tmp_path / "folder"))
-    compare.train_teacher(this)
+    trial.train_teacher(this)
     kept = torch.load(this.teacher_file, weights_only=True)["model"]
     assert all(torch.equal(v, kept[k]) for k, v in made.state_dict().items())
 
 
 def test_upernets_logits_are_taken_before_it_resizes_them():
-    network = compare.build("upernet-tiny", ("a", "b", "c"), torch.device("cpu")).eval()
+    network = trial.build("upernet-tiny", ("a", "b", "c"), torch.device("cpu")).eval()
     with torch.no_grad():
         assert models.forward(network, torch.rand(1, 3, 64, 64)).logits.shape[-2:] == (16, 16)
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_and_says_in_how_many_steps(out, monkeypatch):
-    broken = replace(compare.TERMS["kd"], call=lambda b, **_: b.student.logits.sum() * math.nan)
-    monkeypatch.setitem(compare.TERMS, "kd", broken)
+    broken = replace(methods.TERMS["kd"], call=lambda b, **_: b.student.logits.sum() * math.nan)
+    monkeypatch.setitem(methods.TERMS, "kd", broken)
     with pytest.raises(FloatingPointError, match="not finite in 3 of 3 steps"):
-        compare.run(job("kd", out))
+        trial.run(job("kd", out))
 
 
 def test_a_loss_that_keeps_more_for_its_backward_pass_is_seen_to_keep_more(out):
-    cheap, dear = (compare.run(job(name, out))["kept_mb"] for name in ("alone", "dkd+kd"))
+    cheap, dear = (trial.run(job(name, out))["kept_mb"] for name in ("alone", "dkd+kd"))
     assert 0 < cheap < dear
 
 
@@ -163,13 +163,13 @@ def test_a_loss_that_keeps_more_for_its_backward_pass_is_seen_to_keep_more(out):
 
 
 def test_a_method_is_terms_with_settings_and_defaults_where_none_is_given():
-    parsed = compare.method("balanced:power=0.3+cwd:temperature=2:weight=7+tnkd:beta=0.5:anneal=cosine")
+    parsed = methods.method("balanced:power=0.3+cwd:temperature=2:weight=7+tnkd:beta=0.5:anneal=cosine")
     assert parsed.balance == 0.3
     assert [(p.term, p.weight, p.anneal) for p in parsed.parts] == [("cwd", 7.0, "no"), ("tnkd", 1.0, "cosine")]
     assert dict(parsed.parts[0].settings) == {"temperature": 2.0}
     assert dict(parsed.parts[1].settings)["beta"] == 0.5
     assert dict(parsed.parts[1].settings)["alpha"] == 1.0
-    assert compare.method("alone") == compare.Method("alone", (), 0.0)
+    assert methods.method("alone") == methods.Method("alone", (), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_method_is_terms_with_settings_and_defaults_where_none_is_given():
 )
 def test_a_method_that_cannot_be_is_refused_by_name(text, said):
     with pytest.raises(ValueError, match=r"^method '") as caught:
-        compare.method(text)
+        methods.method(text)
     assert said in str(caught.value)
 
 
@@ -201,7 +201,7 @@ def test_annealing_scales_a_term_from_the_first_step_to_the_last():
     frequency = torch.full((3,), 1 / 3)
 
     def part(text: str, done: float) -> float:
-        make = [compare.Objective(compare.method(m), frequency, student, teacher) for m in (text, "alone")]
+        make = [methods.Objective(methods.method(m), frequency, student, teacher) for m in (text, "alone")]
         with_it, without = (objective(student, teacher, target, done).item() for objective in make)
         return with_it - without
 
@@ -215,7 +215,7 @@ def test_balanced_cross_entropy_weighs_a_class_by_the_root_of_its_rarity():
     student = models.Output(torch.randn(1, 2, 4, 4), [])
     target = torch.randint(2, (1, 4, 4), dtype=torch.uint8)
     target[0, 0] = 255
-    objective = compare.Objective(compare.method("balanced"), torch.tensor([0.8, 0.2]), student, None)
+    objective = methods.Objective(methods.method("balanced"), torch.tensor([0.8, 0.2]), student, None)
     logp = student.logits.log_softmax(1)
     total, norm = 0.0, 0.0
     for i, j in (target[0] != 255).nonzero().tolist():
@@ -237,11 +237,11 @@ def test_differences_are_paired_by_fold_and_seed_so_that_what_folds_differ_by_ca
     rows = [row("alone", s, 0.4 + 0.1 * (f == "b") + 0.01 * s, f) for f in "ab" for s in range(3)]
     gains = iter((0.02, 0.03, 0.01, 0.02, 0.03, 0.01))
     rows += [row("cwd", r["seed"], r["miou"] + next(gains), r["fold"]) for r in list(rows)]
-    d = compare.paired(rows, "cwd", "alone", lambda r: r["miou"])
+    d = table.paired(rows, "cwd", "alone", lambda r: r["miou"])
     assert d.mean == pytest.approx(0.02)
     assert d.error == pytest.approx(math.sqrt(0.0004 / 5 / 6))
     assert d.clear
-    text = compare.table(rows, ["alone", "cwd"], ["alone"], ("x", "y"))
+    text = table.table(rows, ["alone", "cwd"], ["alone"], ("x", "y"))
     assert "+0.0200 ± 0.0037 **clear**" in text
     assert "6 of 6" in text
 
@@ -258,19 +258,19 @@ def test_differences_are_paired_by_fold_and_seed_so_that_what_folds_differ_by_ca
     ids=["above twice the error", "below it", "inside the spread", "two pairs only", "one pair"],
 )
 def test_a_difference_is_called_clear_only_beyond_twice_its_error_with_three_pairs(pairs, clear):
-    assert compare.Difference(pairs).clear is clear
+    assert table.Difference(pairs).clear is clear
 
 
 def test_a_run_without_its_partner_and_a_class_that_is_nowhere_take_no_part():
     rows = [row("alone", 0, 0.4), row("cwd", 0, 0.5), row("cwd", 1, 0.9)]
-    assert compare.paired(rows, "cwd", "alone", lambda r: r["miou"]).pairs == pytest.approx((0.1,))
-    assert compare.paired(rows, "cwd", "alone", lambda r: r["iou"][1]).pairs == ()
-    assert "| cwd | +0.1000 | - |" in compare.table(rows, ["alone", "cwd"], ["alone"], ("x", "y"))
+    assert table.paired(rows, "cwd", "alone", lambda r: r["miou"]).pairs == pytest.approx((0.1,))
+    assert table.paired(rows, "cwd", "alone", lambda r: r["iou"][1]).pairs == ()
+    assert "| cwd | +0.1000 | - |" in table.table(rows, ["alone", "cwd"], ["alone"], ("x", "y"))
 
 
 def test_the_chart_is_drawn_even_of_one_pair(tmp_path):
     rows = [row("alone", 0, 0.4), row("cwd", 0, 0.5)]
-    compare.chart(tmp_path / "c.png", rows, ["alone", "cwd", "kd"], "alone")
+    table.chart(tmp_path / "c.png", rows, ["alone", "cwd", "kd"], "alone")
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -366,7 +366,7 @@ def test_real_workers_do_it_too_and_no_time_is_no_run(tmp_path, capsys):
 
 def test_a_run_that_fails_is_named_and_costs_no_other(tmp_path, capsys, monkeypatch):
     serial(monkeypatch, [])
-    original = compare.run
+    original = trial.run
 
     def run(job):
         if job.method == "kd":
@@ -433,7 +433,7 @@ def test_the_help_names_every_method_with_its_settings(capsys):
     with pytest.raises(SystemExit):
         cli.main(["compare", "--help"])
     said = capsys.readouterr().out
-    for name in ("balanced", *compare.TERMS):
+    for name in ("balanced", *methods.TERMS):
         assert name in said
     assert "temperature=4.0" in said.replace("\n", "")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dsct_kernels.distill import compare, data, loop, models
+from dsct_kernels.distill import compare, data, loop, models, trial
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import identity, tiles_of
 from dsct_kernels.distill.datasets.tile import IGNORE, Tile, band_names, downscaled
@@ -276,12 +276,12 @@ def test_a_rescale_factor_that_is_none_is_named(tmp_path):
 def test_a_comparison_of_four_bands(tmp_path):
     make.folder_set(tmp_path / "set")
     cfg = make.tiny("folder", tmp_path / "set", val_tiles=("c",), teacher="segformer-tiny")
-    job = compare.Job(cfg, "kd", (), tmp_path)
-    compare.train_teacher(job)
-    compare.ask_teacher(job)
-    assert 0 <= compare.run(job)["accuracy"] <= 1
+    job = trial.Job(cfg, "kd", (), tmp_path)
+    trial.train_teacher(job)
+    trial.ask_teacher(job)
+    assert 0 <= trial.run(job)["accuracy"] <= 1
     with pytest.raises(ValueError, match=r"efficientnet-lite0 reads images of 3 bands, but those of the data have 4"):
-        compare.build("efficientnet-lite0", ("a", "b"), torch.device("cpu"), FOUR)
+        trial.build("efficientnet-lite0", ("a", "b"), torch.device("cpu"), FOUR)
 
 
 def test_a_comparison_of_fewer_groups_than_folds_is_refused(tmp_path):
@@ -303,18 +303,18 @@ def test_a_run_knows_the_finished_runs_of_the_comparison_on_dubai():
         row = json.loads(line)
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in row["settings"].items() if k in known}
         cfg = Config(**{"root": "anywhere", "teacher": row["teacher"], **settings})
-        assert compare.Job(cfg, row["method"], tuple(row["settings"]["strides"] or ()), Path()).key == row["key"]
+        assert trial.Job(cfg, row["method"], tuple(row["settings"]["strides"] or ()), Path()).key == row["key"]
 
 
 def test_bands_labels_and_a_folders_yaml_make_another_run(tmp_path):
     assert identity(Config()) == identity(Config(data="dubai", root="x")) == {}
     keys = {
-        compare.Job(Config(data="potsdam", root="x", **settings), "alone", (), Path()).key
+        trial.Job(Config(data="potsdam", root="x", **settings), "alone", (), Path()).key
         for settings in ({}, {"bands": "RGB"}, {"bands": "IRRG"}, {"labels": "eroded"})
     }
     assert len(keys) == 4
     make.folder_set(tmp_path)
-    one = compare.Job(of_folder(tmp_path), "kd", (), Path())
+    one = trial.Job(of_folder(tmp_path), "kd", (), Path())
     before = (one.key, one.teacher_key)
     (tmp_path / "data.yaml").write_text(make.YAML.replace("val: [c]", "val: [b]"))
     assert before[0] != one.key and before[1] != one.teacher_key
