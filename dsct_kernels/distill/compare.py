@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         prog="dsct-distill compare",
         description=__doc__,
         epilog="methods: alone is cross-entropy; anything else joins it, with + between several and :KEY=VALUE for a "
-        f"setting. {terms}. anneal: {', '.join(ANNEAL)}.",
+        f"setting. unlabelled+METHOD (weight=1.0): see --labelled. {terms}. anneal: {', '.join(ANNEAL)}.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -89,6 +89,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--folds", type=numbers, default=(0, 1, 2), help="of 0,1,2: every third tile group is held out")
     p.add_argument("--seeds", type=numbers, default=(0, 1, 2), metavar="A,B", help="default 0,1,2")
+    p.add_argument(
+        "--labelled",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the training images whose labels anybody sees, the teacher too (1); methods that start with "
+        "unlabelled+ learn from as many crops again of the other images, labelled by the teacher",
+    )
     p.add_argument("--strides", type=strides, default=(16, 32), help="of the features that a method compares (16,32)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (1); each takes --threads threads")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of a run (1)")
@@ -111,6 +119,7 @@ TEACHER_HELP = (
     "as it is: a model folder (default efficientnet-lite0)"
 )
 DEFAULT_METHODS = ("alone", "balanced", "kd", "at", "dkd", "cwd", "dsct")
+OWN = ("out", "methods", "against", "folds", "seeds", "labelled", "strides", "jobs", "threads", "minutes")
 CONFIG_FLAGS = (
     "teacher_seed", "crop", "batch", "teacher_steps", "student_steps", "teacher_lr", "student_lr", "weight_decay",
     "scale_jitter", "colour_jitter", "scenes", "scene_size", "downscale", "window", "cache_mb", "device",
@@ -144,11 +153,16 @@ def check(own: argparse.Namespace, cfg: Config) -> None:
         raise ValueError(f"--crop: expected a multiple of 32, got {cfg.crop}")
     if min(own.seeds) < 0:
         raise ValueError(f"--seeds: expected 0 or more, got {min(own.seeds)}")
+    if not 0 < own.labelled <= 1:
+        raise ValueError(f"--labelled: expected a share above 0 and up to 1, got {own.labelled}")
     chosen = {name: method(name) for name in own.methods}
-    same = {(m.parts, m.balance): name for name, m in chosen.items()}
+    without = next((name for name, m in chosen.items() if m.unlabelled and own.labelled == 1), None)
+    if without is not None:
+        raise ValueError(f"--methods: {without!r} needs images without labels; say with --labelled how many have some")
+    same = {(m.parts, m.balance, m.unlabelled): name for name, m in chosen.items()}
     for name, m in chosen.items():
-        if same[m.parts, m.balance] != name:
-            raise ValueError(f"--methods: {name!r} and {same[m.parts, m.balance]!r} are the same")
+        if same[m.parts, m.balance, m.unlabelled] != name:
+            raise ValueError(f"--methods: {name!r} and {same[m.parts, m.balance, m.unlabelled]!r} are the same")
     missing = [name for name in own.against if name not in chosen]
     if missing:
         raise ValueError(f"--against: {missing[0]!r} is not one of --methods")
@@ -241,8 +255,7 @@ def main(argv: list[str] | None = None) -> int:
 
     typed = sys.argv[1:] if argv is None else argv
     given = vars(parser().parse_args(typed))
-    own = argparse.Namespace(**{k: given.pop(k) for k in
-          ("out", "methods", "against", "folds", "seeds", "strides", "jobs", "threads", "minutes")})  # fmt: skip
+    own = argparse.Namespace(**{k: given.pop(k) for k in OWN})
     try:
         cfg = replace(
             config_from({"teacher": "efficientnet-lite0", "student": "upernet-tiny", **given}), arms=(), pictures=False
@@ -261,7 +274,7 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
 
     file = own.out / "runs.jsonl"
     jobs = [
-        Job(replace(cfg, val_tiles=folds[fold], seed=seed), text, strides_read(own), own.out)
+        Job(replace(cfg, val_tiles=folds[fold], seed=seed), text, strides_read(own), own.out, own.labelled)
         for seed in own.seeds
         for fold in own.folds
         for text in own.methods
@@ -276,9 +289,11 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
     try:
         teachers = {job.teacher_file: job for job in taught if not job.teacher_file.is_file()}
         workers.carry_out("teacher", train_teacher, list(teachers.values()))
-        answers = {job.answers_file: job for job in taught if not job.answers_file.is_file()}
-        workers.carry_out("answers", ask_teacher, [job for job in answers.values() if job.teacher_file.is_file()])
-        workers.carry_out("run", run, [j for j in todo if not method(j.method).teacher or j.answers_file.is_file()])
+        # One job asks for all that the methods of its seed read.
+        answers = {job.answers_file(): job for job in sorted(taught, key=lambda job: len(job.answers_files()))}
+        unasked = [job for job in answers.values() if not all(path.is_file() for path in job.answers_files())]
+        workers.carry_out("answers", ask_teacher, [job for job in unasked if job.teacher_file.is_file()])
+        workers.carry_out("run", run, [job for job in todo if all(path.is_file() for path in job.answers_files())])
     except BrokenProcessPool:
         died = True
         print("error: a worker was killed, perhaps for want of memory; the same command goes on", file=sys.stderr)
@@ -291,6 +306,8 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
     if rows:
         text = table(rows, list(own.methods), list(own.against), classes_of(cfg)[0])
         name = f"comparison-{re.sub(r'[^A-Za-z0-9.-]+', '-', cfg.student)}-{cfg.student_steps}"
+        if own.labelled < 1:
+            name += f"-labelled-{own.labelled:g}"
         replace_file(own.out / f"{name}.md", f"{text}\n`{command}`\n".encode())
         chart(own.out / f"{name}.png", rows, list(own.methods), own.against[0])
         print(text)

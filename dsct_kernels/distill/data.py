@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .datasets.tile import IGNORE, Tile
+from .datasets.tile import IGNORE, Tile, unlabelled
 from .files import DataError
 from .models import IMAGENET, Normalisation
 
@@ -41,6 +42,23 @@ def split(tiles: list[Tile], val_tiles: list[str] | None) -> tuple[list[Tile], l
     if not train or not val:
         raise DataError(f"--val-tiles: {len(train)} tiles to train on and {len(val)} to validate on; both need one")
     return train, val
+
+
+def share(tiles: list[Tile], labelled: float) -> tuple[list[Tile], list[Tile]]:
+    """Every 1 / labelled-th image with its label, and the others without, whatever their files hold."""
+    count = max(1, round(labelled * len(tiles)))
+    known = {int((k + 0.5) * len(tiles) / count) for k in range(count)}
+    return (
+        [tile for i, tile in enumerate(tiles) if i in known],
+        [unlabelled(tile) for i, tile in enumerate(tiles) if i not in known],
+    )
+
+
+def taught(target: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Labels of unlabelled crops (N, H, W): what the teacher says, but for what lies outside of the images."""
+    size = (target.shape[-2], target.shape[-1])
+    logits = F.interpolate(teacher_logits.float(), size=size, mode="bilinear", align_corners=False)
+    return torch.where(target == IGNORE, IGNORE, logits.argmax(1).to(torch.uint8))
 
 
 # How many windows the statistics of a data set are taken from, at least, and how large they are.

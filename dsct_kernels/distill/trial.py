@@ -32,6 +32,7 @@ class Job:
     method: str
     strides: tuple[int, ...]
     out: Path = field(compare=False)
+    labelled: float = 1.0  # share of the training tiles' images whose labels are known; the teacher sees no others
 
     def settings(self) -> dict[str, Any]:
         kept = ("data", "val_tiles", "teacher", "student", "seed", "teacher_seed", "crop", "batch", "teacher_steps",
@@ -41,8 +42,15 @@ class Job:
         parsed = method(self.method)
         if not parsed.teacher:
             values = {k: v for k, v in values.items() if not k.startswith("teacher")}
+        values.update(self.of_labels())
+        if parsed.unlabelled:
+            values["unlabelled"] = parsed.unlabelled
         return {**values, "balance": parsed.balance, "parts": [asdict(part) for part in parsed.parts],
                 "strides": self.strides if parsed.features else None}  # fmt: skip
+
+    def of_labels(self) -> dict[str, float]:
+        """Nothing where all labels are known, so that runs from before there was a share are known again."""
+        return {"labelled": self.labelled} if self.labelled < 1 else {}
 
     @property
     def key(self) -> str:
@@ -53,17 +61,22 @@ class Job:
         kept = ("data", "val_tiles", "teacher", "teacher_seed", "crop", "batch", "teacher_steps", "teacher_lr",
                 "downscale", "weight_decay", "scale_jitter", "colour_jitter", "scenes", "scene_size",
                 "precision")  # fmt: skip
-        return digest({**{k: v for k, v in asdict(self.cfg).items() if k in kept}, **identity(self.cfg)})
+        values = {k: v for k, v in asdict(self.cfg).items() if k in kept}
+        return digest({**values, **identity(self.cfg), **self.of_labels()})
 
     @property
     def teacher_file(self) -> Path:
         return self.out / "teachers" / f"{self.teacher_key}.pt"
 
-    @property
-    def answers_file(self) -> Path:
-        """What the teacher says of every crop of this seed."""
+    def answers_file(self, unlabelled: bool = False) -> Path:
+        """What the teacher says of every crop of this seed, of images with labels or of those without."""
         kept = (self.teacher_key, self.cfg.seed, self.cfg.student_steps, *self.strides)
-        return self.out / "answers" / ("-".join(map(str, kept)) + ".pt")
+        return self.out / "answers" / ("-".join(map(str, kept)) + ("-unlabelled" if unlabelled else "") + ".pt")
+
+    def answers_files(self) -> list[Path]:
+        """Those that the method learns from."""
+        parsed = method(self.method)
+        return [self.answers_file(which) for which in (False, True)[: parsed.teacher + bool(parsed.unlabelled)]]
 
 
 def digest(values: dict[str, Any]) -> str:
@@ -71,13 +84,22 @@ def digest(values: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=FOLDS)
-def pixels_of(cfg: Config) -> tuple[data.Pixels, data.Pixels]:
-    return load_pixels(cfg, torch.device("cpu"))
+def pixels_of(cfg: Config, labelled: float) -> tuple[data.Pixels, data.Pixels, data.Pixels | None]:
+    train, val = load_pixels(cfg, torch.device("cpu"))
+    if labelled == 1:
+        return train, val, None
+    known, unknown = data.share(train.tiles, labelled)
+    return (
+        data.Pixels(known, cfg.cache_mb, normalisation=train.normalisation),
+        val,
+        data.Pixels(unknown, cfg.cache_mb, normalisation=train.normalisation),
+    )
 
 
-def pixels(cfg: Config) -> tuple[data.Pixels, data.Pixels]:
+def pixels(job: Job) -> tuple[data.Pixels, data.Pixels, data.Pixels | None]:
+    """Training tiles, validation tiles, and the training tiles whose labels are not known, if there are any."""
     kept = ("data", "root", "val_tiles", "bands", "labels", "cache_mb", "scenes", "scene_size", "downscale")
-    return pixels_of(replace(Config(), **{name: getattr(cfg, name) for name in kept}))
+    return pixels_of(replace(Config(), **{name: getattr(job.cfg, name) for name in kept}), job.labelled)
 
 
 STRIP = 1024  # rows of a tile that are looked at together
@@ -130,33 +152,67 @@ def inputs(
     return data.images(tuple(part.to(device, non_blocking=True) for part in batch), train.normalisation.maximum)
 
 
-def crops_of(cfg: Config, train: data.Pixels, seed: int) -> data.Crops:
-    return data.Crops(train, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter)
+@dataclass
+class Lessons:
+    """The crops of a seed, batch by batch, and what the teacher says of each."""
+
+    crops: data.Crops
+    answer: Callable[[int], models.Output] | None = None
+    weight: float = 1.0
+    labelled: bool = True
+
+
+def crops_of(cfg: Config, pixels: data.Pixels, seed: int, labelled: bool = True) -> data.Crops:
+    """Those of unlabelled images are drawn with other random numbers."""
+    return data.Crops(pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, rank=int(not labelled))
+
+
+def loss_of(
+    student: nn.Module,
+    objective: Objective,
+    lessons: list[Lessons],
+    batches: tuple[tuple[torch.Tensor, ...], ...],
+    step: int,
+    done: float,
+    strides: tuple[int, ...],
+    device: torch.device,
+) -> torch.Tensor:
+    """One step's loss. All crops pass through the student together."""
+    given = [inputs(batch, lesson.crops.pixels, device) for batch, lesson in zip(batches, lessons, strict=True)]
+    out = models.forward(student, torch.cat([images for images, _ in given]), strides)
+    total: torch.Tensor = torch.zeros((), device=device)
+    first = 0
+    for lesson, (images, target) in zip(lessons, given, strict=True):
+        last = first + len(images)
+        part = models.Output(out.logits[first:last], [maps[first:last] for maps in out.features])
+        said = lesson.answer(step) if lesson.answer else None
+        if not lesson.labelled and said is not None:
+            target = data.taught(target, said.logits)
+        total = total + lesson.weight * objective(part, said, target, done)
+        first = last
+    return total
 
 
 def fit(
     cfg: Config,
-    train: data.Pixels,
     student: nn.Module,
     objective: Objective,
+    lessons: list[Lessons],
     steps: int,
     lr: float,
-    seed: int,
     strides: tuple[int, ...],
-    answer: Callable[[int], models.Output] | None,
     device: torch.device,
 ) -> None:
-    seed_everything(seed)
+    seed_everything(lessons[0].crops.seed)
     everything = [*student.parameters(), *objective.parameters()]
     lost = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(everything, lr=lr, weight_decay=cfg.weight_decay, foreach=True)
     student.train()
-    for step, batch in enumerate(crops_of(cfg, train, seed).loader(0, steps)):
-        images, target = inputs(batch, train, device)
+    loaders = zip(*(lesson.crops.loader(0, steps) for lesson in lessons), strict=True)
+    for step, batches in enumerate(loaders):
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps)
-        out = models.forward(student, images, strides)
-        loss = objective(out, answer(step) if answer else None, target, step / steps)
+        loss = loss_of(student, objective, lessons, batches, step, step / steps, strides, device)
         lost += ~loss.detach().isfinite()
         loss.backward()
         nn.utils.clip_grad_norm_(everything, 1.0, foreach=True)
@@ -170,14 +226,15 @@ def fit(
 def train_teacher(job: Job) -> dict[str, Any]:
     cfg, device = job.cfg, device_of(job.cfg)
     classes, _ = classes_of(cfg)
-    train, val = pixels(cfg)
+    train, val, _ = pixels(job)
     seed_everything(cfg.teacher_seed)
     network = build(cfg.teacher, classes, device, train.normalisation)
     objective = Objective(method("alone"), frequency(train, len(classes)), models.Output(torch.empty(0), []), None).to(
         device
     )
     if not (Path(cfg.teacher) / "config.json").is_file():  # a folder holds a network that is ready
-        fit(cfg, train, network, objective, cfg.teacher_steps, cfg.teacher_lr, cfg.teacher_seed, (), None, device)
+        lessons = [Lessons(crops_of(cfg, train, cfg.teacher_seed))]
+        fit(cfg, network, objective, lessons, cfg.teacher_steps, cfg.teacher_lr, (), device)
     result = evaluate(cfg, network, val, len(classes), device)
     save_atomically(job.teacher_file, {"model": network.state_dict(), "result": result})
     return result
@@ -188,22 +245,31 @@ def ask_teacher(job: Job) -> None:
     """Logits and features of the teacher for every crop of this seed, in half precision."""
     cfg, device = job.cfg, device_of(job.cfg)
     classes, _ = classes_of(cfg)
-    train, _ = pixels(cfg)
+    train, _, unlabelled = pixels(job)
     network = build(cfg.teacher, classes, device, train.normalisation)
     network.load_state_dict(torch.load(job.teacher_file, weights_only=True)["model"])
     network.eval()
-    logits: list[torch.Tensor] = []
-    features: list[list[torch.Tensor]] = [[] for _ in job.strides]
-    for batch in crops_of(cfg, train, cfg.seed).loader(0, cfg.student_steps):
-        images, _ = inputs(batch, train, device)
-        out = models.forward(network, images, job.strides)
-        logits.append(out.logits.half().cpu())
-        for kept, maps in zip(features, out.features, strict=True):
-            kept.append(maps.half().cpu())
-    save_atomically(
-        job.answers_file,
-        {"logits": torch.stack(logits), "strides": job.strides, "features": [torch.stack(maps) for maps in features]},
-    )
+    for path in job.answers_files():
+        hidden = path == job.answers_file(unlabelled=True)
+        source = unlabelled if hidden and unlabelled is not None else train
+        if path.is_file():
+            continue
+        logits: list[torch.Tensor] = []
+        features: list[list[torch.Tensor]] = [[] for _ in job.strides]
+        for batch in crops_of(cfg, source, cfg.seed, not hidden).loader(0, cfg.student_steps):
+            images, _ = inputs(batch, source, device)
+            out = models.forward(network, images, job.strides)
+            logits.append(out.logits.half().cpu())
+            for kept, maps in zip(features, out.features, strict=True):
+                kept.append(maps.half().cpu())
+        save_atomically(
+            path,
+            {
+                "logits": torch.stack(logits),
+                "strides": job.strides,
+                "features": [torch.stack(maps) for maps in features],
+            },
+        )
 
 
 def save_atomically(path: Path, content: Any) -> None:
@@ -213,43 +279,47 @@ def save_atomically(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def answers(path: Path, features: bool, device: torch.device) -> Callable[[int], models.Output]:
+    kept = torch.load(path, weights_only=True, mmap=True)
+
+    def of(step: int) -> models.Output:
+        maps = [each[step].to(device).float() for each in kept["features"]] if features else []
+        return models.Output(kept["logits"][step].to(device).float(), maps)
+
+    return of
+
+
 def run(job: Job) -> dict[str, Any]:
     """One student: train with the method, evaluate on the held-out tiles."""
     cfg, device = job.cfg, device_of(job.cfg)
     chosen = method(job.method)
     classes, _ = classes_of(cfg)
-    train, val = pixels(cfg)
+    train, val, unlabelled = pixels(job)
     seed_everything(cfg.seed)
     student = build(cfg.student, classes, device, train.normalisation)
     strides = job.strides if chosen.features else ()
-    answers: Callable[[int], models.Output] | None = None
-    if chosen.teacher:
-        kept = torch.load(job.answers_file, weights_only=True, mmap=True)
-
-        def answers(step: int) -> models.Output:
-            features = [maps[step].to(device).float() for maps in kept["features"]] if strides else []
-            return models.Output(kept["logits"][step].to(device).float(), features)
-
+    said = [answers(path, chosen.features, device) for path in job.answers_files()]
+    lessons = [Lessons(crops_of(cfg, train, cfg.seed), said[0] if said else None)]
+    if chosen.unlabelled and unlabelled is not None:
+        lessons.append(Lessons(crops_of(cfg, unlabelled, cfg.seed, False), said[1], chosen.unlabelled, False))
     with torch.no_grad():
         probe = models.forward(
             student.eval(), torch.zeros(1, train.channels - 1, cfg.crop, cfg.crop, device=device), strides
         )
-    objective = Objective(chosen, frequency(train, len(classes)), probe, answers(0) if answers else None).to(device)
-    kept_mb = memory(cfg, train, student, objective, strides, answers, device)
+    objective = Objective(chosen, frequency(train, len(classes)), probe, said[0](0) if said else None).to(device)
+    kept_mb = memory(student, objective, lessons, strides, device)
     started = time.perf_counter()
-    fit(cfg, train, student, objective, cfg.student_steps, cfg.student_lr, cfg.seed, strides, answers, device)
+    fit(cfg, student, objective, lessons, cfg.student_steps, cfg.student_lr, strides, device)
     seconds = time.perf_counter() - started
     result = evaluate(cfg, student, val, len(classes), device)
     return {**result, "ms_per_step": round(1000 * seconds / cfg.student_steps, 1), "kept_mb": kept_mb}
 
 
 def memory(
-    cfg: Config,
-    train: data.Pixels,
     student: nn.Module,
     objective: Objective,
+    lessons: list[Lessons],
     strides: tuple[int, ...],
-    answer: Callable[[int], models.Output] | None,
     device: torch.device,
 ) -> float:
     """MiB that one step keeps for its backward pass, each storage counted once. Leaves the student as it was."""
@@ -260,10 +330,10 @@ def memory(
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    crops, target = inputs(crops_of(cfg, train, cfg.seed)[0], train, device)
     network = copy.deepcopy(student).train()
+    batches = tuple(lesson.crops[0] for lesson in lessons)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        objective(models.forward(network, crops, strides), answer(0) if answer else None, target, 0.0)
+        loss_of(network, objective, lessons, batches, 0, 0.0, strides, device)
     return round(sum(storages.values()) / 2**20, 1)
 
 

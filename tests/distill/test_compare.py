@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsct_kernels.distill import cli, compare, loop, methods, models, rivals, table, trial
+from dsct_kernels.distill import cli, compare, data, loop, methods, models, rivals, table, trial
 from dsct_kernels.distill.config import Config
+from dsct_kernels.distill.datasets.tile import UnlabelledTile
 from dsct_kernels.distill.files import DataError, only_writer
 
 TINY = Config(
@@ -76,11 +77,11 @@ def test_every_method_trains_the_student_otherwise_than_cross_entropy_alone(out,
 
 def test_the_kept_answers_are_what_the_teacher_says_of_those_very_crops(out):
     this = job("cwd", out)
-    kept = torch.load(this.answers_file, weights_only=True)
+    kept = torch.load(this.answers_file(), weights_only=True)
     classes, _ = loop.classes_of(this.cfg)
     teacher = trial.build(this.cfg.teacher, classes, torch.device("cpu"))
     teacher.load_state_dict(torch.load(this.teacher_file, weights_only=True)["model"])
-    train, _ = trial.pixels(this.cfg)
+    train, _, _ = trial.pixels(this)
     for step in range(3):
         images, _ = trial.inputs(trial.crops_of(this.cfg, train, 0)[step], train, torch.device("cpu"))
         with torch.no_grad():
@@ -90,13 +91,88 @@ def test_the_kept_answers_are_what_the_teacher_says_of_those_very_crops(out):
             torch.testing.assert_close(maps[step].float(), feature, rtol=2e-3, atol=2e-3)
 
 
+@pytest.fixture(scope="module")
+def half(out) -> Path:
+    """A teacher that saw the labels of half of the images, and what it says of all of them."""
+    this = part("unlabelled+dsct", out)
+    trial.train_teacher(this)
+    trial.ask_teacher(this)
+    return out
+
+
+def part(method: str, out: Path) -> trial.Job:
+    return replace(job(method, out), labelled=0.5)
+
+
+def test_a_share_of_the_labels_is_every_so_manieth_image_and_the_rest_have_none():
+    train, _, rest = trial.pixels(part("alone", Path()))
+    whole, _, nothing = trial.pixels(job("alone", Path()))
+    assert nothing is None and rest is not None
+    assert [t.name for t in train.tiles] == ["scene 02", "scene 05"]
+    assert sorted(t.name for t in (*train.tiles, *rest.tiles)) == [t.name for t in whole.tiles]
+    there = {tile.name: i for i, tile in enumerate(whole.tiles)}
+    for i, tile in enumerate(rest.tiles):
+        seen, known = rest.window(i, 0, 0, 64, 64), whole.window(there[tile.name], 0, 0, 64, 64)
+        assert torch.equal(seen[..., :-1], known[..., :-1])
+        assert not seen[..., -1].any() and known[..., -1].any()
+
+
+def test_unlabelled_crops_are_taught_by_the_teacher_alone_and_only_inside_of_the_image():
+    target = torch.tensor([[[0, 0, 255], [0, 255, 0]]], dtype=torch.uint8)
+    logits = torch.randn(1, 5, 2, 3)
+    taught = data.taught(target, logits)
+    assert taught.dtype == torch.uint8
+    assert torch.equal(taught == 255, target == 255)
+    assert torch.equal(taught[target != 255].long(), logits.argmax(1)[target != 255])
+
+
+def test_unlabelled_images_change_the_student_by_their_weight_and_methods_without_them_do_not_see_them(half):
+    def scores(method: str) -> dict:
+        found = trial.run(part(method, half))
+        return {k: found[k] for k in ("miou", "iou", "accuracy", "kept_mb")}
+
+    dsct, alone = scores("dsct"), scores("alone")
+    with_them = scores("unlabelled+dsct")
+    assert with_them != dsct != alone
+    assert scores("unlabelled:weight=1e-30+dsct") != with_them
+    assert with_them["kept_mb"] > 1.2 * dsct["kept_mb"]
+
+
+def test_what_the_labels_of_unlabelled_images_are_makes_no_difference(half, monkeypatch):
+    """The files do hold labels here, since a share is left out of sets that have them all."""
+    this = part("unlabelled+dsct", half)
+    before = trial.run(this)
+    original = data.Pixels._decode
+
+    def scrambled(self, flat, i):
+        original(self, flat, i)
+        tile = self.tiles[i]
+        if tile.name not in ("scene 02", "scene 05"):
+            here = flat[self.offsets[i] : self.offsets[i + 1]]
+            if not isinstance(tile, UnlabelledTile) and tile.group not in TINY.val_tiles:
+                here[:, -1] = (here[:, -1] + 1) % 3
+
+    trial.pixels_of.cache_clear()
+    monkeypatch.setattr(data.Pixels, "_decode", scrambled)
+    after = trial.run(this)
+    trial.pixels_of.cache_clear()
+    assert {k: after[k] for k in ("miou", "iou")} == {k: before[k] for k in ("miou", "iou")}
+
+
+def test_a_run_with_a_share_of_the_labels_is_another_run_with_another_teacher(out):
+    all_known, some = job("dsct", out), part("dsct", out)
+    assert some.key != all_known.key and some.teacher_key != all_known.teacher_key
+    assert part("unlabelled+dsct", out).key != some.key
+    assert "labelled" not in all_known.settings()
+
+
 def test_cwd_on_features_learns_the_convolution_that_its_paper_puts_after_the_student(out, monkeypatch):
     seen = {}
     original = trial.fit
 
-    def spy(cfg, train, student, objective, *rest):
+    def spy(cfg, student, objective, *rest):
         before = [p.detach().clone() for p in objective.parameters()]
-        original(cfg, train, student, objective, *rest)
+        original(cfg, student, objective, *rest)
         seen["moved"] = [not torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True)]
 
     monkeypatch.setattr(trial, "fit", spy)
@@ -175,7 +251,7 @@ def test_a_method_is_terms_with_settings_and_defaults_where_none_is_given():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("cdw", "'cdw' is none of alone, balanced, kd"),
+        ("cdw", "'cdw' is none of alone, balanced, unlabelled, kd"),
         ("", "'' is none of"),
         ("cwd+", "'' is none of"),
         ("cwd:tau=4", "cwd has no setting 'tau'; it has: weight, anneal, temperature"),
@@ -394,6 +470,9 @@ def test_a_run_that_fails_is_named_and_costs_no_other(tmp_path, capsys, monkeypa
         (["--seeds", "-1"], "--seeds: expected 0 or more, got -1"),
         (["--crop", "48"], "--crop: expected a multiple of 32, got 48"),
         (["--student-steps", "0"], "--student-steps: expected a whole number from 1 to"),
+        (["--labelled", "0"], "--labelled: expected a share above 0 and up to 1, got 0"),
+        (["--methods", "alone,unlabelled+dsct"], "--methods: 'unlabelled+dsct' needs images without labels"),
+        (["--methods", "alone,unlabelled", "--labelled", ".5"], "unlabelled needs a term that learns from the teacher"),
         (["--jobs", "0"], "--jobs: expected 1 or more, got 0"),
         (["--student", "resnet"], "resnet: neither a model folder"),
         (["--teacher", "nowhere"], "nowhere: neither a model folder"),

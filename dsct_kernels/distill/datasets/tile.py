@@ -319,6 +319,24 @@ class DownscaledTile(Tile):
         return np.dstack([colours, pixels[:, k // 2, :, k // 2, -1]])
 
 
+@dataclass(frozen=True)
+class UnlabelledTile(Tile):
+    """A tile of which only the image is read: every pixel of it has class 0, which nobody may take for a label."""
+
+    tile: Tile
+
+    def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        pixels = self.tile.read(y, x, height, width).copy()
+        pixels[..., -1] = 0
+        return pixels
+
+
+def unlabelled(tile: Tile) -> Tile:
+    return UnlabelledTile(
+        tile.name, tile.group, tile.height, tile.width, tile, side=tile.side, bands=tile.bands, samples=tile.samples
+    )
+
+
 def downscaled(tiles: list[Tile], factor: int) -> list[Tile]:
     """Every tile at 1/factor of its resolution; what is left over at the right and bottom border is dropped."""
     if factor < 1:
