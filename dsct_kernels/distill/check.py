@@ -39,13 +39,13 @@ RANGES: dict[str, tuple[float, float]] = {
 
 def everything(cfg: Config) -> None:
     """Settings, then data, then models. Raises ValueError or DataError."""
-    from .loop import classes_of, make_accelerator
+    from .engine import make_accelerator
 
     settings(cfg)
     device = make_accelerator(cfg).device
     losses(cfg, device)
     _, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
-    networks(cfg, classes_of(cfg)[0], val)
+    networks(cfg, data.classes_of(cfg)[0], val)
 
 
 def settings(cfg: Config) -> None:
@@ -110,7 +110,7 @@ def arms(cfg: Config) -> None:
 
 def losses(cfg: Config, device: torch.device) -> None:
     """The losses themselves say what they take: each arm's is called once, on two pixels."""
-    from .loop import distillation
+    from .objective import distillation
 
     x = torch.zeros(1, 2, 1, 2, device=device)
     out = models.Output(x, [x])

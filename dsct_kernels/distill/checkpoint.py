@@ -1,14 +1,17 @@
-"""checkpoint.pt: all that the next step of a phase depends on, as tensors and plain values: no code."""
+"""What a run goes on from. checkpoint.pt: all that the next step of a phase depends on, as tensors and plain values, no
+code; results.json: the phases that are done."""
 
 import io
 import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .files import DataError, replace_file
+from .files import DataError, read_json, replace_file
 
 KINDS: dict[str, tuple[type, ...]] = {
     "phase": (str,),
@@ -28,8 +31,9 @@ def write(path: Path, state: dict[str, Any]) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """None where there is none. `weights_only` refuses every pickle that would call something."""
+def read(path: Path, phases: Mapping[str, int]) -> dict[str, Any] | None:
+    """None where there is none; `phases` are those of the run, with their steps. `weights_only` refuses every pickle
+    that would call something."""
     if not path.is_file():
         return None
     try:
@@ -45,7 +49,51 @@ def read(path: Path) -> dict[str, Any] | None:
         if not isinstance(state[key], kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise DataError(f"{path}: {key}: expected {expected}, got {type(state[key]).__name__}")
+    phase, step, logged = state["phase"], state["step"], state["metrics_bytes"]
+    if phase not in phases:
+        raise DataError(f"{path}: phase {phase!r} is not of this run: {', '.join(phases)}")
+    if not 0 <= step <= phases[phase] or logged < 0:
+        raise DataError(f"{path}: step {step} of {phases[phase]}, {logged} bytes logged")
     return state
+
+
+@contextmanager
+def must_fit(path: Path) -> Iterator[None]:
+    """Around what a checkpoint is loaded into: of the many kinds of error that torch and numpy have, one."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{path}: does not fit this run ({error})") from error
+
+
+RESULT: dict[str, tuple[type, ...]] = {
+    "miou": (float, int, type(None)),
+    "iou": (list,),
+    "accuracy": (float, int, type(None)),
+    "parameters": (int,),
+    "gflops": (float, int),
+    "images_per_s": (float, int),
+    "train_seconds": (float, int),
+}
+
+
+def read_results(path: Path, phases: Sequence[str], classes: int) -> dict[str, dict[str, Any]]:
+    """Results by phase; none where there is no file."""
+    if not path.is_file():
+        return {}
+    results = read_json(path)
+    for phase, result in results.items():
+        if phase not in phases:
+            raise DataError(f"{path}: {phase!r} is no phase of this run, which has {', '.join(phases)}")
+        for key, kinds in RESULT.items():
+            if not isinstance(result, dict) or key not in result:
+                raise DataError(f"{path}: {phase}: {key} is missing")
+            if not isinstance(result[key], kinds) or isinstance(result[key], bool):
+                raise DataError(f"{path}: {phase}: {key}: got {result[key]!r}, expected {kinds[0].__name__}")
+        scores = [v for v in result["iou"] if v is not None]
+        if len(result["iou"]) != classes or not all(type(v) in (int, float) for v in scores):
+            raise DataError(f"{path}: {phase}: iou: got {result['iou']!r}, expected a number or null per class")
+    return results
 
 
 def rng_state() -> dict[str, Any]:

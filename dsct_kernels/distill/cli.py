@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import check
+from . import check, data
 from .config import CHOICES, DEFAULTS, MAY_CHANGE, Config, Loss, arm_loss, flag, phase_folder
 from .files import DataError, only_writer
 
@@ -165,7 +165,9 @@ def run(cfg: Config, folder: Path) -> int:
     from transformers.utils import logging
 
     from . import report
-    from .loop import Interrupted, Run, load_pixels, make_accelerator
+    from .engine import make_accelerator
+    from .loop import Interrupted
+    from .run import Run
 
     logging.disable_progress_bar()
     text: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # a path is text, whatever it holds
@@ -181,19 +183,19 @@ def run(cfg: Config, folder: Path) -> int:
     except (DataError, ValueError) as error:
         return failed(error)
     try:
-        pixels = load_pixels(cfg, make_accelerator(cfg).device)
+        pixels = data.load_pixels(cfg, make_accelerator(cfg).device)
         with only_writer(folder):
             with Progress(*columns, console=console) as progress:
                 this = Run(cfg, folder, progress, pixels)
                 this.stop_on_ctrl_c()
                 train, val = this.train_pixels.tiles, this.val_pixels.tiles
-                this.say(
+                this.log.say(
                     f"{cfg.data}: {len(train)} tiles to train on, {len(val)} to validate on "
                     f"({', '.join(sorted({t.group for t in val}))}); {this.device}, {this.accelerator.mixed_precision}"
                 )
                 trained = this.all()
             if this.main:
-                this.close()
+                this.log.close()
                 if cfg.pictures:
                     report.curves(folder)
                     report.predictions(this, trained)
@@ -205,7 +207,7 @@ def run(cfg: Config, folder: Path) -> int:
     except Interrupted:
         console.print(f"interrupted; go on with: dsct-distill --resume {folder}", soft_wrap=True)
         return INTERRUPTED
-    for warning in this.warnings:
+    for warning in this.log.warnings:
         print(f"WARNING: {warning}", file=sys.stderr)
     return DIVERGED if any(result.get("diverged") for result in this.results.values()) else 0
 

@@ -26,9 +26,9 @@ import torch
 from . import check as settings_check
 from . import models
 from .config import DEFAULTS, Config, flag
+from .data import classes_of
 from .datasets import tiles_of
 from .files import DataError, only_writer, replace_file
-from .loop import classes_of
 from .methods import ANNEAL, TERMS, Objective, method, method_settings
 from .table import Rows, chart, table
 from .trial import FOLDS, Job, ask_teacher, build, run, train_teacher

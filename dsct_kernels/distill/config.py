@@ -124,27 +124,57 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Arm:
+    """One network of a run and what it learns by."""
+
+    phase: str  # as it was typed, and as results.json has it
+    name: str  # `teacher`, or which of ARMS
+    loss: Loss
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.name == "teacher"
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher has a part in its loss, which else is cross-entropy."""
+        return self.loss.teaches
+
+    @property
+    def folder(self) -> str:
+        return phase_folder(self.phase)
+
+    @staticmethod
+    def teacher(base: Loss) -> "Arm":
+        return Arm("teacher", "teacher", replace(base, **ARMS["alone"]))
+
+    @staticmethod
+    def parse(text: str, base: Loss) -> "Arm":
+        """A student: `dsct`, or with changes for a search, `dsct:temperature=4:strides=16+32`."""
+        name, *changes = text.split(":")
+        if name not in ARMS:
+            raise ValueError(f"--arms {text}: {name!r} is not one of {', '.join(ARMS)}")
+        loss = replace(base, **ARMS[name])
+        if name == "tnkd" and loss.tnkd_weight == 0:  # its default: an arm of its name has it all the same
+            loss = replace(loss, tnkd_weight=1.0)
+        for change in changes:
+            key, _, value = change.partition("=")
+            if key not in {f.name for f in fields(Loss)}:
+                raise ValueError(
+                    f"--arms {text}: no loss setting {key!r}; there are: {', '.join(f.name for f in fields(Loss))}"
+                )
+            try:
+                parsed: Any = tuple(map(int, value.split("+"))) if key == "strides" else float(value)
+            except ValueError as error:
+                expected = "whole numbers joined by +" if key == "strides" else "a number"
+                raise ValueError(f"--arms {text}: {key}: expected {expected}, got {value!r}") from error
+            loss = replace(loss, **{key: parsed})
+        return Arm(text, name, loss)
+
+
 def arm_loss(arm: str, base: Loss) -> Loss:
-    """`dsct`, or with changes for a search: `dsct:temperature=4:strides=16+32`."""
-    name, *changes = arm.split(":")
-    if name not in ARMS:
-        raise ValueError(f"--arms {arm}: {name!r} is not one of {', '.join(ARMS)}")
-    loss = replace(base, **ARMS[name])
-    if name == "tnkd" and loss.tnkd_weight == 0:  # its default: an arm of its name has it all the same
-        loss = replace(loss, tnkd_weight=1.0)
-    for change in changes:
-        key, _, value = change.partition("=")
-        if key not in {f.name for f in fields(Loss)}:
-            raise ValueError(
-                f"--arms {arm}: no loss setting {key!r}; there are: {', '.join(f.name for f in fields(Loss))}"
-            )
-        try:
-            parsed: Any = tuple(map(int, value.split("+"))) if key == "strides" else float(value)
-        except ValueError as error:
-            expected = "whole numbers joined by +" if key == "strides" else "a number"
-            raise ValueError(f"--arms {arm}: {key}: expected {expected}, got {value!r}") from error
-        loss = replace(loss, **{key: parsed})
-    return loss
+    return Arm.parse(arm, base).loss
 
 
 def flag(name: str) -> str:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from .config import Config
+from .datasets import dataset_of, tiles_of
 from .datasets.tile import IGNORE, Tile, unlabelled
 from .files import DataError
 from .models import IMAGENET, Normalisation
@@ -186,6 +188,19 @@ class Pixels:
         y, x = rows.min(), columns.min()
         pixels = self.tiles[i].read(int(y), int(x), int(rows.max() - y + 1), int(columns.max() - x + 1))
         return as_tensor(pixels[(rows - y)[:, None], (columns - x)[None, :]])
+
+
+def classes_of(cfg: Config) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours of the classes."""
+    one = dataset_of(cfg)
+    return one.classes, one.palette
+
+
+def load_pixels(cfg: Config, device: torch.device) -> tuple[Pixels, Pixels]:
+    """Training tiles, on the device if they fit the cache, and validation tiles."""
+    train, val = split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    normalisation = statistics(train) if dataset_of(cfg).own_statistics else IMAGENET
+    return Pixels(train, cfg.cache_mb, device, normalisation), Pixels(val, cfg.cache_mb, "cpu", normalisation)
 
 
 # --------------------------------------------------------------------------------------------- random crops

@@ -17,9 +17,12 @@ from torch import nn
 
 from . import adapter, data, models
 from .config import Config
+from .data import classes_of, load_pixels
 from .datasets import identity
-from .loop import classes_of, load_pixels, predicted, schedule, seed_everything
+from .engine import seed_everything
+from .evaluate import predicted
 from .methods import Objective, method
+from .objective import schedule
 
 FOLDS = 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsct_kernels.distill import cli, compare, data, loop, methods, models, rivals, table, trial
+from dsct_kernels.distill import cli, compare, data, methods, models, rivals, table, trial
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets.tile import UnlabelledTile
 from dsct_kernels.distill.files import DataError, only_writer
@@ -78,7 +78,7 @@ def test_every_method_trains_the_student_otherwise_than_cross_entropy_alone(out,
 def test_the_kept_answers_are_what_the_teacher_says_of_those_very_crops(out):
     this = job("cwd", out)
     kept = torch.load(this.answers_file(), weights_only=True)
-    classes, _ = loop.classes_of(this.cfg)
+    classes, _ = data.classes_of(this.cfg)
     teacher = trial.build(this.cfg.teacher, classes, torch.device("cpu"))
     teacher.load_state_dict(torch.load(this.teacher_file, weights_only=True)["model"])
     train, _, _ = trial.pixels(this)
@@ -207,7 +207,7 @@ def test_any_module_of_ones_own_is_a_teacher_and_a_student(tmp_path):
 
 
 def test_a_teacher_that_a_folder_holds_is_taken_as_it_is(tmp_path, out):
-    classes, _ = loop.classes_of(TINY)
+    classes, _ = data.classes_of(TINY)
     torch.manual_seed(5)
     made = models.build("segformer-tiny", classes)
     models.save(made, tmp_path / "folder")

@@ -11,7 +11,7 @@ from PIL import Image
 from dsct_kernels.distill import data, scenes
 from dsct_kernels.distill.datasets import dubai, synthetic
 from dsct_kernels.distill.datasets.tile import downscaled
-from dsct_kernels.distill.loop import window_starts
+from dsct_kernels.distill.evaluate import window_starts
 
 LAND, WATER = dubai.PALETTE[1], dubai.PALETTE[4]
 

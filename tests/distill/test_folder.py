@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, report, scenes
+from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, objective, report, scenes
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import dubai
+from dsct_kernels.distill.run import Run
 
 from .test_data import make_tile
 
@@ -38,12 +39,12 @@ def interrupted(folder: Path, phase: str, *arguments: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         steps = []
 
-        def stop(run: loop.Run) -> bool:
+        def stop(run: Run) -> bool:
             if next(p for p in run.phases() if p not in run.results) == phase:
                 steps.append(1)
             return len(steps) == 2
 
-        patch.setattr(loop.Run, "should_stop", stop)
+        patch.setattr(Run, "should_stop", stop)
         assert cli.main([*TINY, "--no-pictures", *arguments, "--out", str(folder)]) == cli.INTERRUPTED
     return folder
 
@@ -272,7 +273,7 @@ def test_without_a_validation_label_results_are_json_and_it_is_said_loudly(capsy
 @pytest.mark.parametrize("broken", ["loss", "weights"])
 def test_a_diverged_training_is_json_and_is_said_loudly(capsys, tmp_path, monkeypatch, broken):
     if broken == "loss":
-        entropy = loop.cross_entropy
+        entropy = objective.cross_entropy
         monkeypatch.setattr(loop, "cross_entropy", lambda *a: entropy(*a) * float("nan"))
     arguments = [] if broken == "loss" else ["--teacher-lr=1e30", "--student-lr=1e30", "--weight-decay=1e20"]
     assert cli.main([*TINY, *arguments, "--out", str(tmp_path / "run")]) == cli.DIVERGED

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dsct_kernels.distill import cli, data, loop, models, scenes
+from dsct_kernels.distill import cli, data, log, models, objective, scenes
 from dsct_kernels.distill.config import ARMS, Config, Loss, arm_loss
+from dsct_kernels.distill.run import Run
 
 TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
 TINY += ["--teacher-steps=4", "--student-steps=5", "--strides=16,32", "--tnkd-weight=0.5"]  # every part of the loss
@@ -69,7 +70,7 @@ def test_a_run_leaves_everything(finished, capsys):
     tnkd = loss.alpha * last["tckd"] + loss.beta * last["nckd"]
     parts = loss.ce_weight * last["ce"] + loss.tnkd_weight * tnkd + loss.cafd_weight * last["cafd"]
     parts += loss.matched_weight * last["matched"] + loss.jaccard_weight * last["jaccard"]
-    assert last["total"] == pytest.approx(parts, rel=1e-4) and all(last[name] > 0 for name in loop.PARTS)
+    assert last["total"] == pytest.approx(parts, rel=1e-4) and all(last[name] > 0 for name in log.PARTS)
 
 
 def test_both_students_start_from_the_same_weights_and_see_the_same_crops(tmp_path):
@@ -84,16 +85,16 @@ def test_both_students_start_from_the_same_weights_and_see_the_same_crops(tmp_pa
 @pytest.mark.parametrize(("phase", "step"), [("teacher", 1), ("alone", 3), ("dsct", 2)])
 def test_resume_gives_the_numbers_of_an_uninterrupted_run(finished, tmp_path, monkeypatch, phase, step):
     folder = tmp_path / "run"
-    should_stop = loop.Run.should_stop
+    should_stop = Run.should_stop
     steps: dict[str, int] = {}
 
-    def stop_there(run: loop.Run) -> bool:
+    def stop_there(run: Run) -> bool:
         under_way = next(p for p in run.phases() if p not in run.results)
         steps[under_way] = steps.get(under_way, 0) + 1
         return steps.get(phase) == step or should_stop(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "should_stop", stop_there)
+        patch.setattr(Run, "should_stop", stop_there)
         assert cli.main([*TINY, "--out", str(folder)]) == cli.INTERRUPTED
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert (state["phase"], state["step"]) == (phase, step)
@@ -106,11 +107,11 @@ def test_resume_drops_what_was_logged_after_the_checkpoint(finished, tmp_path, m
     """A killed run: the checkpoint is older than the log."""
     folder = tmp_path / "run"
 
-    def killed(run: loop.Run, phase: str, *_: object) -> None:
+    def killed(run: Run, *_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Run, "finish", killed)
+        patch.setattr(Run, "finish", killed)
         cli.main([*TINY, "--checkpoint-every", "3", "--out", str(folder)])
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 3
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
@@ -261,7 +262,7 @@ def test_cross_entropy_is_torchs_of_upsampled_logits(dtype, labelled):
     target[:, :5] = data.IGNORE
     if not labelled:
         target.fill_(data.IGNORE)
-    got = loop.cross_entropy(models.Output(logits, []), target, "auto")
+    got = objective.cross_entropy(models.Output(logits, []), target, "auto")
     full = torch.nn.functional.interpolate(logits.float(), size=target.shape[1:], mode="bilinear")
     valid = (target != data.IGNORE).sum().clamp(min=1)
     keywords = {"ignore_index": data.IGNORE, "reduction": "sum"}

@@ -25,7 +25,7 @@ def _nothing_is_trained(monkeypatch):
     def trained(*_: object) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(loop.Run, "train", trained)
+    monkeypatch.setattr(loop, "train", trained)
 
 
 def refused(capsys, folder: Path, *arguments: str) -> str:

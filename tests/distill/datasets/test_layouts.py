@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsct_kernels.distill import check, cli, data, loop
+from dsct_kernels.distill import check, cli, data
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import REGISTRY, check_choices, dataset_of, gid, potsdam, tiles_of, vaihingen
 from dsct_kernels.distill.files import DataError
+from dsct_kernels.distill.run import Run
 
 from . import make
 
@@ -73,7 +74,7 @@ def test_one_run_trains_evaluates_and_predicts(tmp_path, data_set):
     """Each layout above once; the folder is one of four bands and 16 bits."""
     _, write = LAYOUTS["gid15, zip" if data_set == "gid15" else data_set]
     write(tmp_path / "set")
-    run = loop.Run(make.tiny(data_set, tmp_path / "set"), tmp_path / "run")
+    run = Run(make.tiny(data_set, tmp_path / "set"), tmp_path / "run")
     trained = run.all()
     assert set(run.results) == {"teacher", "dsct"}
     for result in run.results.values():
@@ -82,7 +83,7 @@ def test_one_run_trains_evaluates_and_predicts(tmp_path, data_set):
     assert classes.shape == (make.SIDE, make.SIDE) and int(classes.max()) < len(run.classes)
     bands = 4 if data_set == "folder" else 3
     assert trained["dsct"].pixel_mean.shape == (bands, 1, 1)
-    run.close()
+    run.log.close()
 
 
 @pytest.mark.parametrize("name", REGISTRY)

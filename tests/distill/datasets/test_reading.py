@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dsct_kernels.distill import compare, data, loop, models, trial
+from dsct_kernels.distill import compare, data, evaluate, models, trial
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import identity, tiles_of
 from dsct_kernels.distill.datasets.tile import IGNORE, Tile, band_names, downscaled
@@ -72,7 +72,7 @@ READER = """
 import resource, sys
 import torch
 import rasterio
-from dsct_kernels.distill import data, loop, models
+from dsct_kernels.distill import data, evaluate, models
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import tiles_of
 
@@ -88,7 +88,7 @@ crops = data.Crops(pixels, 256, 8, 0, 0.5, 0.1)
 for step in range(6):
     images, labels = data.images(crops[step], 255.0)
 net = torch.nn.Conv2d(3, 6, 1, stride=32)
-strips = loop.predicted(pixels, 0, 512, 6, torch.device("cpu"), net)
+strips = evaluate.predicted(pixels, 0, 512, 6, torch.device("cpu"), net)
 rows = sum(len(next(strips)[1]) for _ in range(3))
 print(before, peak(), rows)
 """
@@ -136,15 +136,15 @@ def test_strips_are_the_prediction_of_the_whole_tile(size):
     window = 64
     scores = torch.zeros(5, height, width)
     with torch.no_grad():
-        for y in loop.window_starts(height, window):
-            for x in loop.window_starts(width, window):
+        for y in evaluate.window_starts(height, window):
+            for x in evaluate.window_starts(width, window):
                 image = pixels.window(0, y, x, window, window)[..., :3].permute(2, 0, 1)[None].float() / 255
                 h, w = image.shape[-2:]
                 image = F.pad(image, (0, -w % 32, 0, -h % 32), mode="replicate")
                 logits = F.interpolate(net(image), size=image.shape[-2:], mode="bilinear", align_corners=False)
                 scores[:, y : y + h, x : x + w] += logits[0, :, :h, :w].softmax(0)
-    strips = list(loop.predicted(pixels, 0, window, 5, torch.device("cpu"), net))
-    assert [y for y, _ in strips] == loop.window_starts(height, window)
+    strips = list(evaluate.predicted(pixels, 0, window, 5, torch.device("cpu"), net))
+    assert [y for y, _ in strips] == evaluate.window_starts(height, window)
     assert torch.equal(torch.cat([classes for _, classes in strips]), scores.argmax(0))
     assert len(scores.argmax(0).unique()) > 1
 
@@ -230,10 +230,10 @@ def test_images_without_data_have_no_statistics(tmp_path):
 
 
 def test_the_oldest_sets_keep_the_normalisation_of_imagenet_and_others_have_their_own(tmp_path):
-    train, val = loop.load_pixels(Config(scenes=3, scene_size=64), torch.device("cpu"))
+    train, val = data.load_pixels(Config(scenes=3, scene_size=64), torch.device("cpu"))
     assert train.normalisation == val.normalisation == models.IMAGENET
     make.potsdam_set(tmp_path)
-    train, val = loop.load_pixels(Config(data="potsdam", root=str(tmp_path)), torch.device("cpu"))
+    train, val = data.load_pixels(Config(data="potsdam", root=str(tmp_path)), torch.device("cpu"))
     assert train.normalisation == val.normalisation == data.statistics(train.tiles) != models.IMAGENET
 
 
