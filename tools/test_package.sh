@@ -56,6 +56,6 @@ PY
 
 echo "== the tests of the sdist, with the extras"
 "$work/run/bin/pip" install --quiet "${wheel[0]}[train,bench,test]" "$torch_run"
-tar -xzf "${sdist[0]}" --strip-components=1 --wildcards "*/tests" "*/benchmarks" "*/csrc" "*/docs" "*/tools" \
-    "*/pyproject.toml" "*/setup.py" "*/README.md" "*/LICENSE"
+tar -xzf "${sdist[0]}" --strip-components=1 --wildcards "*/tests" "*/benchmarks" "*/csrc" "*/docs" "*/examples" "*/tools" \
+    "*/pyproject.toml" "*/mkdocs.yml" "*/CHANGELOG.md" "*/setup.py" "*/README.md" "*/LICENSE"
 "$work/run/bin/python" -m pytest "$@"
