@@ -5,23 +5,42 @@ import importlib
 import itertools
 import pkgutil
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import dsct_kernels
-from dsct_kernels import backends
+from dsct_kernels import backends, jaccard_loss, matched_cafd_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(dsct_kernels.__file__).parent
 PAGES = sorted(["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))])
-SNIPPETS = [
-    pytest.param(snippet, id=f"{page}-{i}")
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(heading above it, text) of each block of Python on a page."""
+    found, heading = [], ""
+    for title, block in re.findall(
+        r"^## ([^\n]+)$|^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
+    ):
+        heading = title or heading
+        if block:
+            found.append((heading, block))
+    return found
+
+
+SNIPPETS = [pytest.param(block, id=f"README.md-{i}") for i, (_, block) in enumerate(blocks("README.md"))]
+OTHERS = [
+    pytest.param(page, heading, block, id=f"{page}-{heading}-{i}")
     for page in PAGES
-    for i, snippet in enumerate(
-        re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    )
+    if page != "README.md"
+    for i, (heading, block) in enumerate(blocks(page))
 ]
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -81,6 +100,136 @@ def test_the_whole_objective_of_the_readme_is_the_sum_that_it_says():
     torch.testing.assert_close(names["student_logits"].grad, one)  # type: ignore[attr-defined]
 
 
+# --- snippets of the other pages -------------------------------------------------------------------------------------
+
+
+def enlarged(logits: Tensor, target: Tensor, align_corners: bool = False) -> Tensor:
+    return F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
+def rows(maps: Tensor) -> Tensor:
+    """(N, K, H, W) as (pixels, K)."""
+    return maps.movedim(1, -1).flatten(0, -2)
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """KL of the softmax, for each row."""
+    log_s, log_t = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(1)
+
+
+def dkd(student: Tensor, teacher: Tensor, y: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+    """DKD for each row, the other classes taken out and not pushed down."""
+    others = torch.arange(student.shape[1]) != y[:, None]
+    binary = []
+    for logits in (student, teacher):
+        p = (logits / temperature).softmax(1).gather(1, y[:, None])
+        binary.append(torch.cat([p, 1 - p], 1).log())
+    nckd = kd(student[others].view(len(y), -1), teacher[others].view(len(y), -1), temperature)
+    return alpha * kd(binary[0] * temperature, binary[1] * temperature, temperature) + beta * nckd
+
+
+def mdistiller(at: dict[str, Any]) -> Tensor:
+    student, teacher, y = at["logits_student"], at["logits_teacher"], at["labels"]
+    return F.cross_entropy(student, y) + 5 / 20 * dkd(student, teacher, y, 1.0, 8.0, 4.0).mean()
+
+
+def mmrazor_cwd(at: dict[str, Any]) -> Tensor:
+    student, teacher = (x.flatten(2).flatten(0, 1) for x in (at["student_logits"], at["teacher_logits"]))
+    return 3.0 * kd(student, teacher, 4.0).mean()  # a row is a channel
+
+
+def valid_dkd(student: Tensor, teacher: Tensor, labels: Tensor, ignored: int, *settings: float) -> Tensor:
+    counts = labels.flatten() != ignored
+    return dkd(rows(student)[counts], rows(teacher)[counts], labels.flatten()[counts], *settings)
+
+
+def mmrazor_dkd(at: dict[str, Any]) -> Tensor:
+    student, teacher = (enlarged(at[name], at["target"]) for name in ("student_logits", "teacher_logits"))
+    return 0.5 * valid_dkd(student, teacher, at["target"], 255, 1.0, 8.0, 4.0).sum()
+
+
+def seg_gdkd_small(at: dict[str, Any]) -> Tensor:
+    step = at["target"].shape[-1] // at["student_logits"].shape[-1]
+    small = at["target"][:, ::step, ::step]
+    return valid_dkd(at["student_logits"], at["teacher_logits"], small, 255, 1.0, 2.0, 1.0).mean()
+
+
+def seg_gdkd_large(at: dict[str, Any]) -> Tensor:
+    student, teacher = (enlarged(at[name], at["target"], True) for name in ("student_logits", "teacher_logits"))
+    return valid_dkd(student, teacher, at["target"], 255, 1.0, 2.0, 1.0).mean()
+
+
+def cirkd(at: dict[str, Any]) -> Tensor:
+    return kd(rows(at["student_logits"]), rows(at["teacher_logits"]), 2.0).mean()
+
+
+def objective(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """dsct_loss by its parts."""
+    parts = (part(student, teacher, target, backend="reference") for part in (matched_cafd_loss, jaccard_loss))
+    return F.cross_entropy(enlarged(student, target), target, ignore_index=255) + 3 * sum(parts)
+
+
+def plain(at: dict[str, Any]) -> Tensor:
+    return objective(at["student_logits"], at["teacher_logits"], at["target"])
+
+
+def hugging_face(at: dict[str, Any]) -> Tensor:
+    """Called as the Trainer calls it, with networks that emit the logits at hand."""
+    trainer = SimpleNamespace(teacher=lambda **_: SimpleNamespace(logits=at["teacher_logits"]))
+    inputs = {"pixel_values": torch.zeros(2, 3, 32, 32), "labels": at["target"]}
+    network = at["student_logits"]
+    at["loss"] = at["Distilling"].compute_loss(trainer, lambda pixel_values: SimpleNamespace(logits=network), inputs)
+    assert at["Distilling"].loss_is_scaled_for_ga is False
+    return plain(at)
+
+
+def two_heads(at: dict[str, Any]) -> Tensor:
+    student, rest = at["student_logits"], (at["teacher_logits"], at["target"])
+    return objective(student, *rest) + 0.4 * objective(student * 0.5, *rest)
+
+
+def one_logit(at: dict[str, Any]) -> Tensor:
+    target, road = at["target"], (at["target"] == 3).float()
+    of_one = enlarged(at["student_logits"][:, :1], target)[:, 0]
+    ce = F.binary_cross_entropy_with_logits(of_one[target != 255], road[target != 255])
+    torch.testing.assert_close(at["losses"].ce, ce)
+    return objective(at["two_student"], at["two_teacher"], at["road"])
+
+
+# By the heading above a snippet and its place below it; every snippet has one.
+THEIRS: dict[str, list[Callable[[dict[str, Any]], Tensor]]] = {
+    "mdistiller": [mdistiller],
+    "mmrazor": [mmrazor_cwd, mmrazor_dkd],
+    "seg-gdkd": [seg_gdkd_small, seg_gdkd_large],
+    "CIRKD": [cirkd],
+    "Hugging Face Trainer": [hugging_face],
+    "Lightning": [plain],
+    "mmengine and mmsegmentation": [plain],
+    "Several outputs, or one": [two_heads, one_logit],
+}
+
+
+def test_a_snippet_for_those_who_come_from_elsewhere_is_their_formula():
+    page = blocks("docs/coming-from.md")
+    assert [heading for heading, _ in page] == [heading for heading, theirs in THEIRS.items() for _ in theirs]
+    for (heading, block), theirs in zip(page, itertools.chain(*THEIRS.values())):
+        if "kd_loss" in re.findall(r"import (\w+)", block) and not hasattr(dsct_kernels, "kd_loss"):
+            continue
+        names: dict[str, Any] = {**training_step(torch.int64, 2, torch.float32), "torch": torch}
+        exec(compile(block, heading, "exec"), names)
+        expected = theirs(names)  # HF's makes the loss
+        student = names["student_logits"]
+        ours, right = (torch.autograd.grad(loss, student)[0] for loss in (names["loss"], expected))
+        torch.testing.assert_close(names["loss"], expected, rtol=1e-5, atol=1e-6, msg=lambda m: f"{heading}: {m}")  # noqa: B023
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-6, msg=lambda m: f"{heading}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("page,heading,block", [s for s in OTHERS if "coming-from" not in str(s.id)])
+def test_a_snippet_of_a_page_runs(page, heading, block):
+    exec(compile(block, f"{page}, {heading}", "exec"), {**training_step(torch.int64, 2, torch.float32), "torch": torch})
+
+
 def test_every_example_in_every_docstring_runs():
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     ran = 0
@@ -98,7 +247,7 @@ def test_every_example_in_every_docstring_runs():
 # --- the files and names that are named ------------------------------------------------------------------------------
 
 SUFFIXES = (".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".sh")
-FOLDERS = ("csrc/", "dsct_kernels/", "docs/", "tests/", "tools/", "benchmarks/")
+FOLDERS = ("csrc/", "dsct_kernels/", "docs/", "examples/", "tests/", "tools/", "benchmarks/")
 NAMES = ("tnkd", "cafd")  # what NAME stands for
 
 
