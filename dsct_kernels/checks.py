@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from .values import DEFAULT_IGNORE_INDEX, readable
+from .values import DEFAULT_IGNORE_INDEX, Number, readable, weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -41,6 +41,15 @@ def reduction(value: object) -> int:
     if not isinstance(value, str) or value not in REDUCTIONS:
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {value!r}")
     return REDUCTIONS[value]
+
+
+def num_items(value: object, reduction: str) -> Number | None:
+    """What a mean is divided by in place of the number of valid pixels, or None."""
+    if value is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"num_items: expected None, since only reduction='mean' divides, got reduction={reduction!r}")
+    return weight("num_items", value)
 
 
 def ignore_index_is_no_class(value: object, classes: int, target: Tensor | None) -> None:

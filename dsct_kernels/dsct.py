@@ -60,6 +60,7 @@ def dsct_loss(
     spatial_temperature: Number = 1.0,
     align_corners: bool = False,
     reduction: str = "mean",
+    num_items: Number | None = None,
     backend: str = "auto",
 ) -> DSCTLosses:
     r"""The whole objective: cross-entropy, and what the student learns from the teacher.
@@ -84,6 +85,9 @@ def dsct_loss(
         align_corners: how logits smaller than the labels are upsampled for CE and TNKD, as in `F.interpolate`.
         reduction: "mean" or "sum", of every part but Jaccard, which is one ratio of the batch either way; "none" is
             refused, since a map and a vector do not add up.
+        num_items: as for `tnkd_loss`, of TNKD and of cross-entropy, whose sum, weighted by class_weight, is divided by
+            it (not by the sum of the weights). Matched CAFD and CAFD, means over samples, and Jaccard are as without
+            it: over several micro-batches their weights are for the caller to divide.
         alpha, beta, temperature, ignore_index: as for `tnkd_loss`; cross-entropy is taken at temperature 1 over the
             same valid pixels. No valid pixel: 0 (where `F.cross_entropy` gives NaN).
         channel_temperature, spatial_temperature: as for `cafd_loss`.
@@ -114,6 +118,7 @@ def dsct_loss(
     if (student_features is None) != (teacher_features is None):
         missing = "student_features" if student_features is None else "teacher_features"
         raise ValueError(f"{missing}: expected features, as the other network's were given, got None")
+    items = checks.num_items(num_items, reduction)
     checks.logits(student_logits, teacher_logits, target)
     if class_weight is not None:
         checks.class_weights(class_weight, student_logits)
@@ -134,7 +139,7 @@ def dsct_loss(
     checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
     untaught = values.known_zero(tnkd_weight)  # then the teacher is there for its argmax alone
     teacher = None if untaught and target is not None else teacher_logits
-    total, parts = logit_loss(student_logits, teacher, target, objective, backend)
+    total, parts = logit_loss(student_logits, teacher, target, objective, backend, items)
     ce, tckd, nckd = parts.unbind()
     cafd = matched = jaccard = torch.zeros_like(ce)
     if untaught:
@@ -237,8 +242,10 @@ class DSCTLoss(ValueModule):
         target: Tensor | None,
         student_features: Features | None = None,
         teacher_features: Features | None = None,
+        *,
+        num_items: Number | None = None,
     ) -> DSCTLosses:
-        """The losses; shapes as for `dsct_loss`."""
+        """The losses; shapes, and num_items, which changes at every step, as for `dsct_loss`."""
         return dsct_loss(
             student_logits,
             teacher_logits,
@@ -249,6 +256,7 @@ class DSCTLoss(ValueModule):
             **self.values(),
             align_corners=self.align_corners,
             reduction=self.reduction,
+            num_items=num_items,
             backend=self.backend,
         )
 

@@ -173,6 +173,14 @@ def weighted(value: Number, part: Tensor) -> Tensor:
     return part * value if value != 0 else torch.zeros_like(part)
 
 
+def divisor(value: Number, device: torch.device) -> Number:
+    """A number of items that a sum is divided by. 0 is as good as 1: where nothing counts the sum is 0."""
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
+        items = packed((value,), device)[0]
+        return torch.where(items == 0, 1, sound(items))
+    return value or 1.0
+
+
 class ValueModule(nn.Module):
     """A loss whose attributes named in VALUES are values: set them at any step, also when compiled.
 

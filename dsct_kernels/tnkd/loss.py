@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import backends, checks, values
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 from . import native, reference, triton
-from .objective import Objective
+from .objective import SUM, Objective
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def tnkd_loss(
     ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
     align_corners: bool = False,
     reduction: str = "mean",
+    num_items: Number | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Target / non-target knowledge distillation, per pixel.
@@ -63,6 +65,11 @@ def tnkd_loss(
             it has to be given, since the default is one of them.
         align_corners: how smaller logits are upsampled, as in `F.interpolate`.
         reduction: "mean" over the valid pixels, "sum", or "none" for the map (N, *spatial), 0 at ignored pixels.
+        num_items: None, or what "mean" divides by in place of the number of valid pixels of this call: a number or a
+            0-d tensor, > 0, that nobody waits for. With the valid pixels of all the micro-batches of a step, their
+            gradients add up to those of one large batch; over ranks, whose gradients DDP averages, it is the valid
+            pixels of all of them divided by the number of ranks. 0 is taken for 1: with no valid pixel anywhere the
+            loss is 0.
         backend: "auto", "reference", "native" or "triton"; DSCT_KERNELS_BACKEND sets what "auto" means.
 
     Returns:
@@ -93,9 +100,10 @@ def tnkd_loss(
         reduction=checks.reduction(reduction),
         align_corners=align_corners,
     )
+    items = checks.num_items(num_items, reduction)
     checks.logits(student_logits, teacher_logits, target)
     checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
-    return logit_loss(student_logits, teacher_logits, target, objective, backend)[0]
+    return logit_loss(student_logits, teacher_logits, target, objective, backend, items)[0]
 
 
 def logit_loss(
@@ -104,11 +112,19 @@ def logit_loss(
     target: Tensor | None,
     objective: Objective,
     backend: str,
+    num_items: Number | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, parts) of everything that reads the logits at the labels' size: TNKD and cross-entropy, in one pass.
 
-    All but the labels is checked already. Without a teacher TNKD is 0, that of the student and itself.
+    All but the labels is checked already. Without a teacher TNKD is 0, that of the student and itself. num_items: what
+    a mean is divided by, cross-entropy's weighted sum too.
     """
+    if num_items is not None:
+        items = values.divisor(num_items, student_logits.device)
+        half = student_logits.dtype == torch.float16  # whose gradient is scaled afterwards anyway, and has no digits
+        summed = objective._replace(reduction=SUM) if half else objective.divided_by(items)
+        loss, parts = logit_loss(student_logits, teacher_logits, target, summed, backend)
+        return (loss / items).to(loss.dtype) if half else loss, parts / items
     serving = backends.choose(backend, BACKENDS, student_logits)
     ignored = objective.ignore_index
     if target is not None and not isinstance(ignored, Tensor) and serving.name != "native" and values.readable(target):
@@ -149,8 +165,15 @@ class TNKDLoss(ValueModule):
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.reduction, self.backend = reduction, backend
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
-        """The loss; shapes as for `tnkd_loss`."""
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        num_items: Number | None = None,
+    ) -> Tensor:
+        """The loss; shapes, and num_items, which changes at every step, as for `tnkd_loss`."""
         return tnkd_loss(
             student_logits,
             teacher_logits,
@@ -158,6 +181,7 @@ class TNKDLoss(ValueModule):
             **self.values(),
             align_corners=self.align_corners,
             reduction=self.reduction,
+            num_items=num_items,
             backend=self.backend,
         )
 

@@ -28,6 +28,19 @@ class Objective(NamedTuple):
     ce_weight: Number | None = None
     class_weight: Tensor | None = None  # (K,) in the acc dtype, contiguous
 
+    def divided_by(self, items: Number) -> "Objective":
+        """As a sum, of weights that are divided by `items`: it costs no pass over the gradient, and no kernel knows."""
+
+        def share(weight: Number) -> Number:
+            return weight if values.known_zero(weight) else weight / items
+
+        return self._replace(
+            tckd_weight=share(self.tckd_weight),
+            nckd_weight=share(self.nckd_weight),
+            ce_weight=None if self.ce_weight is None else share(self.ce_weight),
+            reduction=SUM,
+        )
+
     def may_have_ce(self) -> bool:
         """Whether cross-entropy takes part, or may do: nobody knows a weight on a GPU, or in a traced call."""
         return self.ce_weight is not None and not values.known_zero(self.ce_weight)
