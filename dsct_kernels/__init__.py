@@ -4,6 +4,7 @@ from .cafd.loss import CAFDLoss, cafd_loss, channel_attention_map
 from .cafd.matched import MatchedCAFDLoss, matched_cafd_loss
 from .dsct import DSCTLoss, DSCTLosses, dsct_loss
 from .jaccard.loss import JaccardLoss, jaccard_loss
+from .taps import FeatureTap
 from .tnkd.loss import TNKDLoss, tnkd_loss
 
 __version__ = "0.1.0"
@@ -11,6 +12,7 @@ __all__ = [
     "CAFDLoss",
     "DSCTLoss",
     "DSCTLosses",
+    "FeatureTap",
     "JaccardLoss",
     "MatchedCAFDLoss",
     "TNKDLoss",
