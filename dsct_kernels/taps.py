@@ -300,7 +300,8 @@ def declared_layout(model: nn.Module, name: str, shape: torch.Size) -> Layout:
     said = f"is by its type {declared}" if declared in fits else "does not say by its type"
     raise ValueError(
         f"{name} ({type(module).__name__}) emits {tuple(shape)}: whether this is (N, C, h, w) or (N, h, w, C) it "
-        f"{said}, and its channel counts, {sorted(counts)}, do not settle it; give layout={{{name!r}: 'NCHW'}} or 'NHWC'"
+        f"{said}, and its channel counts, {sorted(counts)}, do not settle it; "
+        f"give layout={{{name!r}: 'NCHW'}} or 'NHWC'"
     )
 
 
