@@ -3,6 +3,7 @@
 # make compare DUBAI=DIR   what the losses are worth on the Dubai set; hours on 2 cores, and the same command goes on
 # make bench  the table of figures for this machine        make package  sdist and wheel, tested away from the repo
 # make abi    one wheel, built against one torch and tested under another
+# make docs   the documents as a site, in build/site; without the network once the tools are there
 PYTHON ?= python3
 VENV ?= .venv
 COMPARE ?= --folds 2 --seeds 3,4,5,6,7 --batch 8 --jobs 2 --out runs/compare
@@ -15,7 +16,7 @@ RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo compare test lint bench package abi clean
+.PHONY: demo compare test lint bench docs package abi clean
 
 demo: $(VENV)/.built
 	$(RUN) -m dsct_kernels.distill --data synthetic
@@ -40,6 +41,9 @@ compare: $(VENV)/.built
 bench: $(VENV)/.test
 	$(RUN) benchmarks/bench_losses.py
 
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
 # The package is installed in place (editable), with everything the trainer needs; the test extras come on top.
 $(VENV)/.built: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -49,7 +53,7 @@ $(VENV)/.built: $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.built
-	$(RUN) tools/extras.py bench test lint > $(VENV)/extras.txt
+	$(RUN) tools/extras.py bench test docs lint > $(VENV)/extras.txt
 	$(PIP) --requirement $(VENV)/extras.txt
 	touch $@
 
