@@ -15,15 +15,19 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = "documents.md"  # docs/index.md, since the README is the site's index
 
 
+def inside(page: str) -> str:
+    """A page of the root as one of docs/: the links too."""
+    return re.sub(r"(\]\()docs/", r"\1", page)
+
+
 def on_files(files: Files, config: Any) -> Files:
     index = files.get_file_from_path("index.md")
     assert index is not None
     files.remove(index)
     readme = (ROOT / "README.md").read_text().replace("docs/index.md", f"docs/{DOCUMENTS}")
-    readme = re.sub(r"(\]\()docs/", r"\1", readme)
-    files.append(File.generated(config, "index.md", content=readme))
+    files.append(File.generated(config, "index.md", content=inside(readme)))
     files.append(File.generated(config, DOCUMENTS, content=(ROOT / "docs/index.md").read_text()))
-    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
+    files.append(File.generated(config, "changelog.md", content=inside((ROOT / "CHANGELOG.md").read_text())))
     return files
 
 
