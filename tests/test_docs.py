@@ -203,6 +203,7 @@ THEIRS: dict[str, list[Callable[[dict[str, Any]], Tensor]]] = {
     "Hugging Face Trainer": [hugging_face],
     "Lightning": [plain],
     "mmengine and mmsegmentation": [plain],
+    "Warm-up and schedules": [plain],
     "Several outputs, or one": [two_heads, one_logit],
 }
 
