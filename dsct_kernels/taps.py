@@ -17,25 +17,6 @@ T = TypeVar("T")
 class FeatureTap:
     """Takes the outputs of named modules as feature maps (N, C, h, w), by forward hooks, whenever the network runs.
 
-    model: any `torch.nn.Module`. DistributedDataParallel, FSDP and `torch.compile` wrappers are looked through, in
-        names too: it is "layer3", not "module._orig_mod.layer3". `nn.DataParallel` is refused: its replicas would all
-        write to one tap. A compiled network sees no hook that is added after its first call (`pop` says so).
-    names: of modules, as `named_modules` has them: one or more, in the order in which `pop` returns their maps.
-    layout: what the modules emit: "NCHW" (N, C, h, w), "NHWC" (N, h, w, C), "NLC" tokens (N, L, C); for all names, or
-        a mapping from name to layout. Where it is not given it is read from what is declared, never guessed:
-
-        - three dimensions are tokens;
-        - of four, `output_fmt`, with which timm marks its networks, on the module or the nearest one around it;
-        - else the types of the layers inside: convolutions, batch and group norm and pooling have channels first,
-          linear layers and layer norm last; a block of ConvNeXt, which has both, is known by its name;
-        - else the channel counts of those layers: one of them stands at one end of the shape only.
-
-        Where these say nothing, or the channel counts contradict the types, `pop` raises and asks for `layout`.
-    size: (h, w) of token maps, or a mapping from name to it. Where it is not given it is that of the images (the first
-        tensor (N, C, H, W) that the network is called with) by a common stride. Further tokens (class, registers) are
-        taken to stand in front: up to 8 where `size` is given; else none, one, or timm's `num_prefix_tokens`.
-    detach: cut the maps from the graph as they are taken, for a teacher.
-
     An output that is a tuple or list stands for its first entry, a mapping or `ModelOutput` for `last_hidden_state`,
     "out", or its only tensor. Maps are views of what the module emitted: no copy, its dtype and device.
 
@@ -43,22 +24,46 @@ class FeatureTap:
     raises, and ignores what activation checkpointing runs again in backward. `remove`, or the end of a `with` block,
     takes the hooks off.
 
-    Raises ValueError for a name that is no module, a layout or size that is none; TypeError for arguments of another
-    type; RuntimeError from the forward pass where a module that is not detached runs without gradients in a network
-    that runs with them (reentrant checkpointing), since its map would teach nothing.
+    Args:
+        model: any `torch.nn.Module`. DistributedDataParallel, FSDP and `torch.compile` wrappers are looked through, in
+            names too: it is "layer3", not "module._orig_mod.layer3". `nn.DataParallel` is refused: its replicas would
+            all write to one tap. A compiled network sees no hook that is added after its first call (`pop` says so).
+        names: of modules, as `named_modules` has them: one or more, in the order in which `pop` returns their maps.
+        layout: what the modules emit: "NCHW" (N, C, h, w), "NHWC" (N, h, w, C), "NLC" tokens (N, L, C); for all names,
+            or a mapping from name to layout. Where it is not given it is read from what is declared, never guessed:
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from dsct_kernels import FeatureTap, cafd_loss
-    >>> student = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1))
-    >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1))
-    >>> taught, teaching = FeatureTap(student, ["0"]), FeatureTap(teacher, ["0"], detach=True)
-    >>> images = torch.rand(2, 3, 16, 24)
-    >>> student_logits, teacher_logits = student(images), teacher(images)
-    >>> features, teacher_features = taught.pop(), teaching.pop()
-    >>> [tuple(f.shape) for f in features + teacher_features]
-    [(2, 4, 8, 12), (2, 8, 4, 6)]
-    >>> cafd_loss(features, teacher_features).backward()
+            - three dimensions are tokens;
+            - of four, `output_fmt`, with which timm marks its networks, on the module or the nearest one around it;
+            - else the types of the layers inside: convolutions, batch and group norm and pooling have channels first,
+              linear layers and layer norm last; a block of ConvNeXt, which has both, is known by its name;
+            - else the channel counts of those layers: one of them stands at one end of the shape only.
+
+            Where these say nothing, or the channel counts contradict the types, `pop` raises and asks for `layout`.
+        size: (h, w) of token maps, or a mapping from name to it. Where it is not given it is that of the images (the
+            first tensor (N, C, H, W) that the network is called with) by a common stride. Further tokens (class,
+            registers) are taken to stand in front: up to 8 where `size` is given; else none, one, or timm's
+            `num_prefix_tokens`.
+        detach: cut the maps from the graph as they are taken, for a teacher.
+
+    Raises:
+        ValueError: a name is no module, a layout or size is none.
+        TypeError: an argument is of another type.
+        RuntimeError: from the forward pass, where a module that is not detached runs without gradients in a network
+            that runs with them (reentrant checkpointing), since its map would teach nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from dsct_kernels import FeatureTap, cafd_loss
+        >>> student = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 1))
+        >>> teacher = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 1))
+        >>> taught, teaching = FeatureTap(student, ["0"]), FeatureTap(teacher, ["0"], detach=True)
+        >>> images = torch.rand(2, 3, 16, 24)
+        >>> student_logits, teacher_logits = student(images), teacher(images)
+        >>> features, teacher_features = taught.pop(), teaching.pop()
+        >>> [tuple(f.shape) for f in features + teacher_features]
+        [(2, 4, 8, 12), (2, 8, 4, 6)]
+        >>> cafd_loss(features, teacher_features).backward()
     """
 
     def __init__(

@@ -334,6 +334,7 @@ def test_every_page_is_in_the_site_and_it_builds_without_the_net_and_fetches_not
         assert not fetched, f"{page} fetches {fetched}"
         assert "arithmatex" not in html and ":math:" not in html, f"{page}: a formula was left as it is written"
     api = (tmp_path / "api.html").read_text()
+    assert "<blockquote>" not in api, "a docstring without the headings Args, Returns, Raises, Example"
     assert not [name for name in dsct_kernels.__all__ if f'id="dsct_kernels.{name}"' not in api]
 
 
