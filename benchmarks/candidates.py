@@ -26,7 +26,7 @@ from benchmarks.cases import (
     Inputs,
 )
 from benchmarks.measure import Loss, Prepared
-from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
+from dsct_kernels import cafd_loss, dsct_loss, jaccard_loss, kd_loss, matched_cafd_loss, tnkd_loss
 from dsct_kernels.cafd.reference import cafd as cafd_reference
 from dsct_kernels.cafd.reference import matched_cafd as matched_reference
 from dsct_kernels.jaccard.reference import jaccard as jaccard_reference
@@ -63,6 +63,15 @@ def mask_trick_dkd(student_logits: Tensor, teacher_logits: Tensor, target: Tenso
     return (pixels * valid).sum() / valid.sum()
 
 
+def kl_div_kd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    """KD per pixel as loops write it: F.kl_div of softmax and log_softmax, ignored pixels masked out of the mean."""
+    log_p_student = F.log_softmax(student_logits / TEMPERATURE, 1)
+    p_teacher = F.softmax(teacher_logits / TEMPERATURE, 1)
+    pixels = F.kl_div(log_p_student, p_teacher, reduction="none").sum(1)
+    valid = target != IGNORE_INDEX
+    return TEMPERATURE**2 * (pixels * valid).sum() / valid.sum()
+
+
 def align_corners(x: Inputs) -> bool:
     """lowres: 129 columns over 512 are cells of four with a border, as align_corners has them."""
     return _given(x.student_logits).shape[-1] % 2 == 1
@@ -81,6 +90,9 @@ def cross_entropy(x: Inputs) -> Tensor:
 
 def logit_kernels(loss: str, student: Tensor, teacher: Tensor, x: Inputs, align: bool, backend: str) -> Tensor:
     """The lowres losses, of these logits and the labels of `x`, less what dsct_loss does at the logits' own size."""
+    if loss == "lowres-kd":
+        how = {"temperature": TEMPERATURE, "ignore_index": IGNORE_INDEX, "align_corners": align, "backend": backend}
+        return kd_loss(student, teacher, x.target, **how)
     settings = {"alpha": ALPHA, "beta": BETA, "temperature": TEMPERATURE, "align_corners": align, "backend": backend}
     if loss == "lowres-tnkd":
         return tnkd_loss(student, teacher, x.target, ignore_index=IGNORE_INDEX, **settings)
@@ -139,6 +151,10 @@ def backend_loss(loss: str, backend: str) -> Loss:
             backend=backend,
         )
 
+    def kd(x: Inputs) -> Tensor:
+        how = {"temperature": TEMPERATURE, "ignore_index": IGNORE_INDEX, "backend": backend}
+        return kd_loss(_given(x.student_logits), _given(x.teacher_logits), x.target, **how)
+
     def cafd(x: Inputs) -> Tensor:
         return cafd_loss(_given(x.student_features), _given(x.teacher_features), backend=backend)
 
@@ -165,12 +181,12 @@ def backend_loss(loss: str, backend: str) -> Loss:
     def lowres(x: Inputs) -> Tensor:
         return logit_kernels(loss, _given(x.student_logits), _given(x.teacher_logits), x, align_corners(x), backend)
 
-    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}
-    return {**losses, "lowres": lowres, "lowres-tnkd": lowres, "lowres-dsct": dsct}[loss]
+    losses = {"tnkd": tnkd, "kd": kd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}
+    return {**losses, "lowres": lowres, "lowres-tnkd": lowres, "lowres-dsct": dsct, "lowres-kd": lowres}[loss]
 
 
 def reference_loss(loss: str) -> Loss:
-    """The baseline: the bare reference, without the public function's checks.
+    """The baseline: the bare reference, without the public function's checks; for kd, F.kl_div.
 
     For dsct F.cross_entropy plus the reference losses, as a training loop would add them up.
     """
@@ -180,6 +196,12 @@ def reference_loss(loss: str) -> Loss:
 
     def tnkd(x: Inputs) -> Tensor:
         return tnkd_of(_given(x.student_logits), _given(x.teacher_logits), x.target)
+
+    def kd(x: Inputs) -> Tensor:
+        return kl_div_kd(_given(x.student_logits), _given(x.teacher_logits), _given(x.target))
+
+    def lowres_kd(x: Inputs) -> Tensor:
+        return kl_div_kd(at_labels(x.student_logits, x), at_labels(x.teacher_logits, x), _given(x.target))
 
     def cafd(x: Inputs) -> Tensor:
         return cafd_reference(_given(x.student_features), _given(x.teacher_features), 1.0, 1.0, 1)
@@ -215,8 +237,8 @@ def reference_loss(loss: str) -> Loss:
             return total
         return total + F.cross_entropy(student, _given(x.target), ignore_index=IGNORE_INDEX)
 
-    losses = {"tnkd": tnkd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}
-    return {**losses, "lowres": lowres, "lowres-tnkd": lowres, "lowres-dsct": dsct}[loss]
+    losses = {"tnkd": tnkd, "kd": kd, "cafd": cafd, "matched": matched, "jaccard": jaccard, "dsct": dsct}
+    return {**losses, "lowres": lowres, "lowres-tnkd": lowres, "lowres-dsct": dsct, "lowres-kd": lowres_kd}[loss]
 
 
 def default_baselines(loss: str) -> tuple[str, ...]:

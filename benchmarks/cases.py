@@ -14,9 +14,9 @@ LAYOUTS = ("contiguous", "channels_last")
 FORWARD, FORWARD_BACKWARD = "forward", "forward+backward"
 PHASES = (FORWARD, FORWARD_BACKWARD)
 # Of logits smaller than the labels, which come first: what a segmenter's training step calls. TNKD with cross-entropy,
-# TNKD alone, and dsct_loss with its defaults.
-LOWRES = ("lowres", "lowres-tnkd", "lowres-dsct")
-LOSSES = (*LOWRES, "tnkd", "cafd", "matched", "jaccard", "dsct")
+# TNKD alone, dsct_loss with its defaults, and plain KD.
+LOWRES = ("lowres", "lowres-tnkd", "lowres-dsct", "lowres-kd")
+LOSSES = (*LOWRES, "tnkd", "kd", "cafd", "matched", "jaccard", "dsct")
 # Who is timed (benchmarks/candidates.py).
 EAGER, MASK_TRICK, COMPILE = "eager", "mask-trick", "compile"
 BEFOREHAND, CROSS_ENTROPY, FULL_SIZE = "beforehand", "cross-entropy", "full-size"
@@ -37,7 +37,9 @@ LOWRES_SHAPES = [
 # teacher's where they differ
 SHAPES = {
     **{loss: [*LOWRES_SHAPES, LOWRES_SMALL] for loss in LOWRES},
+    "lowres-kd": [shape for shape in LOWRES_SHAPES if shape.endswith("x128x128")],  # the kernels of lowres-tnkd
     "tnkd": ["4x6x512x512", "2x19x512x512", "1x150x512x512", "128x100x1x1"],
+    "kd": ["4x6x512x512", "2x19x512x512", "1x150x512x512"],
     "cafd": ["4x512x64x64", "4x256x128x128", "8x64x32x32"],
     "matched": ["4x6x128x128", "2x19x128x128", "1x150x128x128", "4x64x64x64"],
     "dsct": ["4x6x512x512+4x512x64x64", "2x19x512x512"],
@@ -45,6 +47,7 @@ SHAPES = {
 }
 SHAPES_CUDA = {  # added on a GPU: batch 16 of the large ones
     "tnkd": ["16x6x512x512", "16x19x512x512", "16x150x512x512"],
+    "kd": [],
     "cafd": ["16x512x64x64", "16x256x128x128"],
     "matched": [],
     "dsct": ["16x19x512x512+16x512x64x64"],
@@ -55,7 +58,9 @@ SHAPES_QUICK = {
     "lowres": ["2x19x128x128", LOWRES_SMALL],
     "lowres-tnkd": ["2x19x128x128"],
     "lowres-dsct": ["2x19x128x128"],
+    "lowres-kd": ["2x19x128x128"],
     "tnkd": ["4x6x512x512", "2x19x512x512", "128x100x1x1"],
+    "kd": ["2x19x512x512"],
     "cafd": ["4x512x64x64", "8x64x32x32"],
     "matched": ["4x6x128x128"],
     "dsct": ["2x19x512x512"],
@@ -118,7 +123,7 @@ class Case:
         backward = self.phase == FORWARD_BACKWARD
         total = 0
         if self.logits and self.teacher_logits and self.labels:
-            once = self.loss in ("tnkd", "lowres", "lowres-tnkd")
+            once = self.loss in ("tnkd", "kd", "lowres", "lowres-tnkd", "lowres-kd")
             student = 1 if not backward else 2 if once else 3
             teacher = 2 if backward and not once else 1
             total += math.prod(self.logits) * size * student + math.prod(self.teacher_logits) * size * teacher

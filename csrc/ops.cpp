@@ -16,16 +16,16 @@
 STABLE_TORCH_LIBRARY(dsct_kernels, m) {
   m.def(
       "tnkd(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
-      "Tensor? ignore_index, int reduction, bool needs_grad) "
+      "Tensor? ignore_index, bool coupled, int reduction, bool needs_grad) "
       "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
   m.def(
       "tnkd_upsampled(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor "
       "values, "
-      "Tensor? ignore_index, int reduction, bool align_corners, bool needs_grad) "
+      "Tensor? ignore_index, bool coupled, int reduction, bool align_corners, bool needs_grad) "
       "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)");
   m.def(
       "tnkd_upsampled_backward(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, "
-      "Tensor values, Tensor? ignore_index, bool align_corners, Tensor grad_output) -> Tensor");
+      "Tensor values, Tensor? ignore_index, bool coupled, bool align_corners, Tensor grad_output) -> Tensor");
   // In place: multiplies by a scalar that lives on the device, and does nothing when it is exactly 1. CUDA only.
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");
   m.def(

@@ -17,6 +17,7 @@ from .tnkd.loss import TNKDBackend
 
 LOSSES: dict[str, tuple[Backend, ...]] = {
     "tnkd": TNKD,  # and cross-entropy
+    "kd": TNKD,  # the same kernels
     "cafd": CAFD,
     "matched": MATCHED,  # matched CAFD
     "jaccard": JACCARD,

@@ -113,6 +113,7 @@ def test_mask_trick_is_the_same_loss_where_it_is_safe():
     "loss,shape",
     [
         ("tnkd", "2x5x8x8"),
+        ("kd", "2x5x8x8"),
         ("cafd", "2x5x8x8"),
         ("matched", "2x5x8x8"),
         ("jaccard", "2x5x8x8"),

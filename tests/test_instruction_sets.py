@@ -16,6 +16,7 @@ CHOSEN = {
     "tests/jaccard/test_jaccard.py": "formula or shapes or classes or magnitudes or streaming or count or nan or "
     "absent or equal or property",
     "tests/tnkd/test_absent_classes.py": "native",
+    "tests/tnkd/test_kd.py": "shapes or low_resolution or magnitudes or digits or (absent and native)",
     "tests/tnkd/test_low_resolution.py": "sizes or ignored or nan or absent or bits or any or alone or map",
     "tests/tnkd/test_native.py": "shapes or temperature or magnitudes or ignored or nan or absent or streaming or "
     "argmax or strides or alone",

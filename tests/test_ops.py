@@ -44,7 +44,7 @@ def op(name: str, backend: str):
     pairs((torch.float32, torch.float16, torch.float64), (0, 1, 2), (True, False)),
     ids=str,
 )
-def test_tnkd(device, backend, dtype, reduction, needs_grad):
+def test_tnkd_and_kd(device, backend, dtype, reduction, needs_grad):
     student, teacher, target = problem(device, dtype=dtype)
     target[0, 0] = 255
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -54,10 +54,11 @@ def test_tnkd(device, backend, dtype, reduction, needs_grad):
         ("channels_last", target.to(torch.uint8), weight),
     ):
         logits = strided_copy(student, layout).requires_grad_(needs_grad)
-        arguments = (logits, teacher, labels, class_weight, VALUES, torch.tensor(255), reduction, needs_grad)
+        arguments = (logits, teacher, labels, class_weight, VALUES, torch.tensor(255), False, reduction, needs_grad)
         torch.library.opcheck(op("tnkd", backend), arguments, test_utils=CHECKS)
-    without_ce = (logits, teacher, labels, None, VALUES[1:], torch.tensor(255), reduction, needs_grad)
-    torch.library.opcheck(op("tnkd", backend), without_ce, test_utils=CHECKS)
+    for coupled in (False, True):
+        without_ce = (logits, teacher, labels, None, VALUES[1:], torch.tensor(255), coupled, reduction, needs_grad)
+        torch.library.opcheck(op("tnkd", backend), without_ce, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,13 @@ def check(result: Report) -> None:
 
 
 def tnkd_launches(
-    classes: int, dtype: torch.dtype, layout: str, with_ce: bool, by_pointer: bool = False
+    classes: int, dtype: torch.dtype, layout: str, with_ce: bool, by_pointer: bool = False, coupled: bool = False
 ) -> dict[str, Launch]:
     logits = laid_out((2, classes, 64, 64), dtype, layout)
     labels = torch.empty(2, 64, 64, dtype=torch.int64)
     with recorded(tnkd) as launches:
         numbers = NUMBERS if with_ce else NUMBERS[1:]
-        tnkd.forward(logits, logits, labels, None, numbers, INDEX, 1, True, by_pointer=by_pointer)
+        tnkd.forward(logits, logits, labels, None, numbers, INDEX, coupled, 1, True, by_pointer=by_pointer)
     return {launch.kernel.__name__: launch for launch in launches}
 
 
@@ -132,6 +132,20 @@ def test_tnkd_with_its_numbers_in_device_memory(classes, layout, dtype, with_ce)
         known, read = report(name, launch, 90), report(f"{name} by pointer", pointed, 90)
         check(read)
         assert read.loads.get(16) == known.loads.get(16) and read.stores == known.stores
+
+
+@compiled
+@pytest.mark.parametrize("classes,layout", [(2, "contiguous"), (6, "contiguous"), (150, "contiguous"),
+                                            (1024, "contiguous"), (19, "channels_last")])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plain_kd_takes_no_more_than_tnkd(classes, layout, dtype):
+    """No spill, and the same accesses."""
+    alone, coupled = (
+        tnkd_launches(classes, dtype, layout, False, coupled=kind)["tnkd_kernel"] for kind in (False, True)
+    )
+    of_tnkd, of_kd = report("tnkd", alone, 90), report("kd", coupled, 90)
+    check(of_kd)
+    assert of_kd.loads == of_tnkd.loads and of_kd.stores == of_tnkd.stores
 
 
 @compiled
@@ -209,7 +223,7 @@ def test_another_batch_size_compiles_nothing(layout, with_ce):
         weight = torch.empty(6) if with_ce else None
         with recorded(tnkd, cafd) as launches:
             numbers = NUMBERS if with_ce else NUMBERS[1:]
-            tnkd.forward(logits, logits, labels, weight, numbers, INDEX, 1, True)
+            tnkd.forward(logits, logits, labels, weight, numbers, INDEX, False, 1, True)
             _, grad_map, stats = cafd.forward(features, features, TEMPERATURES, 1, True)
             cafd.map_backward(features, grad_map, stats, TEMPERATURES)
             tnkd.scale_in_place(logits, torch.ones(()))
@@ -231,7 +245,7 @@ def test_the_report_sees_spills_and_narrow_loads():
     assert report("crowded", crowded, 90).spills > 0
     odd = laid_out((2, 6, 9, 7), torch.float32, "contiguous")
     with recorded(tnkd) as launches:
-        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, NUMBERS[1:], None, 1, True)
+        tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, NUMBERS[1:], None, False, 1, True)
     assert 4 in report("odd width", launches[0], 90).loads
 
 
@@ -244,7 +258,7 @@ def test_tnkd_float64_compiles(student, teacher, classes, labelled):
     target = torch.empty(2, 16, 16, dtype=torch.uint8) if labelled else None
     weight = torch.empty(classes, dtype=torch.float64) if labelled else None
     with recorded(tnkd) as launches:
-        tnkd.forward(*both, target, weight, NUMBERS, INDEX, int(labelled), True)
+        tnkd.forward(*both, target, weight, NUMBERS, INDEX, False, int(labelled), True)
     for launch in launches:
         assert report(f"{launch.kernel.__name__} float64", launch, 90).registers > 0
 

@@ -88,11 +88,12 @@ DSCT_HD typename Math::V log1p(typename Math::V x) {
 }
 
 // factor_tckd = tau * tckd_weight * normaliser, factor_nckd likewise: they go into the gradient only. NaN or +inf in
-// any logit shows in tckd, whatever the others are.
+// any logit shows in tckd, whatever the others are. coupled: NCKD counts (1 - b^T) times, in the loss and in the
+// gradient; with equal factors the sum of the two is the KL of the whole softmax, and p_j = (1 - b) q_j.
 template <class Math>
 DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V sum_s, typename Math::V target_t,
                                    typename Math::V sum_t, typename Math::V cross, typename Math::V factor_tckd,
-                                   typename Math::V factor_nckd) {
+                                   typename Math::V factor_nckd, bool coupled) {
   using V = typename Math::V;
   using S = typename Math::S;
   const V zero = Math::set1(S(0)), one = Math::set1(S(1)), infinity = Math::set1(S(__builtin_inf()));
@@ -119,6 +120,12 @@ DSCT_HD TnkdPixel<Math> tnkd_pixel(typename Math::V target_s, typename Math::V s
   const V difference = Math::select(Math::lt(s.miss, s.hit), t.miss - s.miss, s.hit - t.hit);
   const V pull = factor_tckd * difference;
   p.grad_target = pull;
+  if (coupled) {
+    p.nckd = Math::select(Math::eq(t.miss, zero), zero, t.miss * p.nckd);
+    p.coef_s = (factor_tckd * s.miss + (factor_nckd - factor_tckd) * t.miss) * s.inverse_sum;
+    p.coef_t = -factor_nckd * t.miss * t.inverse_sum;
+    return p;
+  }
   p.coef_s = (Math::select(t.none, zero, factor_nckd) - pull) * s.inverse_sum;
   p.coef_t = -factor_nckd * t.inverse_sum;
   return p;

@@ -14,6 +14,9 @@ NONE, MEAN, SUM = 0, 1, 2  # reduction, as checks.reduction returns it
 class Objective(NamedTuple):
     """The loss of a pixel is ce_weight * CE + temperature^2 * (tckd_weight * TCKD + nckd_weight * NCKD).
 
+    coupled: (1 - b^T) NCKD takes NCKD's place, b^T being the teacher's target probability. With equal weights this is
+    plain KD, the KL of the whole softmax.
+
     Everything is checked already.
     """
 
@@ -27,6 +30,7 @@ class Objective(NamedTuple):
     # takes no part, and is reported 0.
     ce_weight: Number | None = None
     class_weight: Tensor | None = None  # (K,) in the acc dtype, contiguous
+    coupled: bool = False
 
     def divided_by(self, items: Number) -> "Objective":
         """As a sum, of weights that are divided by `items`: it costs no pass over the gradient, and no kernel knows."""
@@ -45,10 +49,12 @@ class Objective(NamedTuple):
         """Whether cross-entropy takes part, or may do: nobody knows a weight on a GPU, or in a traced call."""
         return self.ce_weight is not None and not values.known_zero(self.ce_weight)
 
-    def packed(self, target: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor | None, int]:
-        """The ops' arguments behind `target`: class_weight, values, ignore_index, reduction."""
+    def packed(
+        self, target: Tensor | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, bool, int]:
+        """The ops' arguments behind `target`: class_weight, values, ignore_index, coupled, reduction."""
         numbers: tuple[Number, ...] = (self.tckd_weight, self.nckd_weight, self.temperature)
         if self.ce_weight is not None:
             numbers = (self.ce_weight, *numbers)
         ignored = values.packed_index(self.ignore_index, device) if target is not None else None
-        return self.class_weight, values.packed(numbers, device), ignored, self.reduction
+        return self.class_weight, values.packed(numbers, device), ignored, self.coupled, self.reduction

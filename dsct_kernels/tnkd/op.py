@@ -17,11 +17,12 @@ from .objective import MEAN, NONE, Objective
 # As csrc/ops.cpp has it: tests/test_ops.py compares the two.
 SIGNATURE = (
     "(Tensor student_logits, Tensor teacher_logits, Tensor? target, Tensor? class_weight, Tensor values, "
-    "Tensor? ignore_index, int reduction, bool needs_grad) "
+    "Tensor? ignore_index, bool coupled, int reduction, bool needs_grad) "
     "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)"
 )
-TENSORS = 6  # of the ops' arguments: student_logits to ignore_index
+TENSORS = 6  # of the ops' arguments: student_logits to ignore_index; coupled follows
 InPlaceScale = Callable[[Tensor, Tensor], None]
+NAMES = {False: "tnkd_loss", True: "kd_loss"}  # by coupled: whose second derivative is asked for
 
 
 def scaled(grad: Tensor, factor: Tensor, per_pixel: bool) -> Tensor:
@@ -61,7 +62,7 @@ class EagerTNKD(torch.autograd.Function):
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale, anchor)
-        ctx.per_pixel, ctx.scale_, ctx.others = loss.dim() > 0, scale_, len(args) - 1
+        ctx.per_pixel, ctx.scale_, ctx.others, ctx.coupled = loss.dim() > 0, scale_, len(args) - 1, args[TENSORS]
         # Somebody's saved_tensors_hooks may hold on to what is saved here.
         ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         return loss, parts, anchor
@@ -76,7 +77,7 @@ class EagerTNKD(torch.autograd.Function):
             else:
                 keep = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
                 grad = handed_over(grad, scale, grad_output, ctx.scale_, keep)
-            grad = first_derivative_only(grad, anchor, "tnkd_loss")
+            grad = first_derivative_only(grad, anchor, NAMES[ctx.coupled])
         return None, None, grad, *[None] * ctx.others
 
 
@@ -93,7 +94,7 @@ class EagerMap(torch.autograd.Function):
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:TENSORS])
-        ctx.of_map, ctx.align_corners, ctx.others = of_map, args[-1], len(args) - 1
+        ctx.of_map, ctx.coupled, ctx.align_corners, ctx.others = of_map, args[TENSORS], args[-1], len(args) - 1
         return loss, parts
 
     @staticmethod
@@ -105,7 +106,8 @@ def _gradient_of_map(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
     if grad_output is None:
         return None
     inputs = ctx.saved_tensors
-    return first_derivative_only(ctx.of_map(*inputs, ctx.align_corners, grad_output), inputs[0], "tnkd_loss")
+    grad = ctx.of_map(*inputs, ctx.coupled, ctx.align_corners, grad_output)
+    return first_derivative_only(grad, inputs[0], NAMES[ctx.coupled])
 
 
 def register(name: str, fake: Callable[..., Any], of_map: Callable[..., Tensor] | None = None) -> Callable[..., Any]:
@@ -116,7 +118,7 @@ def register(name: str, fake: Callable[..., Any], of_map: Callable[..., Tensor] 
         loss, parts, grad, grad_scale = output
         ctx.mark_non_differentiable(parts, grad, grad_scale)
         ctx.set_materialize_grads(False)
-        ctx.per_pixel, ctx.others = loss.dim() > 0, len(inputs) - 1
+        ctx.per_pixel, ctx.others, ctx.coupled = loss.dim() > 0, len(inputs) - 1, inputs[TENSORS]
         ctx.of_map = of_map if ctx.per_pixel else None
         if ctx.of_map is None:
             ctx.save_for_backward(grad, grad_scale, inputs[0])
@@ -131,7 +133,7 @@ def register(name: str, fake: Callable[..., Any], of_map: Callable[..., Tensor] 
         elif grad_output is not None:
             grad, scale, student = ctx.saved_tensors
             factor = torch.ops.dsct_kernels.upstream(grad_output, student) * scale
-            grad = first_derivative_only(scaled(grad, factor, ctx.per_pixel), student, "tnkd_loss")
+            grad = first_derivative_only(scaled(grad, factor, ctx.per_pixel), student, NAMES[ctx.coupled])
         return grad, *[None] * ctx.others
 
     torch.library.register_fake(f"dsct_kernels::{name}", fake)
@@ -159,6 +161,7 @@ def fake(
     class_weight: Tensor | None,
     values: Tensor,
     ignore_index: Tensor | None,
+    coupled: bool,
     reduction: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,6 +177,7 @@ def fake_upsampled(
     class_weight: Tensor | None,
     values: Tensor,
     ignore_index: Tensor | None,
+    coupled: bool,
     reduction: int,
     align_corners: bool,
     needs_grad: bool,

@@ -77,7 +77,10 @@ def tnkd(
     u_t, log_q_t = decouple(teacher, is_target, temperature)
     tckd = temperature**2 * kl_bernoulli(u_t, u_s)
     nckd = temperature**2 * kl_categorical(log_q_t, log_q_s)
-    if classes == 2:  # one class beside the target: nothing to compare, not even where the student has it at -inf
+    if objective.coupled:
+        others = (-u_t).sigmoid()
+        nckd = torch.where(others == 0, 0, others * nckd)
+    elif classes == 2:  # one class beside the target: nothing to compare, not even where the student has it at -inf
         nckd = nckd.masked_fill(torch.ones_like(valid), 0)
     ce = -F.logsigmoid(decouple(student, is_target, 1.0)[0]) if with_ce else torch.zeros_like(tckd)
     weight = (

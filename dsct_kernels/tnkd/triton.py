@@ -131,6 +131,7 @@ def forward(
     class_weight: Tensor | None,  # (K,)
     values: Tensor,  # (4,) float64: the weights of CE, TCKD and NCKD, the temperature; (3,), without the first: no CE
     ignore_index: Tensor | None,  # () int64
+    coupled: bool,
     reduction: int,
     needs_grad: bool,
     config: Config | None = None,
@@ -144,7 +145,7 @@ def forward(
     from . import triton_kernels as kernels
 
     loss, parts, grad, grad_scale = op.fake(
-        student, teacher, target, class_weight, values, ignore_index, reduction, needs_grad)  # fmt: skip
+        student, teacher, target, class_weight, values, ignore_index, coupled, reduction, needs_grad)  # fmt: skip
     num_classes, num_pixels = student.shape[1], product(student.shape) // student.shape[1]
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
@@ -160,7 +161,7 @@ def forward(
     if folded is None:  # more than PIXEL_RANK dimensions with strides that do not merge: make them merge
         loss, parts, copied, grad_scale = forward(
             student.contiguous(), teacher.contiguous(), None if target is None else target.contiguous(), class_weight,
-            values, ignore_index, reduction, needs_grad, config, by_pointer
+            values, ignore_index, coupled, reduction, needs_grad, config, by_pointer
         )  # fmt: skip
         return loss, parts, grad.copy_(copied), grad_scale
     sizes, (s, t, y, g, m), rank = folded
@@ -226,7 +227,7 @@ def forward(
             CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
             CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, RANK=rank, KEEP_CE=config.keep_ce,
             WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
-            NEEDS_GRAD=needs_grad, FAST=fast(loss), 
+            NEEDS_GRAD=needs_grad, COUPLED=coupled, FAST=fast(loss),
             NEAR=loss.dtype == student.dtype == torch.float32, **flags)  # fmt: skip
         launch(
             kernels.finish_kernel, 1, 8,

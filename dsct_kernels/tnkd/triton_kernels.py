@@ -6,6 +6,8 @@ For every pixel, with d_j = logit_j - max_{k != y} logit_k, e_j = exp(d_j / tau)
     TCKD = b^T (softplus(-u^S) - softplus(-u^T)) + (1 - b^T) (softplus(u^S) - softplus(u^T))
     NCKD = sum e^T (d^T - d^S) / (tau sum e^T) - log(sum e^T) + log(sum e^S)
 
+COUPLED: (1 - b^T) NCKD takes the place of NCKD; with equal weights the sum is plain KD, the KL of the whole softmax.
+
 A tile is CLASSES x PIXELS, at any strides. Differences are taken before they are divided by tau: they are exact where
 the logits are close, whatever their magnitude.
 """
@@ -121,8 +123,8 @@ def _ignored(ignore_at, ignore):
 
 @triton.jit
 def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
-           mean_factor, TWO_CLASSES: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr,
-           ACC: tl.constexpr):  # fmt: skip
+           mean_factor, TWO_CLASSES: tl.constexpr, COUPLED: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr,
+           NEAR: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
     top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
@@ -145,7 +147,10 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     u_t = tl.where(y_t < float("inf"), u_t, float("nan"))
     if TWO_CLASSES:  # one beside the target: nothing to compare, not even where the student has it at -inf
         nckd = log_ratio * 0.0
-        nckd_weight = nckd_weight * 0.0
+        if COUPLED:  # which the sum of KD does tell
+            nckd = tl.where(none_s, float("inf"), nckd)
+        else:
+            nckd_weight = nckd_weight * 0.0
     else:
         nckd = cross * over_t * over_tau + log_ratio
         nckd = tl.where(none_s, float("inf"), nckd)
@@ -161,7 +166,8 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     e_t = tl.exp2(tl.abs(v_t) * -1.4426950408889634)
     more_t = _reciprocal(1.0 + e_t, FAST)
     less_t = e_t * more_t
-    side_s = _reciprocal(1.0 + e_s, FAST) * tl.where(v_s >= 0, 1.0, e_s)
+    more_s = _reciprocal(1.0 + e_s, FAST)
+    side_s = more_s * tl.where(v_s >= 0, 1.0, e_s)
     # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
     rare = tl.where(less_t == 0, 0.0, less_t * (tl.maximum(-v_s, 0.0) + v_t))
     far = more_t * tl.maximum(v_s, 0.0) + rare
@@ -177,8 +183,15 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     tckd = _log(one_more, ACC) + lost + rest
     gap = side_s - less_t
     gap *= side  # b^S - b^T
-    by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
-    by_t = (-tau * mean_factor * nckd_weight) * over_t
+    if COUPLED:
+        others_s = tl.where(u_t > 0, side_s, more_s * tl.where(v_s >= 0, e_s, 1.0))  # 1 - b^S
+        others_t = tl.where(u_t > 0, less_t, more_t)
+        nckd = tl.where(others_t == 0, 0.0, others_t * nckd)
+        by_s = (tau * mean_factor) * (tckd_weight * others_s + (nckd_weight - tckd_weight) * others_t) * over_s
+        by_t = (-tau * mean_factor * nckd_weight) * others_t * over_t
+    else:
+        by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
+        by_t = (-tau * mean_factor * nckd_weight) * over_t
     at_y = (tau * mean_factor * tckd_weight) * gap
     ce = gap
     by_1 = gap
@@ -325,7 +338,7 @@ def tnkd_kernel(
     UNROLL: tl.constexpr, RESIDENT: tl.constexpr, KEEP_CE: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
     HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WITH_CE: tl.constexpr, NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
-    COUNTS: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
+    COUPLED: tl.constexpr, COUNTS: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of PIXELS pixels. WHOLE: every pixel of every tile exists, and no access needs a mask for it.
 
@@ -515,7 +528,8 @@ def tnkd_kernel(
     if RESIDENT:
         ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR,
+            ACC)  # fmt: skip
         if NEEDS_GRAD:
             # 0, but the compiler cannot know: else it keeps a predicate for each logit since the first comparison,
             # packed into registers, which took a third of all instructions
@@ -541,7 +555,7 @@ def tnkd_kernel(
         # ---- second walk: the same tiles, from cache
         _, _, _, by_s, by_t, by_1, at_y = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, y_s * 0.0, tau, over_tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         for start in range(0, num_classes, span):
             s_new = ()
             t_new = ()
@@ -569,7 +583,8 @@ def tnkd_kernel(
             g_at += UNROLL * g_step
         ce, tckd, nckd, _, _, _, _ = _pixel(
             m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
+            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR,
+            ACC)  # fmt: skip
 
     # ---- sums of this block, each pixel once; an ignored pixel's NaN is dropped by selection, never by multiplication
     tckd = tl.where(valid, tckd, 0.0) * (tau * tau)

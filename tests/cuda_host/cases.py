@@ -46,6 +46,7 @@ class TnkdCase:
     ignore_index: int | None = 255
     reduction: int = 1
     with_ce: bool = True
+    coupled: bool = False  # plain KD
     weighted: bool = False
     only_grad: bool = False  # the loss is a difference of terms of size 1, and next to nothing
     rare: bool = False  # class weights of which one outweighs the others, which are next to nothing
@@ -84,12 +85,12 @@ class TnkdCase:
     def objective(self, weight: Tensor | None) -> Objective:
         ce, tckd, nckd = self.weights
         return Objective(tckd, nckd, self.temperature, self.ignore_index, self.reduction,
-                         ce_weight=ce if self.with_ce else None, class_weight=weight)  # fmt: skip
+                         ce_weight=ce if self.with_ce else None, class_weight=weight, coupled=self.coupled)  # fmt: skip
 
     def case(self) -> Case:
         self.args = self.arguments()
         student, teacher, target, objective = self.args
-        weight, values, _, reduction = objective.packed(target, torch.device("cpu"))
+        weight, values, _, coupled, reduction = objective.packed(target, torch.device("cpu"))
         ce, tckd, nckd, temperature = [0.0, *values.tolist()][-4:]
         acc = acc_of(student, teacher)
         tensors = {"student": student, "teacher": teacher}
@@ -102,7 +103,8 @@ class TnkdCase:
         )
         outputs |= {"grad": torch.empty_like(student)} if self.needs_grad else {}
         numbers = {"ce_weight": ce, "tckd_weight": tckd, "nckd_weight": nckd, "temperature": temperature,
-                   "reduction": reduction, "with_ce": self.with_ce, "shared_bytes": self.shared_bytes}  # fmt: skip
+                   "reduction": reduction, "with_ce": self.with_ce, "coupled": coupled,
+                   "shared_bytes": self.shared_bytes}  # fmt: skip
         numbers |= {} if self.ignore_index is None else {"ignore_index": self.ignore_index}
         if "values" in self.on_device:  # and the numbers that the host would use are none
             tensors["values"] = values
@@ -318,6 +320,18 @@ TNKD = [
     TnkdCase(ANY, (2, 6, 4, 8), torch.bfloat16, torch.float32, teacher_layout="channels_last"),
     TnkdCase(ANY, (2, 6, 3, 4, 5), torch.float32, torch.float64, reduction=0, layout="transposed"),
     TnkdCase(ANY, (0, 5, 2, 2), why="empty batch"),
+    *(TnkdCase(kernel, (2, k, 4, 8), dtype, layout=layout, label=label, reduction=r, weights=(0.7, w, w), with_ce=ce,
+               temperature=t, logits=edit, coupled=True, why="plain KD")
+      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"),
+                                (STAGED, 150, "contiguous"), (ANY, 2, "sliced"), (ANY, 6, "sliced"))
+      for dtype, label, r, w, ce, t, edit in (
+          (torch.float32, torch.uint8, 1, 1.0, False, 1.0, None), (torch.float16, None, 2, 0.5, False, 4.0, None),
+          (torch.bfloat16, torch.int64, 0, 1.0, True, 3.0, None), (torch.float32, None, 1, 1.0, True, 2.0, ties),
+          (torch.float32, torch.uint8, 0, 1.0, False, 2.0, certain_teacher),
+          (torch.float32, torch.uint8, 0, 1.0, False, 2.0, student_lacks),
+          (torch.float32, torch.uint8, 1, 1.0, False, 2.0, nan_at_valid))),
+    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, weights=(0.7, 1.0, 0.25), coupled=True, why="of unequal weights"),
+    TnkdCase(STAGED, (2, 19, 4, 8), weights=(0.7, 0.5, 2.0), coupled=True, why="of unequal weights"),
 ]  # fmt: skip
 
 

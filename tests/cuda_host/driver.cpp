@@ -134,6 +134,7 @@ void run_tnkd(const Case& c) {
   args.ignore_index_value = static_cast<const int64_t*>(c.data("ignore_index"));
   if (args.ignore_index_value != nullptr) args.has_ignore = true;
   args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
+  args.coupled = c.numbers.at("coupled") != 0;
   set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
             teacher.stride.data(), target == nullptr ? nullptr : target->stride.data(),
             grad == nullptr ? nullptr : grad->stride.data());

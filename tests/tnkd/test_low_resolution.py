@@ -607,7 +607,8 @@ def test_opcheck(dtype: torch.dtype, reduction: int, needs_grad: bool) -> None:
     weight = torch.rand(5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for layout, label, class_weight in (("contiguous", target, None), ("channels_last", None, weight)):
         leaf = strided_copy(student, layout).requires_grad_(needs_grad)
-        args = packed({**DEFAULTS, "class_weight": class_weight, "reduction": reduction})
+        coupled = layout == "channels_last"
+        args = packed({**DEFAULTS, "class_weight": class_weight, "reduction": reduction, "coupled": coupled})
         arguments = (leaf, teacher, label, *args, True, needs_grad)
         torch.library.opcheck(torch.ops.dsct_kernels.tnkd_upsampled.default, arguments, test_utils=CHECKS)
         if reduction == NONE:

@@ -19,6 +19,7 @@ struct TnkdArgs : LogitArgs {
   void* loss_map;            // contiguous, acc type; or nullptr
   double ce_weight, tckd_weight, nckd_weight, temperature;
   bool with_ce;
+  bool coupled;                 // NCKD counts (1 - b^T) times: plain KD
   bool same;                    // the teacher is the student: without TNKD it is not looked at
   double tnkd_scale, ce_scale;  // what the gradient of a pixel is multiplied by: 1 / count, ...
   const void* upstream;         // and what comes in for it, acc type; or nullptr

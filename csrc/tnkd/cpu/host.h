@@ -126,7 +126,8 @@ inline double float16_scale(const TnkdArgs& args, bool is_double, double by_coun
   return std::exp2(std::clamp(std::ilogb(bound) - 14, -126, 126));
 }
 
-inline void set_numbers(TnkdArgs& args, const Tensor& values) {
+inline void set_numbers(TnkdArgs& args, const Tensor& values, bool coupled) {
+  args.coupled = coupled;
   // Without a weight for it there is no cross-entropy; with a weight of 0 neither.
   const bool has_ce = values.dim() != 1 || values.size(0) != 3;
   const double* numbers = numbers_of<double>("values", values, has_ce ? 4 : 3);

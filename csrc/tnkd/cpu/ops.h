@@ -14,19 +14,19 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
                                                     const std::optional<Tensor>& target,
                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
-                                                    const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                    bool needs_grad);
+                                                    const std::optional<Tensor>& ignore_index, bool coupled,
+                                                    int64_t reduction, bool needs_grad);
 
 // Of (N, K, H, W) logits that are smaller than the labels.
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
     const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
-    int64_t reduction, bool align_corners, bool needs_grad);
+    bool coupled, int64_t reduction, bool align_corners, bool needs_grad);
 
 // The gradient of its map. grad_output: what comes in for each pixel.
 Tensor tnkd_upsampled_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
                                    const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                                   const Tensor& values, const std::optional<Tensor>& ignore_index, bool align_corners,
-                                   const Tensor& grad_output);
+                                   const Tensor& values, const std::optional<Tensor>& ignore_index, bool coupled,
+                                   bool align_corners, const Tensor& grad_output);
 
 }  // namespace dsct

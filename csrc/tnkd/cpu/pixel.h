@@ -69,10 +69,9 @@ DSCT_INLINE void put_loss(const TnkdArgs& args, int n, int64_t first_pixel, int 
     store_n<P>(out, loss, n - lane);
 }
 
-// P: A, or a Pair of it.
-template <class P, Ce mode, class A>
-DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, int64_t first_pixel,
-                        PixelLoss<P>& losses) {
+template <class P, Ce mode, bool coupled, class A>
+DSCT_INLINE void pixels_as(const TnkdArgs& args, Scratch<A>& s, int lane, int n, int64_t first_pixel,
+                           PixelLoss<P>& losses) {
   typedef typename P::S S;
   typedef typename P::V V;
   const V zero = P::set1(0);
@@ -103,12 +102,13 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
   }
   const V by_temperature = P::set1(S(1 / args.temperature));
   const double factor = args.temperature * args.tnkd_scale;
-  const bool two_classes = args.classes == 2;  // one beside the target: nothing to compare, not even where it is absent
+  // One class beside the target: nothing to compare, not even where it is absent (which KD's sum does tell).
+  const bool two_classes = args.classes == 2 && !coupled;
   const V x_t = P::load(s.target_t + lane) - P::load(s.max_t + lane);
   const TnkdPixel<Math<P>> p =
       tnkd_pixel<Math<P>>(x_s * by_temperature, P::load(s.sum_s + lane), x_t * by_temperature, P::load(s.sum_t + lane),
                           P::load(s.cross + lane), P::set1(S(args.tckd_weight * factor)),
-                          P::set1(two_classes ? S(0) : S(args.nckd_weight * factor)));
+                          P::set1(two_classes ? S(0) : S(args.nckd_weight * factor)), coupled);
   const V tckd = P::keep(valid, p.tckd), nckd = two_classes ? zero : P::keep(valid, p.nckd);
   losses.tckd = losses.tckd + tckd;
   losses.nckd = losses.nckd + nckd;
@@ -128,6 +128,26 @@ DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, in
   store_coef(s.coef_ce, coef_ce);
   store_coef(s.grad_target, grad_target);
   put_loss<P>(args, n, first_pixel, lane, ce, tckd, nckd);
+}
+
+// Plain KD, out of line and by value: whatever it needs, TNKD's loop keeps its registers.
+template <class P, Ce mode, class A>
+__attribute__((noinline)) PixelLoss<P> coupled_pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n,
+                                                      int64_t first_pixel) {
+  PixelLoss<P> losses = {P::set1(0), P::set1(0), P::set1(0)};
+  pixels_as<P, mode, true>(args, s, lane, n, first_pixel, losses);
+  return losses;
+}
+
+// P: A, or a Pair of it.
+template <class P, Ce mode, class A>
+DSCT_INLINE void pixels(const TnkdArgs& args, Scratch<A>& s, int lane, int n, int64_t first_pixel,
+                        PixelLoss<P>& losses) {
+  if (mode == Ce::kAlone || !args.coupled) return pixels_as<P, mode, false>(args, s, lane, n, first_pixel, losses);
+  const PixelLoss<P> more = coupled_pixels<P, mode>(args, s, lane, n, first_pixel);
+  losses.ce = losses.ce + more.ce;
+  losses.tckd = losses.tckd + more.tckd;
+  losses.nckd = losses.nckd + more.nckd;
 }
 
 template <class A>

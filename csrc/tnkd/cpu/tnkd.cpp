@@ -9,8 +9,8 @@ namespace dsct {
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
                                                     const std::optional<Tensor>& target,
                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
-                                                    const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                    bool needs_grad) {
+                                                    const std::optional<Tensor>& ignore_index, bool coupled,
+                                                    int64_t reduction, bool needs_grad) {
   const FloatType student_type = float_type("student_logits", student_logits);
   const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cpu(const Tensor& student_logits
   check(student_logits, pixel_sizes(student_logits), target, class_weight, acc, reduction);
 
   TnkdArgs args = {};
-  set_numbers(args, values);
+  set_numbers(args, values, coupled);
   args.student = view(student_logits, student_type);
   args.teacher = view(teacher_logits, teacher_type);
   args.same = same_tensor(student_logits, teacher_logits);

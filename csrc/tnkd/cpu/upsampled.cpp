@@ -135,8 +135,9 @@ int64_t partial_row(const Strip& s, int64_t row) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& student_logits, const Tensor& teacher_logits,
                                                const std::optional<Tensor>& target,
                                                const std::optional<Tensor>& class_weight, const Tensor& values,
-                                               const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                               bool align_corners, bool needs_grad, const Tensor* upstream) {
+                                               const std::optional<Tensor>& ignore_index, bool coupled,
+                                               int64_t reduction, bool align_corners, bool needs_grad,
+                                               const Tensor* upstream) {
   const FloatType student_type = float_type("student_logits", student_logits);
   const FloatType teacher_type = float_type("teacher_logits", teacher_logits);
   const bool is_double = student_type == FloatType::kF64 || teacher_type == FloatType::kF64;
@@ -163,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& student_logits, con
   }
 
   UpsampledArgs args = {};
-  set_numbers(args, values);
+  set_numbers(args, values, coupled);
   args.student = view(student_logits, student_type);
   args.teacher = view(teacher_logits, teacher_type);
   const std::vector<int64_t> scalar;
@@ -302,17 +303,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& student_logits, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cpu(
     const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
     const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
-    int64_t reduction, bool align_corners, bool needs_grad) {
-  return run(student_logits, teacher_logits, target, class_weight, values, ignore_index, reduction, align_corners,
-             needs_grad && reduction != kNone, nullptr);
+    bool coupled, int64_t reduction, bool align_corners, bool needs_grad) {
+  return run(student_logits, teacher_logits, target, class_weight, values, ignore_index, coupled, reduction,
+             align_corners, needs_grad && reduction != kNone, nullptr);
 }
 
 Tensor tnkd_upsampled_backward_cpu(const Tensor& student_logits, const Tensor& teacher_logits,
                                    const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight,
-                                   const Tensor& values, const std::optional<Tensor>& ignore_index, bool align_corners,
-                                   const Tensor& grad_output) {
+                                   const Tensor& values, const std::optional<Tensor>& ignore_index, bool coupled,
+                                   bool align_corners, const Tensor& grad_output) {
   constexpr int64_t kSum = 2;
-  return std::get<2>(run(student_logits, teacher_logits, target, class_weight, values, ignore_index, kSum,
+  return std::get<2>(run(student_logits, teacher_logits, target, class_weight, values, ignore_index, coupled, kSum,
                          align_corners, true, &grad_output));
 }
 

@@ -43,6 +43,7 @@ struct TnkdArgs {
   const double* values = nullptr;
   const int64_t* ignore_index_value = nullptr;
   bool mean, with_ce;
+  bool coupled = false;  // NCKD counts (1 - b^T) times: plain KD
 };
 
 // Sizes and strides over (N, *spatial) from those of the logits (N, K, *spatial) and of the target, with dimensions

@@ -20,6 +20,7 @@ Terms<A> terms_of(const TnkdArgs& args) {
   set_numbers(terms, args.ce_weight, args.tckd_weight, args.nckd_weight, args.temperature);
   terms.with_ce = args.with_ce;
   terms.two_classes = args.classes == 2;
+  terms.coupled = args.coupled;
   terms.values = args.values;
   return terms;
 }

@@ -14,8 +14,8 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                      const std::optional<Tensor>& target,
                                                      const std::optional<Tensor>& class_weight, const Tensor& values,
-                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                     bool needs_grad);
+                                                     const std::optional<Tensor>& ignore_index, bool coupled,
+                                                     int64_t reduction, bool needs_grad);
 
 // grad *= factor; grad is any dense tensor, factor () in float32 or float64 on the same device.
 void scale_cuda_(Tensor& grad, const Tensor& factor);

@@ -14,7 +14,7 @@ struct Terms {
   A ce_weight, tckd_weight, nckd_weight, temperature;
   A log2_scale;  // log2(e) / temperature
   bool with_ce;
-  bool two_classes;
+  bool two_classes, coupled;
   const double* values;  // on the device: what the numbers are to be read from, or nullptr
 };
 
@@ -107,9 +107,11 @@ DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms
     const A target_t = std::fma(z.teacher_target, terms.log2_scale, -z.teacher_base) * kLn2;
     const TnkdPixel<Math> kd =
         tnkd_pixel<Math>(target_s, z.student_sum, target_t, z.teacher_sum, z.cross * kLn2, factor * terms.tckd_weight,
-                         terms.two_classes ? A(0) : factor * terms.nckd_weight);
-    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1.
-    loss = {0, kd.tckd, terms.two_classes ? A(0) : kd.nckd};
+                         terms.two_classes && !terms.coupled ? A(0) : factor * terms.nckd_weight, terms.coupled);
+    // One class beside the target leaves nothing to compare, but e is 2^(rounding of its base), not 1. That a student
+    // lacks it, KD's sum does tell.
+    const bool lacks = terms.coupled && kd.nckd == infinity<A>();
+    loss = {0, kd.tckd, terms.two_classes && !lacks ? A(0) : kd.nckd};
     grad = {kd.coef_s, kd.coef_t, 0, kd.grad_target};
     if (terms.with_ce) {
       const A class_factor = class_weight == nullptr ? A(1) : class_weight[y];

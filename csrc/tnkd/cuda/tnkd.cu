@@ -11,8 +11,8 @@ namespace dsct {
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                      const std::optional<Tensor>& target,
                                                      const std::optional<Tensor>& class_weight, const Tensor& values,
-                                                     const std::optional<Tensor>& ignore_index, int64_t reduction,
-                                                     bool needs_grad) {
+                                                     const std::optional<Tensor>& ignore_index, bool coupled,
+                                                     int64_t reduction, bool needs_grad) {
   const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
   const cuda::Device device = cuda::device_of(student_logits.get_device_index());
   cudaStream_t stream = cuda::stream_of(student_logits);
@@ -77,6 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
     }
   }
   args.mean = reduction == 1;
+  args.coupled = coupled;
 
   const cuda::TnkdPlan plan = cuda::tnkd_plan(args, device);
   const Tensor workspace = make_empty(student_logits, {cuda::tnkd_workspace_bytes(plan)}, ScalarType::Byte);
