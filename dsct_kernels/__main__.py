@@ -32,7 +32,8 @@ def how(backend: Backend, device: str) -> str:
         return "fused"
     if device in backend.upsamples_on:
         return "fused, and so are logits smaller than the labels"
-    return "fused; logits smaller than the labels are upsampled beforehand"
+    fused = f"fused up to {backend.most_classes} classes" if backend.most_classes else "fused"
+    return f"{fused}; logits smaller than the labels are upsampled beforehand"
 
 
 def devices() -> list[tuple[torch.device, str]]:

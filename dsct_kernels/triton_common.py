@@ -11,6 +11,7 @@ import torch
 from .backends import constant_when_compiled
 
 OLDEST = (3, 6)
+WARPS = 64  # a multiprocessor has room for no more
 
 FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs from version to version
 
@@ -71,6 +72,16 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def most_programs(tensor: torch.Tensor, warps: int) -> int:
+    """How many programs share out a launch's tiles: what `WARPS` of a multiprocessor are, for all of its GPU's.
+
+    Few, so that few partial sums are left to add; and the same at every call, as the order of those sums follows it.
+    """
+    if not tensor.is_cuda:
+        return 2  # the interpreter's, which are to walk, too
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count * WARPS // warps
 
 
 def launch(kernel: Any, programs: int, warps: int, *args: Any, **constants: Any) -> None:

@@ -72,6 +72,10 @@ def test_tnkd_shapes_and_dtypes(device, backend, shape, dtype):
     student, teacher, target = problem(device, shape, dtype)
     ignored = 255 if shape[1] <= 255 else -1  # with more classes 255 is one of them, and has to be asked for
     target.view(-1)[::3] = ignored
+    if backend == "triton" and shape[1] > 1024:
+        with pytest.raises(RuntimeError, match="1024 at most, got 1030"):
+            check_tnkd(student, teacher, target, backend, ignore_index=ignored)
+        return
     check_tnkd(student, teacher, target, backend, ignore_index=ignored)
 
 

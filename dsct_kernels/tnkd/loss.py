@@ -17,12 +17,13 @@ from .objective import SUM, Objective
 class TNKDBackend(backends.Backend):
     tnkd: Callable[[Tensor, Tensor | None, Tensor | None, Objective], tuple[Tensor, Tensor]]
     upsamples_on: tuple[str, ...] = ()  # devices where its kernels read logits smaller than the labels as they are
+    most_classes: int | None = None  # that its kernels serve; None: any number
 
 
 BACKENDS = (
     TNKDBackend("reference", backends.always, reference.tnkd),
     TNKDBackend("native", native.why_not, native.tnkd, native.UPSAMPLES_ON),
-    TNKDBackend("triton", triton.why_not, triton.tnkd),
+    TNKDBackend("triton", triton.why_not, triton.tnkd, most_classes=triton.MOST_CLASSES),
 )
 
 

@@ -1,27 +1,27 @@
 """TNKD (and the pixel cross-entropy) on Triton: loss and gradient in one pass over the logits (triton_kernels.py).
 
-Three launches: count the valid pixels from the labels alone (only where an average needs it), the pass over the logits,
-and one program that adds the partial sums in a fixed order. Nothing is atomic and nothing comes back to the host.
+Three launches: count the valid pixels from the labels alone (only where an average needs it); the pass over the logits,
+as many programs as the GPU can have at work, each of which walks over tiles of pixels and holds all the classes of one
+in registers, as a tuple; and one program that adds the programs' sums in a fixed order. Nothing is atomic and nothing
+comes back to the host.
 
-With `resident`, always so up to 1024 classes, a program holds all the classes of its pixels in registers, as a tuple of
-tiles, and reads each logit once. Otherwise it walks the classes twice, and the second read comes from L1 or L2.
-
-Variants: one kernel is compiled for each K (resident) and combination of dtypes, layout and flags that a process uses:
-a training run uses one or two.
+Variants: one kernel is compiled for each K and combination of dtypes, layout and flags that a process uses: a training
+run uses one or two.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..triton_common import LIBRARY, TAGS, fast, fold, launch, next_power_of_2, on_device, product, why_not
+from .. import triton_common
+from ..triton_common import LIBRARY, TAGS, fast, fold, launch, most_programs, next_power_of_2, on_device, product
 from . import op
 from .objective import MEAN, NONE, Objective
+from .plan import MOST_CLASSES, Config, candidates, choose
 from .upsample import to_labels
 
-__all__ = ["scale_in_place", "tnkd", "why_not"]
+__all__ = ["candidates", "choose", "scale_in_place", "tnkd", "why_not"]
 
 MOST_COMPILED = 4  # kernels of one variant, forward and backward
 COUNT_PROGRAMS = 256  # upper bound, and the length of the vector in which every program adds the counts up
@@ -31,90 +31,12 @@ FINISH_BLOCK = 4096  # partial sums added at a time, of any number: one kernel f
 PIXEL_RANK = 4  # pixel dimensions that may stay after folding: three for the program, one for the lanes
 
 
-# ---------------------------------------------------------------------------------------------- launch choices
-
-
-@dataclass(frozen=True)
-class Config:
-    pixels: int  # pixels of a tile
-    classes: int  # classes of a tile
-    warps: int
-    resident: bool  # all the classes in registers; else two walks over them
-    unroll: int = 1  # tiles loaded together in a walk
-    keep_ce: bool = True  # cross-entropy's exponentials stay in registers; else they are taken twice
-
-
-# (most classes, pixels, classes of a tile, warps): several pixels a lane where registers allow, so that what a program
-# does once counts less; lanes next to each other for runs of up to 128 bytes, no more, as each of them repeats what is
-# done once a pixel.
-CHANNELS_LAST = ((8, 128, 2, 1), (32, 32, 4, 1), (64, 16, 16, 1), (160, 8, 32, 1), (256, 16, 32, 4), (1024, 4, 128, 4))
-CHANNELS_LAST_FLOAT64 = ((8, 64, 2, 4), (32, 32, 4, 4), (256, 16, 32, 4), (1024, 4, 128, 4))
-
-
-def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, with_ce: bool = False) -> Config:
-    """The launch for K classes whose widest vector load holds 16 / itemsize values.
-
-    pixels_adjacent: NCHW, lanes along pixels; else channels_last, lanes along classes. inner: pixels of a row.
-    """
-    if pixels_adjacent:
-        # A lane holds 16 bytes of pixels of every `classes`-th class, and 20 registers or more for each of the pixels:
-        # `classes` is the smallest power of two that leaves it without a spill. More of them would repeat what is done
-        # once a pixel. Up to eight, a warp has its pixels to itself and exchanges sums by shuffles; above, warps share
-        # pixels, in runs of 64 bytes a class, of 32 or 16 for the most classes: each logit is still read once.
-        vector = max(1, 16 // itemsize)
-        for classes, warps in ((1, 1), (2, 1), (4, 1), (8, 1), (16, 2), (32, 4), (64, 8), (128, 8), (256, 8)):
-            held = -(-num_classes // classes)
-            if held <= _most_held(classes, vector, with_ce):
-                # what fits only without cross-entropy's exponentials
-                keep_ce = not (with_ce and vector == 8 and (classes == 2 or (classes == 256 and held > 3)))
-                config = Config(32 * warps * vector // classes, classes, warps, resident=True, keep_ce=keep_ce)
-                break
-        else:
-            config = Config(pixels=16 * vector, classes=8, warps=4, resident=False, unroll=4 if vector <= 4 else 2)
-    else:
-        for most, pixels, classes, warps in CHANNELS_LAST_FLOAT64 if itemsize == 8 else CHANNELS_LAST:
-            if num_classes <= most:
-                config = Config(pixels, classes, warps, resident=True)
-                break
-        else:
-            config = Config(pixels=8, classes=64, warps=4, resident=False, unroll=4)
-    least = min(16, config.pixels) if pixels_adjacent else 1
-    pixels = max(least, min(config.pixels, next_power_of_2(inner)))
-    return replace(config, pixels=pixels)
-
-
-def _most_held(classes: int, vector: int, with_ce: bool) -> int:
-    """Classes that a lane can hold of `vector` pixels each (tests/test_triton_aot.py prints the registers)."""
-    if vector <= 4:
-        return 8
-    if classes == 1:
-        return 4 if with_ce else 6
-    if 8 < classes < 256:
-        return 3 if with_ce else 4
-    if classes == 256:
-        return 4
-    return 4 if with_ce else 5
-
-
-def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
-    """The launches that tuning tries for K classes: lanes and warps split over pixels and classes."""
-    widest = max(1, 16 // itemsize)
-    vectors = (widest,) if pixels_adjacent else (1, 4, 8)
-    found = []
-    for vector in vectors:  # values of a tile that a lane holds
-        for warps in (1, 2, 4, 8):
-            for classes in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-                pixels = 32 * warps * vector // classes
-                held = 2 * -(-num_classes // classes) * vector  # logits a lane holds, were they all to stay
-                if classes > next_power_of_2(num_classes) or pixels < (widest if pixels_adjacent else 1):
-                    continue
-                if held <= 96 and (pixels_adjacent or warps <= 4):
-                    found.append(Config(pixels, classes, warps, True))
-                    if pixels_adjacent and held >= 48:
-                        found.append(Config(pixels, classes, warps, True, keep_ce=False))
-                if held > 48 and classes >= 4 and warps <= 4:
-                    found.extend(Config(pixels, classes, warps, False, unroll) for unroll in (2, 4))
-    return found
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why this backend cannot serve logits (N, K, *spatial) where they are, or None."""
+    for x in tensors:
+        if x is not None and x.dim() > 1 and x.shape[1] > MOST_CLASSES:
+            return f"its kernel holds every class of a pixel in registers, {MOST_CLASSES} at most, got {x.shape[1]}"
+    return triton_common.why_not(*tensors)
 
 
 # ------------------------------------------------------------------------------------------------- the launches
@@ -147,6 +69,8 @@ def forward(
     loss, parts, grad, grad_scale = op.fake(
         student, teacher, target, class_weight, values, ignore_index, coupled, reduction, needs_grad)  # fmt: skip
     num_classes, num_pixels = student.shape[1], product(student.shape) // student.shape[1]
+    if num_classes > MOST_CLASSES:
+        raise ValueError(f"student: expected at most {MOST_CLASSES} classes, got {num_classes}")
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
     shape = [student.shape[0], *student.shape[2:]]
@@ -176,7 +100,10 @@ def forward(
         itemsize = 8 if loss.dtype == torch.float64 else min(student.element_size(), teacher.element_size())
         config = choose(num_classes, itemsize, s[-1] == 1, sizes[-1], with_ce)
     blocks = -(-sizes[-1] // config.pixels)
-    programs = blocks * product(sizes[:-1])
+    tiles = blocks * product(sizes[:-1])
+    programs = min(tiles, most_programs(student, config.warps))
+    logits = (student, teacher, grad) if needs_grad else (student, teacher)
+    dense = all(x.stride(1) == 1 and at[-1] == num_classes for x, at in zip(logits, (s, t, g), strict=False))
     mean = reduction == MEAN
     has_ignore = target is not None and ignore_index is not None
     weighted = class_weight is not None and with_ce
@@ -219,13 +146,12 @@ def forward(
         launch(
             kernels.tnkd_kernel, programs, config.warps,
             student, teacher, target, weight, largest_weight, counts, weights, grad if needs_grad else None,
-            loss if reduction == NONE else None, partial, num_classes, num_pixels, num_counts, programs,
-            sizes[1], sizes[2], sizes[3], blocks, student.stride(1), *s, teacher.stride(1), *t,
+            loss if reduction == NONE else None, partial, num_pixels, num_counts,
+            sizes[1], sizes[2], sizes[3], blocks, tiles, student.stride(1), *s, teacher.stride(1), *t,
             grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, 1.0 / temperature, tckd_weight, nckd_weight,
             ce_weight, ignore, numbers_at, ignore_at,
-            NUM_CLASSES=num_classes if config.resident else 0,
-            CHUNKS=-(-num_classes // config.classes) if config.resident else 1, PIXELS=config.pixels,
-            CLASSES=config.classes, UNROLL=config.unroll, RESIDENT=config.resident, RANK=rank, KEEP_CE=config.keep_ce,
+            NUM_CLASSES=num_classes, CHUNKS=-(-num_classes // config.classes), PIXELS=config.pixels,
+            CLASSES=config.classes, RANK=rank, DENSE=dense,
             WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
             NEEDS_GRAD=needs_grad, COUPLED=coupled, FAST=fast(loss),
             NEAR=loss.dtype == student.dtype == torch.float32, **flags)  # fmt: skip

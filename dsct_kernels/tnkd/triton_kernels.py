@@ -1,15 +1,15 @@
 """TNKD (and the pixel cross-entropy) in Triton: the kernels that triton.py launches.
 
-For every pixel, with d_j = logit_j - max_{k != y} logit_k, e_j = exp(d_j / tau) and e_y left out:
+For every pixel, with e_j = exp(logit_j / tau) relative to the largest but the target's, and e_y left out:
 
-    u    = d_y / tau - log(sum e)            b = sigmoid(u)
+    u    = logit_y / tau - log(sum e)        b = sigmoid(u)
     TCKD = b^T (softplus(-u^S) - softplus(-u^T)) + (1 - b^T) (softplus(u^S) - softplus(u^T))
-    NCKD = sum e^T (d^T - d^S) / (tau sum e^T) - log(sum e^T) + log(sum e^S)
+    NCKD = sum e^T (log e^T - log e^S) / sum e^T - log(sum e^T) + log(sum e^S)
 
 COUPLED: (1 - b^T) NCKD takes the place of NCKD; with equal weights the sum is plain KD, the KL of the whole softmax.
 
-A tile is CLASSES x PIXELS, at any strides. Differences are taken before they are divided by tau: they are exact where
-the logits are close, whatever their magnitude.
+A tile is CLASSES x PIXELS, at any strides. Exponents are one fused multiply-add, rounded once, relative to their size:
+exact where the logits are close, for |logit| / tau up to 10^8 (above, the shift's own rounding leaves float32's range).
 """
 
 # mypy: ignore-errors
@@ -122,14 +122,16 @@ def _ignored(ignore_at, ignore):
 
 
 @triton.jit
-def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tckd_weight, nckd_weight, ce_factor,
-           mean_factor, TWO_CLASSES: tl.constexpr, COUPLED: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr,
-           NEAR: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2, to_2_tau, tau, tckd_weight,
+           nckd_weight, ce_factor, mean_factor, TWO_CLASSES: tl.constexpr, COUPLED: tl.constexpr,
+           WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
-    top: max over j != y; sum: of exp((x_j - top) / tau), sum_1: at temperature 1; y: the target's logit;
-    cross: sum of e^T_j (d^T_j - d^S_j). Gradient: by_s * e^S_j + by_t * e^T_j + by_1 * e1_j, and at_y for the target.
+    sum: of e_j = exp2(x_j * to_2_tau - shift), sum_1: at temperature 1; y: the target's logit; cross: sum of e^T_j
+    times the difference of the exponents. The shift is a rounded product: 2^its error is in every e_j of the pixel and
+    in y's exponent alike, and cancels. Gradient: by_s * e^S_j + by_t * e^T_j + by_1 * e1_j, and at_y for the target.
     """
+    LN_2 = tl.full([], 0.6931471805599453, ACC)
     none_s = sum_s == 0  # every other class absent: the target has all the mass
     none_t = sum_t == 0
     sum_s = tl.where(none_s, 1.0, sum_s)
@@ -140,8 +142,8 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     ratio = sum_s * over_t
     ratio += tl.fma(-ratio, sum_t, sum_s) * over_t  # what was rounded away: equal sums have the ratio 1, its log is 0
     log_ratio = _log(ratio, ACC)
-    u_s = tl.where(none_s, float("inf"), (y_s - top_s) * over_tau - (log_t + log_ratio))
-    u_t = tl.where(none_t, float("inf"), (y_t - top_t) * over_tau - log_t)
+    u_s = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2_tau, -shift_s), LN_2, -(log_t + log_ratio)))
+    u_t = tl.where(none_t, float("inf"), tl.fma(tl.fma(y_t, to_2_tau, -shift_t), LN_2, -log_t))
     # +inf is no number to learn from, and would pass for an absence of others, which in turn would hide a NaN
     u_s = tl.where(y_s < float("inf"), u_s, float("nan"))
     u_t = tl.where(y_t < float("inf"), u_t, float("nan"))
@@ -152,7 +154,7 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
         else:
             nckd_weight = nckd_weight * 0.0
     else:
-        nckd = cross * over_t * over_tau + log_ratio
+        nckd = cross * over_t * LN_2 + log_ratio
         nckd = tl.where(none_s, float("inf"), nckd)
         nckd = tl.where(none_t, 0.0, nckd)
         nckd_weight = tl.where(none_t, 0.0, nckd_weight)  # a teacher without other classes: nothing to learn from it
@@ -196,7 +198,7 @@ def _pixel(top_s, top_t, sum_s, sum_t, sum_1, y_s, y_t, cross, tau, over_tau, tc
     ce = gap
     by_1 = gap
     if WITH_CE:
-        u_1 = tl.where(none_s, float("inf"), (y_s - top_s) - _log(sum_1, ACC))
+        u_1 = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2, -shift_1), LN_2, -_log(sum_1, ACC)))
         e_1 = tl.exp2(tl.abs(u_1) * -1.4426950408889634)
         missed = _reciprocal(1.0 + e_1, FAST) * tl.where(u_1 >= 0, e_1, 1.0)
         ce = tl.maximum(-u_1, 0.0) + _log1p(e_1, ACC)
@@ -325,23 +327,110 @@ def _labels(target, class_weight, at, inside, num_classes, ignore, HAS_TARGET: t
     return tl.where(known, label, -1).to(tl.int32), valid, known, weight
 
 
+@triton.jit
+def _read(at, step, inside, k, NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, CLASSES: tl.constexpr,
+          WHOLE: tl.constexpr):  # fmt: skip
+    """Every logit of the tile, once (only the last chunk may need a mask for its classes)."""
+    tiles = ()
+    for c in tl.static_range(CHUNKS):
+        if (c + 1) * CLASSES > NUM_CLASSES:
+            there = inside & (c * CLASSES + k < NUM_CLASSES)
+            tiles += (tl.load(at + c * step, mask=there, other=float("-inf")),)
+        elif WHOLE:
+            tiles += (tl.load(at + c * step),)
+        else:
+            tiles += (tl.load(at + c * step, mask=inside, other=float("-inf")),)
+    return tiles
+
+
+@triton.jit
+def _likeliest(tiles, k, CHUNKS: tl.constexpr, CLASSES: tl.constexpr):
+    """The class of the largest logit, the first of equals."""
+    best = tiles[0]
+    for c in tl.static_range(1, CHUNKS):
+        best = tl.maximum(best, tiles[c])
+    best = tl.max(best, 0, keep_dims=True)
+    first = tl.where(tiles[0] == best, k, 2147483647)
+    for c in tl.static_range(1, CHUNKS):
+        first = tl.minimum(first, tl.where(tiles[c] == best, c * CLASSES + k, 2147483647))
+    return tl.min(first, 0, keep_dims=True) + k * 0
+
+
+@triton.jit
+def _aside(tiles, y, k, CHUNKS: tl.constexpr, CLASSES: tl.constexpr, ACC: tl.constexpr):
+    """The target's logit, the others (-inf in its place) and their maximum."""
+    low = float("-inf")
+    others = ()
+    at_y = tl.zeros(tiles[0].shape, ACC)
+    top = tl.full(tiles[0].shape, low, ACC)
+    for c in tl.static_range(CHUNKS):
+        is_y = c * CLASSES + k == y
+        x = tiles[c].to(ACC)
+        at_y = tl.where(is_y, x, at_y)
+        others += (tl.where(is_y, low, x),)
+        top = tl.maximum(top, others[c])
+    return tl.sum(at_y, 0, keep_dims=True) + k * 0.0, others, _finite_max(tl.max(top, 0, keep_dims=True))
+
+
+@triton.jit
+def _exponentials(others, scale, shift, CHUNKS: tl.constexpr, ACC: tl.constexpr):
+    """exp2(others * scale - shift), and their sum."""
+    found = ()
+    total = tl.zeros(others[0].shape, ACC)
+    for c in tl.static_range(CHUNKS):
+        found += (tl.exp2(tl.fma(others[c], scale, -shift)),)
+        total += found[c]
+    return found, tl.sum(total, 0, keep_dims=True)
+
+
+@triton.jit
+def _cross(s_others, t_others, e_t, scale, shift_s, shift_t, CHUNKS: tl.constexpr, ACC: tl.constexpr):
+    """The sum of e^T times the difference of the exponents, a class that the teacher gives nothing left out."""
+    cross = tl.zeros(e_t[0].shape, ACC)
+    for c in tl.static_range(CHUNKS):
+        apart = tl.fma(t_others[c], scale, -shift_t) - tl.fma(s_others[c], scale, -shift_s)
+        cross += e_t[c] * tl.where(e_t[c] == 0, 0.0, apart)
+    return tl.sum(cross, 0, keep_dims=True)
+
+
+@triton.jit
+def _write(at, step, inside, k, y, by_s, e_s, by_t, e_t, by_1, e_1, at_y, NUM_CLASSES: tl.constexpr,
+           CHUNKS: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr, WITH_CE: tl.constexpr):  # fmt: skip
+    """The gradient of the tile; y: -2 where the pixel does not count."""
+    out = at.dtype.scalar.element_ty
+    for c in tl.static_range(CHUNKS):
+        g = by_s * e_s[c] + by_t * e_t[c]
+        if WITH_CE:
+            g += by_1 * e_1[c]
+        g = tl.where(c * CLASSES + k == y, at_y, g)
+        g = tl.where(y != -2, g, 0.0).to(out)
+        if (c + 1) * CLASSES > NUM_CLASSES:
+            tl.store(at + c * step, g, mask=inside & (c * CLASSES + k < NUM_CLASSES))
+        elif WHOLE:
+            tl.store(at + c * step, g)
+        else:
+            tl.store(at + c * step, g, mask=inside)
+
+
 # What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["num_pixels", "num_counts", "num_programs", "size_1", "size_2", "blocks", "ignore"])
+@triton.jit(do_not_specialize=["num_pixels", "num_counts", "size_1", "size_2", "blocks", "tiles", "ignore"])
 def tnkd_kernel(
     student, teacher, target, class_weight, largest_weight, counts, weights, grad, loss_map, partial,
-    num_classes, num_pixels, num_counts, num_programs, size_1, size_2, inner, blocks,
+    num_pixels, num_counts, size_1, size_2, inner, blocks, tiles,
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p,
     y_0, y_1, y_2, y_p, l_0, l_1, l_2, l_p,
     tau_: tl.float64, over_tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
     ce_weight_: tl.float64, ignore, values, ignore_at,
-    NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr,
-    UNROLL: tl.constexpr, RESIDENT: tl.constexpr, KEEP_CE: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr,
-    HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    WITH_CE: tl.constexpr, NEEDS_GRAD: tl.constexpr, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
-    COUPLED: tl.constexpr, COUNTS: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
+    NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, RANK: tl.constexpr,
+    DENSE: tl.constexpr, WHOLE: tl.constexpr, HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr,
+    HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr, COUPLED: tl.constexpr, COUNTS: tl.constexpr,
+    FAST: tl.constexpr, NEAR: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of PIXELS pixels. WHOLE: every pixel of every tile exists, and no access needs a mask for it.
+    """Loss and gradient, PIXELS pixels at a time: tile after tile, as many apart as there are programs.
 
+    WHOLE: every pixel of every tile exists, and no access needs a mask for it. DENSE: channels_last without gaps, so
+    that the compiler knows how far apart pixels are, and makes wider accesses where classes come in twos or fours.
     All that is one number a pixel is kept CLASSES x PIXELS, the same in every row: in the layout of the logits, so that
     nothing moves between threads but the sums over classes.
     """
@@ -349,257 +438,87 @@ def tnkd_kernel(
                                                                        nckd_weight_, ce_weight_, WITH_CE)  # fmt: skip
     ignore = _ignored(ignore_at, ignore)
     tau = tl.full([], tau_, ACC)
-    over_tau = tl.full([], over_tau_, ACC)  # from float64, rounded once: a GPU's short division is off by two units
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
-    to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(d / tau) = exp2(d * to_2 / tau)
-    to_2_tau = tl.full([], over_tau_ * 1.4426950408889634, ACC)
-
-    # ---- which pixels: a row (three folded dimensions) and a block of its inner dimension
-    program = tl.program_id(0)
-    i_0, i_1, i_2, start_p = _place(program, blocks, size_1, size_2, RANK)
-    start_p *= PIXELS
-    k = tl.arange(0, CLASSES)[:, None]
-    p32 = tl.arange(0, PIXELS)[None, :]  # of this tile: a folded dimension may have more than 2^31
-    inside = (k >= 0) & (p32 >= 0)
-    if not WHOLE:
-        inside = inside & (p32 < inner - start_p)
-    p = p32.to(tl.int64)
-    k_wide = k.to(tl.int64)
-    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2 + start_p * s_p) + (k_wide * s_k + p * s_p)
-    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p * t_p)
-    y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + start_p * y_p + (k_wide * 0 + p * y_p)
-    s_step = tl.full([], CLASSES, tl.int64) * s_k
-    t_step = tl.full([], CLASSES, tl.int64) * t_k
-    low = float("-inf")
-
+    to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(x / tau) = exp2(x * to_2_tau)
+    to_2_tau = tl.full([], over_tau_ * 1.4426950408889634, ACC)  # from float64, rounded once
     ce_factor, mean_factor, _ = _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_weight,
                                          nckd_weight, ce_weight_, MEAN_, FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE,
                                          COUNTS, ACC)  # fmt: skip
-
-    top_s = tl.full([CLASSES, PIXELS], low, ACC)
-    top_t = tl.full([CLASSES, PIXELS], low, ACC)
-    y_s = tl.zeros([CLASSES, PIXELS], ACC)
-    y_t = tl.zeros([CLASSES, PIXELS], ACC)
-    sum_s = tl.zeros([CLASSES, PIXELS], ACC)
-    sum_t = tl.zeros([CLASSES, PIXELS], ACC)
-    sum_1 = tl.zeros([CLASSES, PIXELS], ACC)
-    cross = tl.zeros([CLASSES, PIXELS], ACC)
-    if RESIDENT:
-        # ---- every logit of the tile, once (only the last chunk may need a mask for its classes)
-        s_tiles = ()
-        t_tiles = ()
-        for c in tl.static_range(CHUNKS):
-            if (c + 1) * CLASSES <= NUM_CLASSES:
-                if WHOLE:
-                    s_tiles += (tl.load(s_at + c * s_step),)
-                    t_tiles += (tl.load(t_at + c * t_step),)
-                else:
-                    s_tiles += (tl.load(s_at + c * s_step, mask=inside, other=low),)
-                    t_tiles += (tl.load(t_at + c * t_step, mask=inside, other=low),)
-            else:
-                there = inside & (c * CLASSES + k < NUM_CLASSES)
-                s_tiles += (tl.load(s_at + c * s_step, mask=there, other=low),)
-                t_tiles += (tl.load(t_at + c * t_step, mask=there, other=low),)
-        found = p32
-        if not HAS_TARGET:
-            best = tl.full([CLASSES, PIXELS], low, ACC)
-            for c in tl.static_range(CHUNKS):
-                best = tl.maximum(best, t_tiles[c].to(ACC))
-            best = tl.max(best, 0, keep_dims=True)
-            first = tl.full([CLASSES, PIXELS], 2147483647, tl.int32)
-            for c in tl.static_range(CHUNKS):
-                index = tl.where(t_tiles[c].to(ACC) == best, c * CLASSES + k, 2147483647)
-                first = tl.minimum(first, index)
-            found = tl.min(first, 0, keep_dims=True) + k * 0
-        y, valid, known, weight = _labels(target, class_weight, y_at, inside, num_classes, ignore, HAS_TARGET,
-                                          HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
-
-        # ---- the target's logit aside, the maximum of the others
-        s_others = ()
-        t_others = ()
-        for c in tl.static_range(CHUNKS):
-            is_y = c * CLASSES + k == y
-            s = s_tiles[c].to(ACC)
-            t = t_tiles[c].to(ACC)
-            y_s = tl.where(is_y, s, y_s)
-            y_t = tl.where(is_y, t, y_t)
-            s_others += (tl.where(is_y, low, s),)
-            t_others += (tl.where(is_y, low, t),)
-            top_s = tl.maximum(top_s, s_others[c])
-            top_t = tl.maximum(top_t, t_others[c])
-        m_s = _finite_max(tl.max(top_s, 0, keep_dims=True))
-        m_t = _finite_max(tl.max(top_t, 0, keep_dims=True))
-
-        # ---- exponentials, kept for the gradient, and their sums
-        e_s = ()
-        e_t = ()
-        e_1 = ()
-        for c in tl.static_range(CHUNKS):
-            d_s = s_others[c] - m_s
-            d_t = t_others[c] - m_t
-            e_s += (tl.exp2(d_s * to_2_tau),)
-            e_t += (tl.exp2(d_t * to_2_tau),)
-            sum_s += e_s[c]
-            sum_t += e_t[c]
-            cross += tl.where(e_t[c] == 0, 0.0, e_t[c] * (d_t - d_s))
-            if WITH_CE:
-                e = tl.exp2(d_s * to_2)
-                sum_1 += e
-                if KEEP_CE:
-                    e_1 += (e,)
-        sum_s = tl.sum(sum_s, 0, keep_dims=True)
-        sum_t = tl.sum(sum_t, 0, keep_dims=True)
-        if WITH_CE:
-            sum_1 = tl.sum(sum_1, 0, keep_dims=True)
-    else:
-        span = UNROLL * CLASSES
-        found = p32
-        if not HAS_TARGET:
-            best = tl.full([CLASSES, PIXELS], low, ACC)
-            first = tl.zeros([CLASSES, PIXELS], tl.int32)
-            at = t_at
-            for start in range(0, num_classes, CLASSES):
-                index = start + k
-                t = tl.load(at, mask=inside & (index < num_classes), other=low).to(ACC)
-                first = tl.where(t > best, index, first)
-                best = tl.maximum(best, t)
-                at += t_step
-            most = tl.max(best, 0, keep_dims=True)
-            found = tl.min(tl.where(best == most, first, 2147483647), 0, keep_dims=True) + k * 0
-        y, valid, known, weight = _labels(target, class_weight, y_at, inside, num_classes, ignore, HAS_TARGET,
-                                          HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
-
-        # ---- first walk: maximum and sum of every lane's own classes, rescaled once per UNROLL tiles
-        s_ptr = s_at
-        t_ptr = t_at
-        for start in range(0, num_classes, span):
-            s_new = ()
-            t_new = ()
-            for c in tl.static_range(UNROLL):
-                there = inside & (start + c * CLASSES + k < num_classes)
-                s_new += (tl.load(s_ptr + c * s_step, mask=there, other=low),)
-                t_new += (tl.load(t_ptr + c * t_step, mask=there, other=low),)
-            new_s = top_s
-            new_t = top_t
-            s_others = ()
-            t_others = ()
-            for c in tl.static_range(UNROLL):
-                is_y = start + c * CLASSES + k == y
-                s = s_new[c].to(ACC)
-                t = t_new[c].to(ACC)
-                y_s = tl.where(is_y, s, y_s)
-                y_t = tl.where(is_y, t, y_t)
-                s_others += (tl.where(is_y, low, s),)
-                t_others += (tl.where(is_y, low, t),)
-                new_s = tl.maximum(new_s, s_others[c])
-                new_t = tl.maximum(new_t, t_others[c])
-            base_s = _finite_max(new_s)
-            base_t = _finite_max(new_t)
-            sum_s *= tl.exp2((top_s - base_s) * to_2_tau)
-            sum_t *= tl.exp2((top_t - base_t) * to_2_tau)
-            if WITH_CE:
-                sum_1 *= tl.exp2((top_s - base_s) * to_2)
-            for c in tl.static_range(UNROLL):
-                sum_s += tl.exp2((s_others[c] - base_s) * to_2_tau)
-                sum_t += tl.exp2((t_others[c] - base_t) * to_2_tau)
-                if WITH_CE:
-                    sum_1 += tl.exp2((s_others[c] - base_s) * to_2)
-            top_s = new_s
-            top_t = new_t
-            s_ptr += UNROLL * s_step
-            t_ptr += UNROLL * t_step
-        m_s = _finite_max(tl.max(top_s, 0, keep_dims=True))
-        m_t = _finite_max(tl.max(top_t, 0, keep_dims=True))
-        if WITH_CE:
-            sum_1 = tl.sum(sum_1 * tl.exp2((top_s - m_s) * to_2), 0, keep_dims=True)
-        sum_s = tl.sum(sum_s * tl.exp2((top_s - m_s) * to_2_tau), 0, keep_dims=True)
-        sum_t = tl.sum(sum_t * tl.exp2((top_t - m_t) * to_2_tau), 0, keep_dims=True)
-
-    nan = float("nan")
-    y_s = tl.where(known, tl.sum(y_s, 0, keep_dims=True), nan)  # a bad label: NaN spreads to the loss and every factor
-    y_t = tl.sum(y_t, 0, keep_dims=True) + k * 0.0
-
-    g_at = s_at
-    if NEEDS_GRAD:
-        g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2 + start_p * g_p) + (k_wide * g_k + p * g_p)
+    if DENSE:
+        s_p = NUM_CLASSES
+        t_p = NUM_CLASSES
+        g_p = NUM_CLASSES
+    k = tl.arange(0, CLASSES)[:, None]
+    p = tl.arange(0, PIXELS)[None, :]
+    k_wide = k.to(tl.int64)
+    p_wide = p.to(tl.int64)  # a folded dimension may have more than 2^31
+    s_step = tl.full([], CLASSES, tl.int64) * s_k
+    t_step = tl.full([], CLASSES, tl.int64) * t_k
     g_step = tl.full([], CLASSES, tl.int64) * g_k
-    out = student.dtype.element_ty
-    if RESIDENT:
+    ce_sum = tl.zeros([CLASSES, PIXELS], ACC)
+    tckd_sum = tl.zeros([CLASSES, PIXELS], ACC)
+    nckd_sum = tl.zeros([CLASSES, PIXELS], ACC)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        i_0, i_1, i_2, start_p = _place(tile, blocks, size_1, size_2, RANK)
+        start_p *= PIXELS
+        inside = (k >= 0) & (p >= 0)
+        if not WHOLE:
+            inside = inside & (p < inner - start_p)
+        s_tiles = _read(student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2 + start_p * s_p) + (k_wide * s_k + p_wide * s_p),
+                        s_step, inside, k, NUM_CLASSES, CHUNKS, CLASSES, WHOLE)  # fmt: skip
+        t_tiles = _read(teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p_wide * t_p),
+                        t_step, inside, k, NUM_CLASSES, CHUNKS, CLASSES, WHOLE)  # fmt: skip
+        found = p
+        if not HAS_TARGET:
+            found = _likeliest(t_tiles, k, CHUNKS, CLASSES)
+        y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + start_p * y_p + (k_wide * 0 + p_wide * y_p)
+        y, valid, known, weight = _labels(target, class_weight, y_at, inside, NUM_CLASSES, ignore, HAS_TARGET,
+                                          HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
+        y_s, s_others, top_s = _aside(s_tiles, y, k, CHUNKS, CLASSES, ACC)
+        y_t, t_others, top_t = _aside(t_tiles, y, k, CHUNKS, CLASSES, ACC)
+        shift_s = top_s * to_2_tau
+        shift_t = top_t * to_2_tau
+        e_s, sum_s = _exponentials(s_others, to_2_tau, shift_s, CHUNKS, ACC)
+        e_t, sum_t = _exponentials(t_others, to_2_tau, shift_t, CHUNKS, ACC)
+        e_1 = e_s
+        sum_1 = sum_s
+        if WITH_CE:
+            e_1, sum_1 = _exponentials(s_others, to_2, top_s * to_2, CHUNKS, ACC)
+        cross = _cross(s_others, t_others, e_t, to_2_tau, shift_s, shift_t, CHUNKS, ACC)
+        y_s = tl.where(known, y_s, float("nan"))  # a bad label: NaN spreads to the loss and every factor
         ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
-            m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
+            shift_s, shift_t, top_s * to_2, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2, to_2_tau, tau, tckd_weight,
             nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR,
             ACC)  # fmt: skip
         if NEEDS_GRAD:
-            # 0, but the compiler cannot know: else it keeps a predicate for each logit since the first comparison,
-            # packed into registers, which took a third of all instructions
+            # plus 0, but the compiler cannot know: else it keeps a predicate for each logit since the first
+            # comparison, packed into registers, which took a third of all instructions
             y_late = tl.where(valid, y, -2) + (tau < 0).to(tl.int32)
-            valid_late = y_late != -2
-            for c in tl.static_range(CHUNKS):
-                g = by_s * e_s[c] + by_t * e_t[c]
-                if WITH_CE:
-                    if KEEP_CE:
-                        g += by_1 * e_1[c]
-                    else:  # once more, from the logits as they came, which take half the registers
-                        g += by_1 * tl.exp2((s_tiles[c].to(ACC) - m_s) * to_2)
-                g = tl.where(c * CLASSES + k == y_late, at_y, g)
-                g = tl.where(valid_late, g, 0.0).to(out)
-                if (c + 1) * CLASSES <= NUM_CLASSES:
-                    if WHOLE:
-                        tl.store(g_at + c * g_step, g)
-                    else:
-                        tl.store(g_at + c * g_step, g, mask=inside)
-                else:
-                    tl.store(g_at + c * g_step, g, mask=inside & (c * CLASSES + k < NUM_CLASSES))
-    else:
-        # ---- second walk: the same tiles, from cache
-        _, _, _, by_s, by_t, by_1, at_y = _pixel(
-            m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, y_s * 0.0, tau, over_tau, tckd_weight, nckd_weight,
-            ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
-        for start in range(0, num_classes, span):
-            s_new = ()
-            t_new = ()
-            for c in tl.static_range(UNROLL):
-                there = inside & (start + c * CLASSES + k < num_classes)
-                s_new += (tl.load(s_at + c * s_step, mask=there, other=low),)
-                t_new += (tl.load(t_at + c * t_step, mask=there, other=low),)
-            for c in tl.static_range(UNROLL):
-                index = start + c * CLASSES + k
-                is_y = index == y
-                d_s = tl.where(is_y, low, s_new[c].to(ACC)) - m_s
-                d_t = tl.where(is_y, low, t_new[c].to(ACC)) - m_t
-                e_s_c = tl.exp2(d_s * to_2_tau)
-                e_t_c = tl.exp2(d_t * to_2_tau)
-                cross += tl.where(e_t_c == 0, 0.0, e_t_c * (d_t - d_s))
-                if NEEDS_GRAD:
-                    g = by_s * e_s_c + by_t * e_t_c
-                    if WITH_CE:
-                        g += by_1 * tl.exp2(d_s * to_2)
-                    g = tl.where(is_y, at_y, g)
-                    g = tl.where(valid, g, 0.0)
-                    tl.store(g_at + c * g_step, g.to(out), mask=inside & (index < num_classes))
-            s_at += UNROLL * s_step
-            t_at += UNROLL * t_step
-            g_at += UNROLL * g_step
-        ce, tckd, nckd, _, _, _, _ = _pixel(
-            m_s, m_t, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), tau, over_tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR,
-            ACC)  # fmt: skip
+            g_at = grad + (i_0 * g_0 + i_1 * g_1 + i_2 * g_2 + start_p * g_p) + (k_wide * g_k + p_wide * g_p)
+            _write(g_at, g_step, inside, k, y_late, by_s, e_s, by_t, e_t, by_1, e_1, at_y, NUM_CLASSES, CHUNKS,
+                   CLASSES, WHOLE, WITH_CE)  # fmt: skip
 
-    # ---- sums of this block, each pixel once; an ignored pixel's NaN is dropped by selection, never by multiplication
-    tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
-    nckd = tl.where(valid, tl.where(known, nckd, nan), 0.0) * (tau * tau)
-    if WITH_CE:
-        ce = tl.where(valid & (known == 0), nan, tl.where(weight == 0, 0.0, ce * weight))
-        tl.store(partial + program, tl.sum(tl.where(k == 0, ce, 0.0)))
-    if NONE_:
-        value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
+        # an ignored pixel's NaN is dropped by selection, never by multiplication
+        tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
+        nckd = tl.where(valid, tl.where(known, nckd, float("nan")), 0.0) * (tau * tau)
+        tckd_sum += tckd
+        nckd_sum += nckd
         if WITH_CE:
-            value += _weighted(tl.full([], ce_weight_, ACC), ce)
-        l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2 + start_p * l_p) + (k_wide * 0 + p * l_p)
-        tl.store(l_at, value, mask=inside & (k == 0))
-    tl.store(partial + num_programs + program, tl.sum(tl.where(k == 0, tckd, 0.0)))
-    tl.store(partial + 2 * num_programs + program, tl.sum(tl.where(k == 0, nckd, 0.0)))
+            ce = tl.where(valid & (known == 0), float("nan"), tl.where(weight == 0, 0.0, ce * weight))
+            ce_sum += ce
+        if NONE_:
+            value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
+            if WITH_CE:
+                value += _weighted(tl.full([], ce_weight_, ACC), ce)
+            l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2 + start_p * l_p) + (k_wide * 0 + p_wide * l_p)
+            tl.store(l_at, value, mask=inside & (k == 0))
+
+    at = partial + tl.program_id(0)  # the sums of this program, each pixel once
+    if WITH_CE:
+        tl.store(at, tl.sum(tl.where(k == 0, ce_sum, 0.0)))
+    tl.store(at + tl.num_programs(0), tl.sum(tl.where(k == 0, tckd_sum, 0.0)))
+    tl.store(at + 2 * tl.num_programs(0), tl.sum(tl.where(k == 0, nckd_sum, 0.0)))
 
 
 @triton.jit(do_not_specialize=["num_programs", "num_counts", "num_pixels"])

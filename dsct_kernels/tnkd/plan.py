@@ -1,0 +1,73 @@
+"""The launch plan of TNKD on a GPU: how pixels and classes are shared out over lanes and warps.
+
+A table for each layout, found by the instructions of compiled kernels (docs/gpu.md): what is done once a pixel, some
+190 instructions, is repeated by every lane that holds some of its classes, so that a lane holds as many as registers
+allow without a spill. Nothing here needs torch or a GPU.
+"""
+
+from dataclasses import dataclass
+
+MOST_CLASSES = 1024  # that registers hold; the reference takes the others
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile, all of whose logits are loaded at once, as often as a pixel's classes need."""
+
+    pixels: int
+    classes: int
+    warps: int
+
+    def held(self, num_classes: int) -> int:
+        """Logits of one network that a lane holds."""
+        return -(-num_classes // self.classes) * max(1, self.pixels * self.classes // (32 * self.warps))
+
+
+# NCHW, lanes along pixels: (most classes, bytes of adjacent pixels a lane holds, lanes that share a pixel's classes,
+# warps). Up to 160 classes they are in warps of their own, each of which reads whole lines; above, lanes of one warp
+# share, too, in rows of 64, 32 and 16 bytes. A lane holds 20 classes of its pixels at most.
+PLANES = ((8, 8, 1, 1), (20, 4, 1, 1), (40, 4, 2, 2), (80, 4, 4, 4), (160, 4, 8, 8), (320, 4, 16, 8), (640, 4, 32, 8),
+          (1024, 4, 64, 8))  # fmt: skip
+
+# channels_last, lanes along classes: (most classes, pixels and classes of a tile, warps). Lanes next to each other read
+# runs of 32 bytes or more where there are classes for them.
+CHANNELS_LAST = ((8, 64, 2, 1), (32, 32, 4, 1), (64, 16, 16, 1), (160, 8, 16, 1), (320, 4, 32, 1), (640, 2, 64, 1),
+                 (1024, 1, 128, 1))  # fmt: skip
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, with_ce: bool = False) -> Config:
+    """The launch for K classes of so many bytes.
+
+    pixels_adjacent: NCHW, lanes along pixels; else channels_last, lanes along classes. inner: pixels of a row.
+    with_ce: cross-entropy's exponentials stay in registers, too: of 2-byte pixels a lane then has one, if it holds many
+    classes.
+    """
+    if pixels_adjacent:
+        lane_bytes, share, warps = next(row[1:] for row in PLANES if num_classes <= row[0])
+        vector = 1 if with_ce and share > 1 else max(1, lane_bytes // itemsize)
+        config = Config(32 * warps * vector // share, share, warps)
+    else:
+        config = next(Config(*row[1:]) for row in CHANNELS_LAST if num_classes <= row[0])
+    least = min(16, config.pixels) if pixels_adjacent else 1
+    return Config(max(least, min(config.pixels, _next_power_of_2(inner))), config.classes, config.warps)
+
+
+def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
+    """The launches that tuning tries: lanes and warps split over pixels and classes as far as registers hold them."""
+    found = []
+    for vector in (1, 2, 4, 8):  # values of a tile that a lane holds
+        for warps in (1, 2, 4, 8):
+            for classes in (1, 2, 4, 8, 16, 32, 64, 128):
+                config = Config(32 * warps * vector // classes, classes, warps)
+                if (
+                    config.pixels >= 1
+                    and classes <= _next_power_of_2(num_classes)
+                    and (vector * itemsize <= 16 or vector == 1 or not pixels_adjacent)
+                    and config.held(num_classes) <= 48
+                ):
+                    found.append(config)
+    return found
