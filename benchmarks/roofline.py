@@ -1,12 +1,14 @@
 """ESTIMATES, with no GPU, what one could at best do for each of the benchmark's GPU cases. No kernel is run or timed.
 
 Floor time is bytes / bandwidth: once for the bytes that must move, once for those a backend's kernels ask for, as if no
-cache served a second read. Issue time is what the instructions of Triton's TNKD take (code without a loop, so that they
-can be counted) where each of a multiprocessor's four schedulers issues one in every cycle. Occupancy is worked out from
-what ahead-of-time compilation (Triton's, and nvcc where there is one) says of registers and shared memory. Launches and
-latency are left out, and so are the small kernels (statistics, partial sums). Inputs that already lie in L2 can beat
-the floor (docs/gpu.md). The one thing measured is how long Triton's compiler takes here, without its cache: a first
-call on a GPU waits as long.
+cache served a second read. Issue time is what the instructions of Triton's TNKD take, loops by the number of their
+trips, where each of a multiprocessor's four schedulers issues one in every cycle. The tail is the one program that adds
+the partial sums, trip after trip. From these the share of a copy's bandwidth that is to be expected: each kernel takes
+as long as its bytes at COPY of the data sheet's bandwidth or its instructions at ISSUED of the schedulers' rate,
+whichever is longer, plus LAUNCH_US; the three are assumptions. Occupancy is worked out from what ahead-of-time
+compilation (Triton's, and nvcc where there is one) says of registers and shared memory. Inputs that already lie in L2
+can beat the floor (docs/gpu.md). The one thing measured is how long Triton's compiler takes here, without its cache: a
+first call on a GPU waits as long.
 
 Examples:
     python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
@@ -54,6 +56,10 @@ GPUS = {  # data sheet: GB/s, compute capability, multiprocessors; highest clock
     "h200": ("H200", 4800, 90, 132, 1.98),
 }
 SCHEDULERS = 4  # of a multiprocessor
+COPY = 0.89  # of a data sheet's bandwidth, what an H100 copied with (docs/gpu.md)
+ISSUED = 0.75  # of the schedulers' cycles at the highest clock, what a kernel with few warps is taken to use
+LAUNCH_US = 2.0  # from one kernel's end to the next one's first bytes
+TRIP_US = 1.0  # of the one program that adds partial sums: a read of memory that nothing hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,8 @@ class Kernel:
     shared: int
     bytes: int  # of logits, features, labels and gradients that it asks for; 0 for the kernels that touch none
     compile_s: float | None = None
-    instructions: int | None = None  # of a warp, where the code has no loop
+    instructions: float | None = None  # of a warp, where the trips of its loop are known
+    trips: int = 0  # one after the other, of a kernel of one program
 
 
 def empty(shape: tuple[int, ...], case: Case) -> Tensor:
@@ -130,10 +137,10 @@ def sizes_of(case: Case) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------------------------------------------- triton
 
 
-def launches_of(case: Case) -> list[Launch]:
+def launches_of(case: Case, multiprocessors: int = 132) -> list[Launch]:
     """The launches that the Triton backend makes for a case."""
     backward = case.phase == FORWARD_BACKWARD
-    with recorded(tnkd, cafd) as launches:
+    with recorded(tnkd, cafd, multiprocessors=multiprocessors) as launches:
         if case.logits:
             target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
             logits = empty(case.logits, case)
@@ -155,21 +162,33 @@ def bytes_of(case: Case, launch: Launch) -> int:
     if name == "count_kernel":
         return labels
     if name == "tnkd_kernel":
-        walks = 1 if launch.constants["RESIDENT"] else 2  # too many classes to hold: read again for the gradient
-        return 2 * walks * logits + labels + (logits if launch.constants["NEEDS_GRAD"] else 0)
+        return 2 * logits + labels + (logits if launch.constants["NEEDS_GRAD"] else 0)
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"row_stats_kernel": 2, "maps_kernel": 2, "row_backward_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
     return times.get(name, 0) * features
 
 
+def trips_of(launch: Launch) -> float | None:
+    """How often a program of TNKD's kernels takes its loop, on average; None for the others."""
+    name = launch.kernel.__name__
+    if name == "tnkd_kernel":
+        return float(launch.argument("tiles") / launch.programs)
+    if name == "count_kernel":
+        return float(launch.argument("total_blocks") / launch.programs)
+    if name == "finish_kernel":
+        return float(-(-launch.argument("num_programs") // launch.constants["BLOCK"]))
+    return None
+
+
 class Triton:
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, multiprocessors: int) -> None:
         self.arch = arch
+        self.multiprocessors = multiprocessors
         self.seen: dict[Any, Any] = {}  # what was compiled: most cases share kernels
 
     def kernels(self, case: Case) -> list[Kernel]:
         found = []
-        for launch in launches_of(case):
+        for launch in launches_of(case, self.multiprocessors):
             name, key = launch.kernel.__name__, (source(launch).hash(), launch.warps)
             if key not in self.seen:
                 start = time.perf_counter()
@@ -178,9 +197,10 @@ class Triton:
                     self.seen[key] = report(name, launch, self.arch), time.perf_counter() - start
             r, seconds = self.seen[key]
             asked = bytes_of(case, launch)
-            straight = r.instructions if name == "tnkd_kernel" and not r.loops else None
+            trips = trips_of(launch)
+            issued = r.issued(trips) if trips is not None and len(r.loops) == 1 else None
             sizes = launch.programs, launch.warps, r.registers, r.spills, r.shared
-            found.append(Kernel(name, *sizes, asked, seconds, straight))
+            found.append(Kernel(name, *sizes, asked, seconds, issued, round(trips or 0) if launch.programs == 1 else 0))
         return found
 
 
@@ -266,6 +286,17 @@ def issue_us(kernels: Sequence[Kernel], per_us: float) -> float | None:
     return sum(known) / per_us if known else None
 
 
+def expected_us(kernels: Sequence[Kernel], bandwidth: float, per_us: float) -> float | None:
+    """Microseconds of the kernels, one after the other; None where one's instructions are not known."""
+    total = 0.0
+    for k in kernels:
+        if k.instructions is None:
+            return None
+        issue = k.instructions * k.warps * k.programs / (ISSUED * per_us)
+        total += LAUNCH_US + max(k.bytes / (COPY * bandwidth * 1e3), issue, k.trips * TRIP_US)
+    return total
+
+
 def estimate(
     case: Case, backend: str, kernels: Sequence[Kernel], bandwidth: float, arch: int, per_us: float
 ) -> dict[str, Any]:
@@ -275,6 +306,7 @@ def estimate(
         blocks, share, limit = occupancy(kernel.registers, kernel.shared, kernel.warps, arch)
         rows.append({**dataclasses.asdict(kernel), "blocks": blocks, "occupancy": share, "limit": limit})
     asked = sum(kernel.bytes for kernel in kernels)
+    expected = expected_us(kernels, bandwidth, per_us)
     return {
         **dataclasses.asdict(case),
         "backend": backend,
@@ -283,6 +315,9 @@ def estimate(
         "asked_bytes": asked,
         "asked_us": asked / bandwidth / 1e3,
         "issue_us": issue_us(kernels, per_us),
+        "tail_us": sum(kernel.trips for kernel in kernels) * TRIP_US,
+        "expected_us": expected,
+        "of_copy": case.floor_bytes / (COPY * bandwidth * 1e3) / expected if expected else None,
         "kernels": rows,
     }
 
@@ -298,19 +333,25 @@ def print_estimates(result: dict[str, Any]) -> None:
     """Floor times of every case, then every kernel they launch, each once."""
     print(f"{NOTE}. {result['gpu']}, {result['bandwidth_gb_s']:g} GB/s, sm_{result['arch']}.")
     print("floor: bytes that must move; asked: bytes that the kernels ask for, some of which a cache will serve")
-    print("issue: the instructions of Triton's tnkd_kernel, none waiting for another")
+    print("issue: the instructions of Triton's TNKD, none waiting for another; tail: the sum of its partial sums")
+    print("expected: see --help; of copy: the bytes that must move, as a share of what a copy would move in that time")
     rows: list[list[str]] = []
     kernels: dict[tuple[str, ...], str] = {}
     for case in result["estimates"]:
         name = [case["loss"], case["shape"], case["layout"], case["dtype"], case["phase"]]
         amounts = [case["floor_bytes"] / 1e6, case["floor_us"], case["asked_bytes"] / 1e6, case["asked_us"]]
-        issue = "-" if case["issue_us"] is None else f"{case['issue_us']:.1f}"
-        rows.append([*name, case["backend"], *(f"{amount:.1f}" for amount in amounts), issue])
+        known = [case["issue_us"], case["tail_us"] or None, case["expected_us"]]
+        known_cells = ["-" if amount is None else f"{amount:.1f}" for amount in known]
+        share = "-" if case["of_copy"] is None else f"{case['of_copy']:.0%}"
+        rows.append([*name, case["backend"], *(f"{amount:.1f}" for amount in amounts), *known_cells, share])
         for k in case["kernels"]:
             row = [k["name"], *(str(k[key]) for key in ("warps", "registers", "spills", "shared", "blocks"))]
             seconds = "-" if k["compile_s"] is None else f"{k['compile_s']:.1f}"
             kernels.setdefault((case["backend"], *row, f"{k['occupancy']:.0%}", k["limit"], seconds), " ".join(name))
-    print_table("loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us|issue us", rows)
+    head = (
+        "loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us|issue us|tail us|expected us|of copy"
+    )
+    print_table(head, rows)
     print(f"\n{NOTE}. Occupancy of every kernel above, of sm_{result['arch']}'s threads.")
     head = "backend|kernel|warps|registers|spilt B|shared B|blocks an SM|occupancy|limited by|compile s|for instance"
     print_table(head, sorted([*row, where] for row, where in kernels.items()))
@@ -348,7 +389,12 @@ def main() -> None:
     cases = make_cases(args.loss, "cuda", False, args.only_shape, args.layout, args.dtype, args.phase)
     with tempfile.TemporaryDirectory() as folder:
         sources = [
-            (backend, Triton(arch) if backend == "triton" else Native(arch, multiprocessors, pathlib.Path(folder)))
+            (
+                backend,
+                Triton(arch, multiprocessors)
+                if backend == "triton"
+                else Native(arch, multiprocessors, pathlib.Path(folder)),
+            )
             for backend in backends
         ]
         estimates = [

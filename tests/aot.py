@@ -9,17 +9,18 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from dsct_kernels.triton_common import FP_FUSION
+from dsct_kernels.triton_common import FP_FUSION, WARPS
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -33,23 +34,28 @@ class Launch:
     args: tuple[Any, ...]
     constants: dict[str, Any]
 
+    def argument(self, name: str) -> Any:
+        return self.args[self.kernel.arg_names.index(name)]
+
 
 @contextmanager
-def recorded(*modules: Any) -> Iterator[list[Launch]]:
-    """Launches made through these modules' `launch` are listed instead of run."""
+def recorded(*modules: Any, multiprocessors: int = 132) -> Iterator[list[Launch]]:
+    """Launches made through these modules' `launch` are listed instead of run, as for a GPU of so many multiprocessors
+    (an H100's)."""
     launches: list[Launch] = []
 
     def record(kernel: Any, programs: int, warps: int, *args: Any, **constants: Any) -> None:
         launches.append(Launch(kernel, programs, warps, args, constants))
 
-    before = [module.launch for module in modules]
-    for module in modules:
-        module.launch = record
-    try:
+    def most_programs(tensor: Any, warps: int) -> int:
+        return multiprocessors * WARPS // warps
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "launch", record))
+            if hasattr(module, "most_programs"):
+                stack.enter_context(patch.object(module, "most_programs", most_programs))
         yield launches
-    finally:
-        for module, launch in zip(modules, before, strict=True):
-            module.launch = launch
 
 
 def specialised(launch: Launch) -> dict[str, tuple[str, Any]]:
@@ -79,9 +85,15 @@ class Report:
     shared: int
     loads: dict[int, int] = field(default_factory=dict)  # bytes -> instructions
     stores: dict[int, int] = field(default_factory=dict)
-    instructions: int = 0
-    loops: int = 0  # branches back
+    instructions: int = 0  # without the padding behind the end
+    loops: list[int] = field(default_factory=list)  # the instructions of each loop
+    spilt_in_loops: int = 0  # instructions that store or load what was spilt, again and again
     sass: str = field(default="", repr=False)
+
+    def issued(self, trips: float) -> float:
+        """Instructions of a warp whose loop, the only one, is taken so often."""
+        (loop,) = self.loops
+        return self.instructions + (trips - 1) * loop
 
     def row(self) -> str:
         def widths(counts: dict[int, int]) -> str:
@@ -110,17 +122,22 @@ def report(name: str, launch: Launch, arch: int) -> Report:
     text = usage.stdout + usage.stderr
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     result = Report(name, arch, found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared, sass=sass)
-    labels: list[str] = []
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
-            labels.append(label[1])
-        if branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line):
-            result.loops += branch[1] in labels and "@" in line  # without a condition: the trap behind a kernel's end
+            labels[label[1]] = len(opcodes)
         match = re.search(r"^\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
-        if not match or "." in line.strip()[:1]:
+        if not match or "." in line.strip()[:1] or match.group(1) == "NOP":
             continue
-        opcode = match.group(1)
-        result.instructions += 1
+        opcodes.append(match.group(1))
+        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+        if branch and branch[1] in labels and "@" in line:  # without a condition: the trap behind a kernel's end
+            loop = opcodes[labels[branch[1]] :]
+            result.loops.append(len(loop))
+            result.spilt_in_loops += sum(opcode.split(".")[0] in ("STL", "LDL") for opcode in loop)
+    result.instructions = len(opcodes)
+    for opcode in opcodes:
         kind = opcode.split(".")[0]
         if kind in ("LDG", "STG"):
             width = WIDTH.search(opcode)

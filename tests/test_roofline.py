@@ -65,10 +65,26 @@ def test_issue_time_counts_every_warp_of_what_is_known():
     assert roofline.issue_us([small], 1e5) is None
 
 
-@pytest.mark.parametrize("classes,times", [(150, 3), (1024, 3), (3000, 5)])
-def test_logits_are_read_twice_only_where_registers_do_not_hold_them(classes, times):
-    case = cases.Case("tnkd", f"1x{classes}x32x32", "contiguous", "fp32", cases.FORWARD_BACKWARD)
-    assert asked(case)["tnkd_kernel"] == times * 4 * classes * 32 * 32 + 8 * 32 * 32
+def test_what_is_expected_is_the_slowest_of_memory_instructions_and_the_tail():
+    streams = roofline.Kernel("tnkd_kernel", 1000, 2, 128, 0, 0, 10**9, None, 500)  # 334 us at 3 TB/s; 13 us of issue
+    computes = roofline.Kernel("tnkd_kernel", 10**5, 2, 128, 0, 0, 10**6, None, 500)  # 0.3 us; 1333 us
+    tail = roofline.Kernel("finish_kernel", 1, 8, 32, 0, 0, 0, None, 100, trips=3)
+    found = roofline.expected_us([streams, computes, tail], 3000 / roofline.COPY, 1e5)
+    assert found == pytest.approx(1e6 / 3000 + 1e8 / 0.75e5 + 3 + 3 * roofline.LAUNCH_US)
+    unknown = roofline.Kernel("maps_kernel", 1, 8, 32, 0, 0, 0)
+    assert roofline.expected_us([streams, unknown], 3000, 1e5) is None
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("classes,layout", [(19, "contiguous"), (150, "channels_last")])
+def test_the_programs_share_out_the_tiles_and_leave_few_sums(classes, layout, multiprocessors):
+    case = cases.Case("tnkd", f"16x{classes}x512x512", layout, "bf16", cases.FORWARD_BACKWARD)
+    count, walk, finish = roofline.launches_of(case, multiprocessors)
+    trips = [roofline.trips_of(launch) for launch in (count, walk, finish)]
+    assert trips[0] * count.programs * count.constants["BLOCK"] == 16 * 512 * 512
+    assert trips[1] * walk.programs * walk.constants["PIXELS"] == 16 * 512 * 512
+    assert walk.programs == multiprocessors * 64 == finish.argument("num_programs")
+    assert trips[2] == (1 if multiprocessors == 1 else 3)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") and shutil.which("c++filt")), reason="needs g++ and c++filt")

@@ -1,7 +1,8 @@
 """The Triton kernels compiled for sm_80, sm_90 and sm_100 with no GPU: registers, spills, shared memory, access widths.
 
-`python -m pytest tests/test_triton_aot.py -s` prints the table. On the contiguous path every load of logits or features
-and every store of a gradient has to be 16 bytes wide; numbers of which there is one a channel or a program are not.
+`python -m pytest tests/test_triton_aot.py -s` prints the table. On the contiguous path every load of features and every
+store of their gradient has to be 16 bytes wide, of logits as wide as the plan has it; numbers of which there is one a
+channel or a program are not. TNKD's instructions a pixel are held to bars.
 
 A process whose kernels are interpreted cannot compile them: there, one test runs this file in a process of its own.
 """
@@ -23,14 +24,33 @@ from dsct_kernels.tnkd import triton as tnkd
 from tests.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report, specialised
 
 pytestmark = pytest.mark.skipif(not (BIN / "nvdisasm").exists(), reason="this Triton brings no NVIDIA tools")
-TNKD_CASES = [
-    (classes, dtype, layout, with_ce)
-    for classes in (6, 19, 150, 1024)
-    for dtype in (torch.float32, torch.bfloat16)
-    for layout in ("contiguous", "channels_last")
-    for with_ce in (False, True)
-    if not (layout == "channels_last" and with_ce)
-]
+# Thread instructions a pixel of 16 x K x 512 x 512, on 132 multiprocessors: bars, by classes, layout, dtype, with_ce.
+MOST_INSTRUCTIONS = {
+    (19, "contiguous", torch.bfloat16, False): 860,
+    (19, "contiguous", torch.bfloat16, True): 996,
+    (19, "contiguous", torch.float32, False): 952,
+    (19, "contiguous", torch.float32, True): 1080,
+    (150, "contiguous", torch.bfloat16, False): 8576,
+    (150, "contiguous", torch.bfloat16, True): 11456,
+    (150, "contiguous", torch.float32, False): 9600,
+    (150, "contiguous", torch.float32, True): 11000,
+    (6, "contiguous", torch.bfloat16, False): 380,
+    (6, "contiguous", torch.float32, True): 480,
+    (6, "channels_last", torch.bfloat16, True): 490,
+    (6, "channels_last", torch.float32, False): 420,
+    (19, "channels_last", torch.bfloat16, False): 1200,
+    (19, "channels_last", torch.float32, True): 1400,
+    (150, "channels_last", torch.bfloat16, True): 8800,
+    (150, "channels_last", torch.float32, False): 7200,
+    # the most classes of a row of the plan, in the fewest registers
+    (32, "channels_last", torch.bfloat16, True): 1900,
+    (40, "contiguous", torch.bfloat16, True): 3000,
+    (320, "channels_last", torch.bfloat16, True): 19500,
+    (320, "contiguous", torch.bfloat16, False): 16500,
+    (1024, "channels_last", torch.bfloat16, True): 56000,
+    (1024, "contiguous", torch.bfloat16, True): 90000,
+}
+TNKD_CASES = list(MOST_INSTRUCTIONS)
 CAFD_CASES = [
     (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("contiguous", "channels_last")
 ]
@@ -65,9 +85,9 @@ def test_in_a_process_of_its_own(chosen):
     assert done.returncode == 0
 
 
-def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str = "cpu") -> Tensor:
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype).contiguous(memory_format=form)
+    return torch.empty(shape, dtype=dtype, device=device).contiguous(memory_format=form)
 
 
 def vectors(launch: Launch, values: int, itemsize: int) -> int:
@@ -75,18 +95,24 @@ def vectors(launch: Launch, values: int, itemsize: int) -> int:
     return values * itemsize // (16 * 32 * launch.warps)
 
 
+def per_pixel(result: Report, launch: Launch) -> float:
+    """Thread instructions a pixel of tnkd_kernel, the programs' beginnings and ends included."""
+    tiles, pixels = launch.argument("tiles"), launch.argument("num_pixels")
+    return result.issued(tiles / launch.programs) * launch.programs * launch.warps * 32 / pixels
+
+
 def check(result: Report) -> None:
     print(result.row())
     assert result.registers > 0 and result.loads and result.stores, "the machine code was not understood"
-    assert result.spills == 0, "registers are spilt to memory"
+    assert result.spills == 0 or (result.loops and not result.spilt_in_loops), "registers are spilt to memory"
     assert result.shared <= SHARED_LIMIT[result.arch], "more shared memory than the chip has"
 
 
 def tnkd_launches(
     classes: int, dtype: torch.dtype, layout: str, with_ce: bool, by_pointer: bool = False, coupled: bool = False
 ) -> dict[str, Launch]:
-    logits = laid_out((2, classes, 64, 64), dtype, layout)
-    labels = torch.empty(2, 64, 64, dtype=torch.int64)
+    logits = laid_out((16, classes, 512, 512), dtype, layout, "meta")
+    labels = torch.empty(16, 512, 512, dtype=torch.int64, device="meta")
     with recorded(tnkd) as launches:
         numbers = NUMBERS if with_ce else NUMBERS[1:]
         tnkd.forward(logits, logits, labels, None, numbers, INDEX, coupled, 1, True, by_pointer=by_pointer)
@@ -95,30 +121,30 @@ def tnkd_launches(
 
 def on_chips(cases: list[tuple[object, ...]]) -> list[object]:
     """Everything for sm_90; for the others what has to be wide."""
-    wide = [case for case in cases if "contiguous" in case and True not in case]
+    wide = [case for case in cases if "contiguous" in case and True not in case and case[0] != 320]
     chosen = [(90, *case) for case in cases] + [(chip, *case) for chip in CHIPS[1:] for case in wide]
     return [pytest.param(*case, id="-".join(map(str, (f"sm{case[0]}", *case[1:])))) for case in chosen]
 
 
 @compiled
-@pytest.mark.parametrize("chip,classes,dtype,layout,with_ce", on_chips(TNKD_CASES))
-def test_tnkd(chip, classes, dtype, layout, with_ce):
+@pytest.mark.parametrize("chip,classes,layout,dtype,with_ce", on_chips(TNKD_CASES))
+def test_tnkd(chip, classes, layout, dtype, with_ce):
     launch = tnkd_launches(classes, dtype, layout, with_ce)["tnkd_kernel"]
     sizes = launch.constants
     result = report(f"tnkd {classes} {str(dtype)[6:]} {layout}{' ce' if with_ce else ''}", launch, chip)
     check(result)
-    assert bool(result.loops) != sizes["RESIDENT"], "benchmarks/roofline.py counts the instructions of what has no loop"
+    instructions, most = per_pixel(result, launch), MOST_INSTRUCTIONS[classes, layout, dtype, with_ce]
+    print(f"{instructions:>44.0f} of {most} thread instructions a pixel")
+    assert chip != 90 or instructions <= most
     if layout != "contiguous":
         return
-    tile = sizes["CLASSES"] * sizes["PIXELS"]
-    tiles = sizes["CHUNKS"] if sizes["RESIDENT"] else sizes["UNROLL"]
-    walks = 1 if sizes["RESIDENT"] else 2
-    # both networks, and the labels: each lane has those of its own pixels
-    assert result.loads[16] == walks * 2 * tiles * vectors(launch, tile, dtype.itemsize) + vectors(launch, tile, 8)
-    assert result.stores[16] == tiles * vectors(launch, tile, dtype.itemsize)
-    # narrower: only the counts that the first kernel left, one for each of its programs, and the sums of this block
-    assert set(result.loads) <= {16, 8} and result.loads[8] == tnkd.COUNT_PROGRAMS // (32 * launch.warps)
-    assert set(result.stores) == {16, 4} and result.stores[4] == (3 if with_ce else 2)
+    # both networks: as many bytes as the plan gives a lane; each lane has the labels of its own pixels, and wider are
+    # only these and the counts that the first kernel left; 4 bytes: the sums of this program
+    width = sizes["CLASSES"] * sizes["PIXELS"] * dtype.itemsize // (32 * launch.warps)
+    others = tnkd.COUNT_PROGRAMS // (32 * launch.warps) if width == 8 else 0
+    assert result.loads[width] == 2 * sizes["CHUNKS"] + others and set(result.loads) <= {width, 8, 16}
+    sums = 3 if with_ce else 2
+    assert result.stores[width] == sizes["CHUNKS"] + (sums if width == 4 else 0) and set(result.stores) <= {width, 4}
 
 
 @compiled
@@ -131,13 +157,12 @@ def test_tnkd_with_its_numbers_in_device_memory(classes, layout, dtype, with_ce)
         name = launch.kernel.__name__
         known, read = report(name, launch, 90), report(f"{name} by pointer", pointed, 90)
         check(read)
-        assert read.loads.get(16) == known.loads.get(16) and read.stores == known.stores
+        assert read.loads.get(4) == known.loads.get(4) and read.stores == known.stores
 
 
 @compiled
-@pytest.mark.parametrize("classes,layout", [(2, "contiguous"), (6, "contiguous"), (150, "contiguous"),
-                                            (1024, "contiguous"), (19, "channels_last")])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes,layout,dtype", [(6, "contiguous", torch.float32), (150, "contiguous", torch.bfloat16),
+                                                  (19, "channels_last", torch.float32)], ids=str)  # fmt: skip
 def test_plain_kd_takes_no_more_than_tnkd(classes, layout, dtype):
     """No spill, and the same accesses."""
     alone, coupled = (
@@ -241,17 +266,20 @@ def test_another_batch_size_compiles_nothing(layout, with_ce):
 def test_the_report_sees_spills_and_narrow_loads():
     """What the tests above look for is there when it should be: too many registers asked of a thread, an odd width."""
     launch = tnkd_launches(150, torch.float32, "contiguous", True)["tnkd_kernel"]
-    crowded = Launch(launch.kernel, launch.programs, 1, launch.args, {**launch.constants, "UNROLL": 4, "PIXELS": 64})
-    assert report("crowded", crowded, 90).spills > 0
-    odd = laid_out((2, 6, 9, 7), torch.float32, "contiguous")
+    crowded = Launch(launch.kernel, launch.programs, 1, launch.args, {**launch.constants, "PIXELS": 64})
+    report_ = report("crowded", crowded, 90)
+    assert report_.spills > 0 and report_.spilt_in_loops > 0
+    with pytest.raises(AssertionError, match="spilt"):
+        check(report_)
+    odd = laid_out((2, 6, 9, 7), torch.bfloat16, "contiguous")  # whose lanes hold 8 bytes of even rows
     with recorded(tnkd) as launches:
         tnkd.forward(odd, odd, torch.empty(2, 9, 7, dtype=torch.int64), None, NUMBERS[1:], None, False, 1, True)
-    assert 4 in report("odd width", launches[0], 90).loads
+    assert 2 in report("odd width", launches[0], 90).loads
 
 
 @compiled
 @pytest.mark.parametrize("student,teacher", [("float64", "float64"), ("float64", "bfloat16"), ("float32", "float64")])
-@pytest.mark.parametrize("classes,labelled", [(6, True), (6, False), (1024, True)])
+@pytest.mark.parametrize("classes,labelled", [(6, True), (6, False)])
 def test_tnkd_float64_compiles(student, teacher, classes, labelled):
     """What only a float64 call reaches: the interpreter runs it, but does not type it."""
     both = [laid_out((2, classes, 16, 16), getattr(torch, dtype), "contiguous") for dtype in (student, teacher)]
