@@ -229,7 +229,7 @@ def test_cafd(chip, dtype, layout):
             assert set(result.stores) == {16}, "narrow stores of the gradient"
             assert result.loads[16] >= vectors(launch, tile, dtype.itemsize) == result.stores[16]
     names = {launch.kernel.__name__ for launch in launches}
-    assert len(launches) == len(names) == (5 if layout == "contiguous" else 8)
+    assert len(launches) == len(names) == (6 if layout == "contiguous" else 7)
 
 
 @compiled

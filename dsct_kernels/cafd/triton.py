@@ -1,4 +1,4 @@
-"""CAFD on Triton (triton_kernels.py): four launches forward, one backward where the positions are adjacent, else four.
+"""CAFD on Triton (triton_kernels.py): four launches forward, two backward where the positions are adjacent, else three.
 
 Forward, both networks in each launch: maximum, sum of exponentials and sum of magnitudes of every channel; the weights
 of the channels; the attention map (the second read of the features, meant to hit L2); the divergence and its gradient
@@ -22,7 +22,7 @@ from . import op
 
 __all__ = ["attention_map", "cafd", "why_not"]
 
-MOST_COMPILED = 8  # kernels of one variant, forward and backward
+MOST_COMPILED = 7  # kernels of one variant, forward and backward
 LONGEST_ROW = 16384  # positions that one program holds in registers in the one-launch backward
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: more splits gain nothing
@@ -265,41 +265,36 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
     x, g = _Network(features, config), _Network(grad, config)
     grad_map = grad_map.contiguous()
     t = _Temperatures(temperatures, by_pointer)
+    acc = x.acc()
     with on_device(features):
+        centered, products = torch.empty_like(grad_map), stats.new_empty([x.samples, 2])
+        block = min(4096, max(16, next_power_of_2(x.positions)))
+        launch(
+            kernels.center_kernel, x.samples, 8 if block > 512 else 1,
+            grad_map, stats, centered, products, x.row, x.positions, BLOCK=block, ACC=acc)  # fmt: skip
         if x.adjacent and g.adjacent and x.positions <= LONGEST_ROW:
             block = max(16, next_power_of_2(x.positions))
             groups = -(-x.channels // x.config.rows)
             launch(
                 kernels.row_backward_kernel, x.samples * groups, max(1, min(16, block // 1024)),
-                features, grad_map, stats, grad, x.row, x.channels, x.positions, *x.strides[:2], *g.strides[:2], groups,
-                t.channel, t.spatial, t.scale, t.at, ROWS=x.config.rows, BLOCK=block,
-                ACC=x.acc())  # fmt: skip
+                features, centered, products, stats, grad, x.row, x.channels, x.positions, *x.strides[:2],
+                *g.strides[:2], groups, t.channel, t.spatial, t.scale, t.at, ROWS=x.config.rows, BLOCK=block,
+                ACC=acc)  # fmt: skip
             return grad
         partial = stats.new_empty([x.samples, x.splits, x.channels])
-        factors = stats.new_empty([x.samples, 2, x.channels])
-        tile, acc = x.config.stats, x.acc()
-        centered = torch.empty_like(grad_map)
-        block = min(4096, max(16, next_power_of_2(x.positions)))
-        launch(
-            kernels.center_kernel, x.samples, 8 if block > 512 else 1,
-            grad_map, stats, centered, x.row, x.positions, BLOCK=block, ACC=acc)  # fmt: skip
-        grad_map = centered
+        tile = x.config.stats
         launch(
             kernels.rho_kernel, x.stats_programs, tile.warps,
-            features, grad_map, stats, partial, x.row, x.channels, x.positions, x.width, *x.strides, x.splits, x.span,
+            features, centered, stats, partial, x.row, x.channels, x.positions, x.width, *x.strides, x.splits, x.span,
             t.scale, t.at, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll, FLAT=x.flat,
             ACC=acc)  # fmt: skip
-        launch(
-            kernels.channel_gradient_kernel, x.samples, 4,
-            partial, stats, factors, x.row, x.channels, x.positions, x.splits, t.channel, t.at,
-            BLOCK=max(16, next_power_of_2(x.channels)), ACC=acc)  # fmt: skip
         tile = x.config.write
         blocks = -(-x.positions // tile.positions)
         launch(
             kernels.write_kernel, x.samples * -(-x.channels // tile.channels) * blocks, tile.warps,
-            features, grad_map, stats, factors, grad, x.row, x.channels, x.positions, x.width, *x.strides, *g.strides,
-            blocks, t.spatial, t.scale, t.at, CHANNELS=tile.channels, POSITIONS=tile.positions, FLAT=x.flat,
-            GRAD_FLAT=g.flat, ACC=acc)  # fmt: skip
+            features, centered, products, stats, partial, grad, x.row, x.channels, x.positions, x.width, *x.strides,
+            *g.strides, blocks, x.splits, t.channel, t.spatial, t.scale, t.at, CHANNELS=tile.channels,
+            POSITIONS=tile.positions, FLAT=x.flat, GRAD_FLAT=g.flat, ACC=acc)  # fmt: skip
     return grad
 
 

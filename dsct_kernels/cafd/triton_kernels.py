@@ -238,7 +238,8 @@ def maps_kernel(
     ACC_T: tl.constexpr,
     BOTH: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    """From the last sample to the first: what the statistics have read last still lies in L2. Backward turns again."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     scale_ = _scale(temperatures, scale_)
     if BOTH:
         if program >= programs_s:
@@ -293,7 +294,43 @@ def kl_kernel(map_s, map_t, loss, grad_map, row_s, row_t, positions, factor_: tl
 
 
 @triton.jit
-def row_backward_kernel(features, grad_map, stats, grad, row, channels, positions, s_n, s_c, g_n, g_c, groups,
+def center_kernel(grad_map, stats, centered, products, row, positions, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """centered = D - sum_i A_i D_i; products[n] = the sums of A and of B times that. One program a sample.
+
+    A constant added to D changes nothing but what cancels: with the mean taken out, next to nothing does.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], ACC)
+    for start in range(0, positions, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        a = tl.load(stats + n * row + p, mask=p < positions, other=0.0)
+        total += a * tl.load(grad_map + n * positions + p, mask=p < positions, other=0.0)
+    mean = tl.sum(total, 0)
+    a_d = tl.zeros([BLOCK], ACC)
+    b_d = tl.zeros([BLOCK], ACC)
+    for start in range(0, positions, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < positions
+        d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0) - mean
+        a_d += tl.load(stats + n * row + p, mask=inside, other=0.0) * d
+        b_d += tl.load(stats + n * row + positions + p, mask=inside, other=0.0) * d
+        tl.store(centered + n * positions + p, d, mask=inside)
+    tl.store(products + 2 * n, tl.sum(a_d, 0))
+    tl.store(products + 2 * n + 1, tl.sum(b_d, 0))
+
+
+@triton.jit
+def _by_magnitude(rho, w, numbers, products, n, channels, positions, channel_t):
+    """dloss/dg_c / HW: what the gradient of a feature gets times its sign."""
+    mean = tl.load(numbers + 4 * channels)
+    a_d = tl.load(products + 2 * n)
+    pull = (tl.load(products + 2 * n + 1) - a_d * tl.load(numbers + 4 * channels + 1)) / channel_t / channels
+    s = w / channel_t * (rho - a_d)  # pull: (1/C) sum_k s_k r_k
+    return tl.where(mean == 0, 0.0, (s - pull) / mean) / positions
+
+
+@triton.jit
+def row_backward_kernel(features, centered, products, stats, grad, row, channels, positions, s_n, s_c, g_n, g_c, groups,
                         channel_t_: tl.float64, tau_: tl.float64, scale_: tl.float64, temperatures, ROWS: tl.constexpr,
                         BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """The gradient of ROWS channels whose positions are adjacent: one read of the features, one write."""
@@ -305,46 +342,18 @@ def row_backward_kernel(features, grad_map, stats, grad, row, channels, position
     scale = tl.full([], scale_, ACC)
     p = tl.arange(0, BLOCK)
     inside = p < positions
-    d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0).to(ACC)
-    maps = stats + n * row
-    a = tl.load(maps + p, mask=inside, other=0.0)
-    # a constant added to D changes nothing but what cancels: with the mean taken out, next to nothing does
-    d -= tl.sum(a * d, 0)
-    a_d = tl.sum(a * d, 0)
-    b_d = tl.sum(tl.load(maps + positions + p, mask=inside, other=0.0) * d, 0)
-    numbers = maps + 2 * positions
-    mean = tl.load(numbers + 4 * channels)
-    w_r = tl.load(numbers + 4 * channels + 1)
-    pull = (b_d - a_d * w_r) / channel_t / channels  # (1/C) sum_k s_k r_k
+    d = tl.load(centered + n * positions + p, mask=inside, other=0.0)
+    numbers = stats + n * row + 2 * positions
     first = program % groups * ROWS
     for c in range(first, tl.minimum(first + ROWS, channels)):
         x = tl.load(features + n * s_n + tl.cast(c, tl.int64) * s_c + p, mask=inside, other=float("-inf")).to(ACC)
         e = tl.exp2((x - tl.load(numbers + c)) * scale) * tl.load(numbers + channels + c)  # P_ci
         w = tl.load(numbers + 2 * channels + c)
         rho = tl.sum(e * d, 0)
-        s = w / channel_t * (rho - a_d)
-        by_g = tl.where(mean == 0, 0.0, (s - pull) / mean) / positions
+        by_g = _by_magnitude(rho, w, numbers, products, n, channels, positions, channel_t)
         sign = tl.where(x > 0, by_g, tl.where(x < 0, -by_g, 0.0))
         g = (w / tau) * e * (d - rho) + sign
         tl.store(grad + n * g_n + tl.cast(c, tl.int64) * g_c + p, g.to(grad.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def center_kernel(grad_map, stats, centered, row, positions, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """centered = D - sum_i A_i D_i. One program a sample."""
-    n = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], ACC)
-    for start in range(0, positions, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        inside = p < positions
-        a = tl.load(stats + n * row + p, mask=inside, other=0.0)
-        total += a * tl.load(grad_map + n * positions + p, mask=inside, other=0.0)
-    mean = tl.sum(total, 0)
-    for start in range(0, positions, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        inside = p < positions
-        d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0)
-        tl.store(centered + n * positions + p, d - mean, mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -380,39 +389,20 @@ def rho_kernel(features, grad_map, stats, partial, row, channels, positions, wid
 
 
 @triton.jit(do_not_specialize=["splits"])
-def channel_gradient_kernel(partial, stats, factors, row, channels, positions, splits, channel_t_: tl.float64,
-                            temperatures, BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """factors[n] = rho_c (C) | dloss/dg_c / HW (C). One program a sample."""
-    n = tl.program_id(0).to(tl.int64)
-    channel_t_, _, _ = _numbers(temperatures, channel_t_, channel_t_, channel_t_)
-    c = tl.arange(0, BLOCK)
-    known = c < channels
-    rho = tl.zeros([BLOCK], ACC)
-    for split in range(0, splits):
-        rho += tl.load(partial + (n * splits + split) * channels + c, mask=known, other=0.0)
-    numbers = stats + n * row + 2 * positions
-    w = tl.load(numbers + 2 * channels + c, mask=known, other=0.0)
-    r = tl.load(numbers + 3 * channels + c, mask=known, other=0.0)
-    mean = tl.load(numbers + 4 * channels)
-    s = w / tl.full([], channel_t_, ACC) * (rho - tl.sum(w * rho, 0))
-    pull = tl.sum(s * r, 0) / channels
-    by_g = tl.where(mean == 0, 0.0, (s - pull) / mean) / positions
-    tl.store(factors + n * 2 * channels + c, rho, mask=known)
-    tl.store(factors + (n * 2 + 1) * channels + c, by_g, mask=known)
+def write_kernel(features, centered, products, stats, partial, grad, row, channels, positions, width,
+                 s_n, s_c, s_h, s_w, g_n, g_c, g_h, g_w, position_blocks, splits, channel_t_: tl.float64,
+                 tau_: tl.float64, scale_: tl.float64, temperatures, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+                 FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """The gradient of a tile from the numbers of its channels, for any layout: the last read, and the write.
 
-
-@triton.jit
-def write_kernel(features, grad_map, stats, factors, grad, row, channels, positions, width, s_n, s_c, s_h, s_w,
-                 g_n, g_c, g_h, g_w, position_blocks, tau_: tl.float64, scale_: tl.float64, temperatures,
-                 CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr,
-                 ACC: tl.constexpr):  # fmt: skip
-    """The gradient of a tile from the numbers of its channels, for any layout: the last read, and the write."""
-    program = tl.program_id(0)
+    From the last sample to the first: rho_kernel has read that last.
+    """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     channel_blocks = tl.cdiv(channels, CHANNELS)
     n = (program // position_blocks // channel_blocks).to(tl.int64)
     c = program % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
     p = program // channel_blocks % position_blocks * POSITIONS + tl.arange(0, POSITIONS)
-    _, tau_, scale_ = _numbers(temperatures, tau_, tau_, scale_)
+    channel_t_, tau_, scale_ = _numbers(temperatures, channel_t_, tau_, scale_)
     tau = tl.full([], tau_, ACC)
     known = c < channels
     inside = p < positions
@@ -424,9 +414,11 @@ def write_kernel(features, grad_map, stats, factors, grad, row, channels, positi
     m = tl.load(numbers + c, mask=known, other=0.0)
     over_z = tl.load(numbers + channels + c, mask=known, other=0.0)
     w = tl.load(numbers + 2 * channels + c, mask=known, other=0.0)
-    rho = tl.load(factors + n * 2 * channels + c, mask=known, other=0.0)
-    by_g = tl.load(factors + (n * 2 + 1) * channels + c, mask=known, other=0.0)
-    d = tl.load(grad_map + n * positions + p, mask=inside, other=0.0).to(ACC)
+    rho = tl.zeros([CHANNELS], ACC)
+    for split in range(0, splits):
+        rho += tl.load(partial + (n * splits + split) * channels + c, mask=known, other=0.0)
+    by_g = _by_magnitude(rho, w, numbers, products, n, channels, positions, tl.full([], channel_t_, ACC))
+    d = tl.load(centered + n * positions + p, mask=inside, other=0.0)
     e = tl.exp2((x - m[:, None]) * tl.full([], scale_, ACC))
     sign = tl.where(x > 0, by_g[:, None], tl.where(x < 0, -by_g[:, None], 0.0))
     g = e * (w * over_z / tau)[:, None] * (d[None, :] - rho[:, None]) + sign

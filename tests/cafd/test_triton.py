@@ -72,14 +72,14 @@ def test_every_launch_gives_the_same_numbers(device, config, layout):
 
 
 def test_the_two_backward_paths_agree(device, monkeypatch):
-    """Rows too long for one program take four launches; they are forced here onto a short one."""
+    """Rows too long for one program take three launches; they are forced here onto a short one."""
     student, teacher = features(device, (2, 6, 4, 4))
     arguments = (student, *triton.forward(student, teacher, temperatures(), 1, True)[1:], temperatures())
-    one_launch = triton.map_backward(*arguments)
+    row_by_row = triton.map_backward(*arguments)
     monkeypatch.setattr(triton, "LONGEST_ROW", 8)
-    four_launches = triton.map_backward(*arguments)
-    torch.testing.assert_close(one_launch, four_launches, rtol=1e-5, atol=1e-9)
-    assert not torch.equal(one_launch, torch.zeros_like(one_launch))
+    by_tiles = triton.map_backward(*arguments)
+    torch.testing.assert_close(row_by_row, by_tiles, rtol=1e-5, atol=1e-9)
+    assert not torch.equal(row_by_row, torch.zeros_like(row_by_row))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -90,7 +90,7 @@ def test_temperatures_that_the_kernels_read_give_the_bits_of_numbers_among_their
 ):
     student, teacher = features(device, (2, 5, 3, 7), student_dtype)[0], features(device, (2, 4, 3, 4))[1]
     student, t = strided_copy(student, layout), temperatures(*numbers)
-    for longest in (triton.LONGEST_ROW, 8):  # the backward in one launch, and in four
+    for longest in (triton.LONGEST_ROW, 8):  # the backward row by row, and by tiles
         monkeypatch.setattr(triton, "LONGEST_ROW", longest)
         results = []
         for by_pointer in (False, True):
