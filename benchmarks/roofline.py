@@ -4,11 +4,11 @@ Floor time is bytes / bandwidth: once for the bytes that must move, once for tho
 cache served a second read. Issue time is what the instructions of Triton's TNKD take, loops by the number of their
 trips, where each of a multiprocessor's four schedulers issues one in every cycle. The tail is the one program that adds
 the partial sums, trip after trip. From these the share of a copy's bandwidth that is to be expected: each kernel takes
-as long as its bytes at COPY of the data sheet's bandwidth or its instructions at ISSUED of the schedulers' rate,
-whichever is longer, plus LAUNCH_US; the three are assumptions. Occupancy is worked out from what ahead-of-time
-compilation (Triton's, and nvcc where there is one) says of registers and shared memory. Inputs that already lie in L2
-can beat the floor (docs/gpu.md). The one thing measured is how long Triton's compiler takes here, without its cache: a
-first call on a GPU waits as long.
+as long as the root of two squares, since neither hides the other wholly: its bytes at COPY of the data sheet's
+bandwidth, its instructions at ISSUED of the schedulers' rate; and LAUNCH_US more. All of that is assumed. Occupancy is
+worked out from what ahead-of-time compilation (Triton's, and nvcc where there is one) says of registers and shared
+memory. Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing measured is how long Triton's
+compiler takes here, without its cache: a first call on a GPU waits as long.
 
 Examples:
     python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -293,7 +294,7 @@ def expected_us(kernels: Sequence[Kernel], bandwidth: float, per_us: float) -> f
         if k.instructions is None:
             return None
         issue = k.instructions * k.warps * k.programs / (ISSUED * per_us)
-        total += LAUNCH_US + max(k.bytes / (COPY * bandwidth * 1e3), issue, k.trips * TRIP_US)
+        total += LAUNCH_US + max(math.hypot(k.bytes / (COPY * bandwidth * 1e3), issue), k.trips * TRIP_US)
     return total
 
 

@@ -5,8 +5,8 @@
     python benchmarks/tune_triton.py --loss cafd --shape 16,512,64,64 --dtype float32
 
 TNKD: forward and gradient (mean, labels of int64, ignore_index 255). CAFD: forward and backward, one kernel's tile
-changed at a time. Buffers are rotated through three times the L2. What wins belongs into `choose` in
-dsct_kernels/tnkd/triton.py or dsct_kernels/cafd/triton.py.
+changed at a time. Buffers are rotated through three times the L2. What wins belongs into
+dsct_kernels/tnkd/plan.py or `choose` in dsct_kernels/cafd/triton.py.
 """
 
 import argparse

@@ -132,7 +132,7 @@ def report(name: str, launch: Launch, arch: int) -> Report:
             continue
         opcodes.append(match.group(1))
         branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if branch and branch[1] in labels and "@" in line:  # without a condition: the trap behind a kernel's end
+        if branch and labels.get(branch[1], len(opcodes)) < len(opcodes) - 1:  # to itself: the trap behind the end
             loop = opcodes[labels[branch[1]] :]
             result.loops.append(len(loop))
             result.spilt_in_loops += sum(opcode.split(".")[0] in ("STL", "LDL") for opcode in loop)
