@@ -237,8 +237,9 @@ def find_modules(model: nn.Module, names: Sequence[str], argument: str) -> list[
         known.setdefault(clean, module)  # the outermost: it runs once, whatever its wrapper does within
     for name in names:
         if name not in known or not name:
-            close = difflib.get_close_matches(name, known, 5) or [n for n in known if n.count(".") < 2 and n][:20]
-            raise ValueError(f"{argument}: {type(model).__name__} has no module {name!r}; some of its own: {close}")
+            close = difflib.get_close_matches(name, known, 5)
+            near = list(dict.fromkeys([*close, *(n for n in known if n and n.count(".") < 2)]))[:20]
+            raise ValueError(f"{argument}: {type(model).__name__} has no module {name!r}; some of its own: {near}")
         if names.count(name) > 1:
             raise ValueError(f"{argument}: {name!r} stands there twice")
     return [known[name] for name in names]

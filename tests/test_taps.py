@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dsct_kernels import FeatureTap, cafd_loss
+from dsct_kernels.taps import token_grid
 
 IMAGES = torch.rand(2, 3, 16, 24)
 
@@ -213,6 +214,26 @@ def test_tokens_whose_map_is_not_certain_need_a_size():
     torch.testing.assert_close(the_map(body, five_more), plain)
     with pytest.raises(ValueError, match=r"size: body emits 29 tokens, which \(4, 8\) does not fit"):
         the_map(body, five_more, size=(4, 8))
+
+
+@pytest.mark.parametrize(
+    "tokens,images,extra,expected",
+    [
+        (24, (64, 96), (), (4, 6)),
+        (25, (64, 96), (), (4, 6)),  # a class token
+        (24, (60, 90), (), (4, 6)),  # padded to the patch
+        (1369, (518, 518), (), (37, 37)),
+        (1374, (518, 518), (5,), (37, 37)),  # and four registers
+        (1374, (518, 518), (), None),
+        (11, (64, 96), (), None),
+        (2, (32, 32), (), (1, 1)),
+        (6, (64, 96), (), (2, 3)),
+        (1, (64, 64), (), (1, 1)),
+        (7, (64, 96), (), (2, 3)),
+    ],
+)
+def test_the_grid_of_tokens_is_the_one_that_fits_a_stride_or_none(tokens, images, extra, expected):
+    assert token_grid(tokens, images, extra) == expected
 
 
 @pytest.mark.parametrize(
@@ -445,13 +466,20 @@ def test_under_torch_compile_maps_come_out_of_one_graph_and_carry_the_gradient()
         assert net.stem.weight.grad.abs().sum() > 0
 
 
-def test_a_network_compiled_and_run_before_the_tap_says_so():
+def test_a_network_compiled_and_run_before_the_tap_says_so_and_what_helps():
     net = torch.compile(Net(), backend="eager")
-    net(IMAGES)
-    tap = FeatureTap(net, ["stem"])
-    net(IMAGES)
-    with pytest.raises(RuntimeError, match="make the tap before the first call"):
-        tap.pop()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # torch's default
+        net(IMAGES)
+        with FeatureTap(net, ["stem"]) as tap:
+            net(IMAGES)
+            with pytest.raises(RuntimeError, match="skip_nnmodule_hook_guards = False"):
+                tap.pop()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        net(IMAGES)
+        with FeatureTap(net, ["stem"]) as tap:
+            net(IMAGES)
+            torch.testing.assert_close(tap.pop()[0], net._orig_mod.stem(IMAGES))
 
 
 def test_wrappers_within_the_network_are_left_out_of_the_names():

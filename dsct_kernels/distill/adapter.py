@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsct_kernels.taps import FeatureTap, Layout, find_modules
+
 from . import models
 from .files import DataError
 
@@ -21,7 +23,8 @@ class Adapter(nn.Module):
         segmentation_models_pytorch, plain modules), a dict with "out" (torchvision) or "logits", an object with
         `.logits` (Hugging Face), or a tuple whose first entry is the logits (auxiliary heads).
     taps: names of submodules, as in `named_modules`, whose outputs are the feature maps: (N, C, h, w), or tokens
-        (N, L, C). None takes what the network says itself: Hugging Face's hidden states, or timm's `feature_info`.
+        (N, L, C), or (N, h, w, C). `layout` is that of `dsct_kernels.FeatureTap`, which reads them.
+        None takes what the network says itself: Hugging Face's hidden states, or timm's `feature_info`.
     logits: the name of the submodule whose output the logits (N, K, h, w) are, for a network that resizes them before
         it returns them; or a function from the network's output to them, for an output that is none of the above.
     mean, std: of the input normalisation, three numbers each for images in 0..1; ImageNet's by default.
@@ -39,53 +42,39 @@ class Adapter(nn.Module):
         taps: Sequence[str] | None = None,
         *,
         logits: str | Pick | None = None,
+        layout: Layout | Mapping[str, Layout] | None = None,
         mean: Sequence[float] = models.IMAGENET[0],
         std: Sequence[float] = models.IMAGENET[1],
     ):
         super().__init__()
         self.model, self.pick = model, logits
         models.with_normalisation(self, mean, std)
-        inside = dict(model.named_modules())
-        asked = {"taps": taps or (), "logits": (logits,) if isinstance(logits, str) else ()}
-        for argument, names in asked.items():
-            for name in names:
-                if name not in inside or not name:
-                    known = [n for n in inside if n.count(".") < 2 and n]
-                    raise ValueError(
-                        f"{argument}: {type(model).__name__} has no module {name!r}; some of its own: {known[:20]}"
-                    )
         self.taps = tuple(taps) if taps is not None else timm_taps(model)
-        self.seen: list[Any] = []
-        for name in self.taps:
-            inside[name].register_forward_hook(self._saw)
-        self.last: Any = None
+        find_modules(model, self.taps, "taps")
+        self.tap = FeatureTap(model, self.taps, layout=layout) if self.taps else None
+        self.head: FeatureTap | None = None
         if isinstance(logits, str):
-            inside[logits].register_forward_hook(self._saw_logits)
-
-    def _saw(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.seen.append(output[0] if isinstance(output, tuple | list) else output)
-
-    def _saw_logits(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.last = output
+            find_modules(model, (logits,), "logits")
+            self.head = FeatureTap(model, (logits,), layout="NCHW")
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
-        """Normalised images (N, 3, H, W) to `logits` (N, K, h, w) and `hidden_states`, in the order they came about."""
-        self.seen.clear()
+        """Normalised images (N, 3, H, W) to `logits` (N, K, h, w) and `hidden_states`, with `names`, in their order."""
         asks = output_hidden_states and not self.taps and hasattr(self.model, "config")  # Hugging Face's way of asking
         out = self.model(pixel_values, output_hidden_states=True) if asks else self.model(pixel_values)
-        hidden, self.seen = self.seen, []
         if output_hidden_states and not asks and not self.taps:
             raise DataError(
                 f"{type(self.model).__name__} has no feature taps, so features cannot be compared; name some of its "
                 "modules in Adapter(..., taps=...)"
             )
-        if asks:
-            hidden = list(out.hidden_states)
-        return SimpleNamespace(logits=self._logits(out), hidden_states=hidden)
+        hidden = list(out.hidden_states) if asks else self.tap.pop() if self.tap is not None else []
+        names = self.taps or tuple(f"hidden_states[{i}]" for i in range(len(hidden)))
+        return SimpleNamespace(logits=self._logits(out), hidden_states=hidden, names=names)
 
     def _logits(self, out: Any) -> torch.Tensor:
-        if isinstance(self.pick, str):
-            out, self.last = self.last, None
+        if masks_in(out):
+            raise TypeError(f"{type(self.model).__name__} returned {type(out).__name__}: {models.MASKS}")
+        if self.head is not None:
+            (out,) = self.head.pop()
         found = self.pick(out) if callable(self.pick) else logits_in(out)
         if not isinstance(found, torch.Tensor) or found.dim() != 4:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
@@ -94,6 +83,14 @@ class Adapter(nn.Module):
                 f"{type(out).__name__}; give `logits=`, a function from the output to them"
             )
         return found
+
+
+def masks_in(out: Any) -> bool:
+    """Whether an output is masks with a class each, of `models.MASKS`: each of Hugging Face's kinds has such a key."""
+    return any(hasattr(out, key) or (isinstance(out, Mapping) and key in out) for key in MASK_KEYS)
+
+
+MASK_KEYS = ("class_queries_logits", "masks_queries_logits", "pred_masks")
 
 
 def logits_in(out: Any) -> Any:

@@ -1,10 +1,11 @@
 """Every setting of a run, checked before anything is trained or written: one error that names the option."""
 
+import copy
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from . import data, models
 from .config import CHOICES, DEFAULTS, Config, Loss, arm_loss, flag, phase_folder
 from .datasets import check_choices, tiles_of
+from .teacher import AUTO, pair
 
 # Smallest and largest value; the kind of number is that of the default.
 RANGES: dict[str, tuple[float, float]] = {
@@ -57,6 +59,8 @@ def settings(cfg: Config) -> None:
             raise ValueError(f"{flag(name)}: expected one of {', '.join(choices)}, got {getattr(cfg, name)!r}")
     if type(cfg.pictures) is not bool:
         raise ValueError(f"--no-pictures: expected true or false for pictures, got {cfg.pictures!r}")
+    if type(cfg.compile_teacher) is not bool:
+        raise ValueError(f"--compile-teacher: expected true or false, got {cfg.compile_teacher!r}")
     for name, texts in (("teacher", (cfg.teacher,)), ("student", (cfg.student,)), ("arms", cfg.arms)):
         strings(name, texts)
     if cfg.val_tiles is not None:
@@ -122,12 +126,20 @@ def losses(cfg: Config, device: torch.device) -> None:
             if name == "strides":
                 if not isinstance(value, tuple) or not all(type(s) is int and s > 0 for s in value):
                     raise ValueError(f"{where}{flag(name)}: expected whole numbers >= 1, got {value!r}")
+            elif name == "taps":
+                sides = isinstance(value, tuple) and [s.split("=") for s in value if isinstance(s, str)]
+                if value not in ((), (AUTO,)) and not (sides and all(len(s) == 2 and all(s) for s in sides)):
+                    raise ValueError(
+                        f"{where}--taps: expected auto, or student.module=teacher.module each, got {value!r}"
+                    )
+                if value and loss.strides:
+                    raise ValueError(f"{where}--taps: expected none with --strides {loss.strides}, got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{where}{flag(name)}: expected a number, got {value!r}")
         # CAFD's weight is checked as it is, its features go along whatever it is.
         for weight in {loss.cafd_weight, 1.0}:
             try:
-                distillation(out, out, target, replace(loss, cafd_weight=weight, strides=(1,)), cfg.backend)
+                distillation(out, out, target, replace(loss, cafd_weight=weight, strides=(1,), taps=()), cfg.backend)
             except (ValueError, TypeError, RuntimeError) as error:
                 text = re.sub(r"^(\w+)(?=[:=])", lambda m: flag(m[1]), str(error))
                 raise ValueError(where + text) from error
@@ -139,25 +151,25 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
     On the meta device, where shapes are computed and numbers are not: no weight of a preset is made for this.
     """
     strides = {s: arm for arm in cfg.arms for s in arm_loss(arm, cfg.loss).compared}
+    taps = {taps: arm for arm in cfg.arms if (taps := arm_loss(arm, cfg.loss).tapped)}
+    built: list[torch.nn.Module] = []
     bands = val[0].bands
     fresh = models.Normalisation((0.0,) * bands, (1.0,) * bands)  # of a network of which only shapes are asked
     windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
     for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
         trained = role == "student" or name in models.PRESETS
         try:
-            if name in models.PRESETS:
-                widths = partial(_widths_of_preset, name, classes, fresh)
-            else:
-                widths = partial(_widths, models.build(name, classes, role == "teacher", fresh).to("meta"))
+            network = _on_meta(name, classes, role == "teacher", fresh)
         except data.DataError as error:
             raise data.DataError(f"--{role}: {error}") from error
+        built.append(network)
         batch = (cfg.batch, bands, cfg.crop, cfg.crop)
         asked: list[tuple[str, bool, tuple[int, ...]]] = [(f"--crop {cfg.crop}, --batch {cfg.batch}", trained, batch)]
         asked += [(f"--window {cfg.window}", False, (1, bands, *size)) for size in {windows[0], windows[-1]}]
         found = []
         for option, training, shape in asked:
             try:
-                found.append(widths(training, shape))
+                found.append(_widths(network, training, shape))
             except (ValueError, RuntimeError) as error:
                 if shape[0] == 1 and "more than 1 value per channel" in str(error):
                     why = "normalises over the batch, expected --batch 2 or more"
@@ -173,13 +185,26 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
                 where = "--strides" if stride in cfg.loss.strides else f"--arms {arm}"
                 raise ValueError(f"{where}: {role} {name} has no feature map at stride {stride}; it has: {there}")
 
+    for names, arm in taps.items():
+        where = "--taps" if names == cfg.loss.taps else f"--arms {arm}"
+        try:
+            pair(built[1], built[0], torch.empty(1, bands, cfg.crop, cfg.crop, device="meta"), (), names).remove()
+        except NotImplementedError:  # as in _widths
+            continue
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{where}: {error}") from error
+
 
 @cache
-def _widths_of_preset(
-    name: str, classes: tuple[str, ...], fresh: models.Normalisation, training: bool, shape: tuple[int, ...]
-) -> list[int]:
+def _preset_on_meta(name: str, classes: tuple[str, ...], fresh: models.Normalisation) -> torch.nn.Module:
     with torch.device("meta"):
-        return _widths(models.build(name, classes, normalisation=fresh), training, shape)
+        return models.build(name, classes, normalisation=fresh)
+
+
+def _on_meta(name: str, classes: tuple[str, ...], whole: bool, fresh: models.Normalisation) -> torch.nn.Module:
+    if name in models.PRESETS:
+        return copy.deepcopy(_preset_on_meta(name, classes, fresh))
+    return models.build(name, classes, whole, fresh).to("meta")
 
 
 def _widths(model: torch.nn.Module, training: bool, shape: tuple[int, ...]) -> list[int]:
@@ -187,8 +212,6 @@ def _widths(model: torch.nn.Module, training: bool, shape: tuple[int, ...]) -> l
     images = torch.empty(shape, device="meta")
     try:
         with torch.no_grad():
-            out: Any = model.train(training)(pixel_values=images, output_hidden_states=True)
+            return [one.shape[-1] for _, one in models.feature_maps(model.train(training), images)]
     except NotImplementedError:  # an operation that the meta device does not know: nothing can be said beforehand
         return [max(1, shape[-1] // 2**k) for k in range(8)]
-    maps = [models._as_map(hidden, images.shape) for hidden in out.hidden_states]
-    return [m.shape[-1] for m in maps if m is not None]

@@ -13,6 +13,11 @@ from .files import DataError, only_writer
 
 INTERRUPTED, DIVERGED = 130, 3
 DATA_HELP = "data set; `dsct-distill data` says what each is"
+LOSS_HELP = {
+    "strides": ": CAFD compares the deepest features of both networks at these",
+    "taps": ": CAFD compares these features: auto, the deepest of equal or nearest stride, or "
+    "student.module=teacher.module,...",
+}
 BANDS_HELP = "bands to read, for sets that have a choice: RGB, IRRG, RGBIR, or A,B,C of your own"
 LABELS_HELP = "labels to read, for sets that have a choice: full, or eroded, without the boundaries"
 
@@ -61,9 +66,12 @@ def parser() -> argparse.ArgumentParser:
         help="students to train: alone, cafd, jaccard, tnkd, dsct, dsct:temperature=4:beta=1",
     )
     p.add_argument("--no-pictures", dest="pictures", action="store_false", help="skip the PNGs")
+    p.add_argument("--compile-teacher", action="store_true", help="run the teacher through torch.compile")
     for f in fields(Loss):
-        p.add_argument(flag(f.name), type=strides if f.name == "strides" else float, help=f"loss (default {f.default})")
+        parse: Any = {"strides": strides, "taps": commas}.get(f.name, float)
+        p.add_argument(flag(f.name), type=parse, help=f"loss (default {f.default}){LOSS_HELP.get(f.name, '')}")
     own = {"data", "root", "val_tiles", "bands", "labels", "teacher", "student", "arms", "pictures", "loss"}
+    own |= {"compile_teacher"}
     for f in fields(Config):
         if f.name not in own:
             kind = type(f.default)

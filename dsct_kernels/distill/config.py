@@ -1,5 +1,6 @@
 """Every knob of a run, with the defaults of each data set; saved as config.json in the run folder."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from .files import DataError, read_json, write_json
 
 @dataclass(frozen=True)
 class Loss:
-    """Arguments of `dsct_loss`, with its defaults, and the strides at which CAFD matches features: none by default."""
+    """Arguments of `dsct_loss`, with its defaults, and the features that CAFD matches: at strides, or by taps ("auto",
+    or "student.module=teacher.module" each). None by default."""
 
     ce_weight: float = 1.0
     matched_weight: float = 3.0
@@ -24,16 +26,22 @@ class Loss:
     channel_temperature: float = 1.0
     spatial_temperature: float = 1.0
     strides: tuple[int, ...] = ()
+    taps: tuple[str, ...] = ()
 
     @property
     def teaches(self) -> bool:
         """Whether anything is learnt from the teacher."""
-        return bool(self.matched_weight or self.jaccard_weight or self.tnkd_weight or self.compared)
+        return bool(self.matched_weight or self.jaccard_weight or self.tnkd_weight or self.compared or self.tapped)
 
     @property
     def compared(self) -> tuple[int, ...]:
         """Strides of the features that are compared."""
         return self.strides if self.cafd_weight > 0 else ()
+
+    @property
+    def tapped(self) -> tuple[str, ...]:
+        """Taps of the features that are compared."""
+        return self.taps if self.cafd_weight > 0 else ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Config:
     labels: str | None = None
     teacher: str = "segformer-tiny"
     student: str = "upernet-tiny"
+    teacher_dtype: str = "auto"
+    compile_teacher: bool = False
     arms: tuple[str, ...] = ("alone", "dsct")
     loss: Loss = Loss()
     seed: int = 0
@@ -81,6 +91,7 @@ class Config:
         _same_keys(path, "", saved, Config)
         if not isinstance(saved["loss"], dict):
             raise DataError(f"{path}: loss: expected an object, got {saved['loss']!r}")
+        saved["loss"] = {"taps": (), **saved["loss"]}  # which earlier versions lack
         _same_keys(path, "loss.", saved["loss"], Loss)
         loss = Loss(**_tuples(saved.pop("loss")))
         return Config(**_tuples(saved), loss=loss)
@@ -101,13 +112,14 @@ def _same_keys(path: Path, prefix: str, saved: dict[str, Any], kind: type[Any]) 
 
 
 # Settings that run folders of earlier versions lack, with what those runs had.
-LATER = {"bands": None, "labels": None}
+LATER = {"bands": None, "labels": None, "teacher_dtype": "auto", "compile_teacher": False}
 
 # What differs from the class defaults above, per data set.
 DEFAULTS: dict[str, dict[str, Any]] = {name: dict(one.defaults) for name, one in REGISTRY.items()}
 
 CHOICES = {
     "precision": ("auto", "no", "bf16", "fp16"),
+    "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "reference", "native", "triton"),
 }
@@ -121,6 +133,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "jaccard": {"matched_weight": 0.0, "tnkd_weight": 0.0, "cafd_weight": 0.0},
     "tnkd": {"matched_weight": 0.0, "jaccard_weight": 0.0, "cafd_weight": 0.0},
     "dsct": {},
+}
+
+
+LISTS: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "strides": lambda text: tuple(int(part) for part in text.split("+")),
+    "taps": lambda text: tuple(text.split("+")),
 }
 
 
@@ -165,9 +183,9 @@ class Arm:
                     f"--arms {text}: no loss setting {key!r}; there are: {', '.join(f.name for f in fields(Loss))}"
                 )
             try:
-                parsed: Any = tuple(map(int, value.split("+"))) if key == "strides" else float(value)
+                parsed: Any = LISTS[key](value) if key in LISTS else float(value)
             except ValueError as error:
-                expected = "whole numbers joined by +" if key == "strides" else "a number"
+                expected = "whole numbers joined by +" if key in LISTS else "a number"
                 raise ValueError(f"--arms {text}: {key}: expected {expected}, got {value!r}") from error
             loss = replace(loss, **{key: parsed})
         return Arm(text, name, loss)

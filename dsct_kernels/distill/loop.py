@@ -10,6 +10,7 @@ from .config import Arm
 from .engine import Training
 from .log import PARTS
 from .objective import cross_entropy, distillation, schedule
+from .teacher import Teacher
 
 if TYPE_CHECKING:
     from .run import Run
@@ -26,20 +27,17 @@ def train(run: "Run", arm: Arm, model: nn.Module, teacher: nn.Module | None) -> 
     crops = data.Crops(
         run.train_pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, acc.process_index
     )
+    teaching = Teacher.of(run, arm.loss, teacher, model) if teacher is not None else None
     training = Training(cfg, acc, model, top_lr)
     start, sums = run.restore(arm, training)  # sums: of the parts of the loss, and how many steps they are of
-    strides = arm.loss.compared
-    if teacher is not None:
-        teacher.eval().requires_grad_(False)
     training.model.train()
 
     for step, crop in enumerate(crops.loader(start, steps), start):
         images, target = data.images(to_device(crop, acc.device), run.normalisation.maximum)
         with acc.autocast():
-            student_out = models.forward(training.model, images, strides)
-        if teacher is not None:
-            with acc.autocast(), torch.no_grad():
-                teacher_out = models.forward(teacher, images, strides)
+            student_out = models.forward(training.model, images, teaching.asks if teaching else ())
+        if teaching is not None:
+            teacher_out = teaching(images)
             losses: tuple[torch.Tensor, ...] = distillation(student_out, teacher_out, target, arm.loss, cfg.backend)
         else:
             losses = (cross_entropy(student_out, target, cfg.backend),)
@@ -61,6 +59,8 @@ def train(run: "Run", arm: Arm, model: nn.Module, teacher: nn.Module | None) -> 
         if stop:
             run.log.close()
             raise Interrupted
+    if teaching is not None:
+        run.teacher_cost = teaching.close()
     return training.finished()
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .files import DataError, read_json, write_json
+from dsct_kernels.taps import FeatureTap, token_grid, tokens_as_map, unwrapped
 
-Builder = Callable[..., nn.Module]
+from .files import DataError, read_json, write_json
+from .presets import PRESETS
+
+Maps = list[tuple[str, torch.Tensor]]  # feature maps (N, C, h, w) with their names
 
 
 class Normalisation(NamedTuple):
@@ -26,70 +29,15 @@ class Normalisation(NamedTuple):
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def _segformer(depths: Sequence[int], widths: Sequence[int], decoder: int) -> Builder:
-    def build(bands: int, **labels: Any) -> nn.Module:
-        from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-        config = SegformerConfig(
-            depths=list(depths), hidden_sizes=list(widths), decoder_hidden_size=decoder, num_channels=bands, **labels
-        )
-        return SegformerForSemanticSegmentation(config)
-
-    return build
-
-
-def _upernet(depths: Sequence[int], widths: Sequence[int], hidden: int) -> Builder:
-    def build(bands: int, **labels: Any) -> nn.Module:
-        from transformers import ResNetConfig, UperNetConfig, UperNetForSemanticSegmentation
-
-        stages = [f"stage{i + 1}" for i in range(len(depths))]
-        backbone = ResNetConfig(  # type: ignore[call-arg,unused-ignore]
-            num_channels=bands,
-            embedding_size=widths[0],
-            hidden_sizes=list(widths),
-            depths=list(depths),
-            layer_type="basic",
-            out_features=stages,
-        )
-        config = UperNetConfig(backbone_config=backbone, hidden_size=hidden, use_auxiliary_head=False, **labels)
-        return UperNetForSemanticSegmentation(config)
-
-    return build
-
-
-def _mobilenet(depth: float) -> Builder:
-    def build(bands: int, **labels: Any) -> nn.Module:
-        from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
-
-        config = MobileNetV2Config(
-            num_channels=bands, depth_multiplier=depth, output_stride=8, finegrained_output=False, **labels
-        )
-        return MobileNetV2ForSemanticSegmentation(config)
-
-    return build
-
-
-PRESETS = {
-    "segformer-tiny": _segformer((2, 2, 2, 2), (24, 48, 96, 128), 96),
-    "segformer-b0": _segformer((2, 2, 2, 2), (32, 64, 160, 256), 256),
-    "segformer-b1": _segformer((2, 2, 2, 2), (64, 128, 320, 512), 256),
-    "segformer-b2": _segformer((3, 4, 6, 3), (64, 128, 320, 512), 768),
-    "upernet-tiny": _upernet((1, 1, 1, 1), (8, 16, 32, 64), 16),
-    "upernet-small": _upernet((1, 1, 1, 1), (16, 32, 64, 128), 32),
-    "upernet-18": _upernet((2, 2, 2, 2), (64, 128, 256, 512), 128),
-    "mobilenet-0.25": _mobilenet(0.25),
-    "mobilenet-0.5": _mobilenet(0.5),
-}
-
-
 def build(
-    name: str, classes: tuple[str, ...], whole: bool = True, normalisation: Normalisation = IMAGENET
+    name: str, classes: tuple[str, ...], whole: bool = True, normalisation: Normalisation = IMAGENET, **sizes: Any
 ) -> nn.Module:
     """A preset with fresh weights, or a folder saved by `save_pretrained`. Input normalisation rides along: that of the
-    data, for a network that starts from nothing; a folder brings its own."""
+    data, for a network that starts from nothing; a folder brings its own. `sizes` take the place of a preset's."""
     labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     if name in PRESETS:
-        return with_normalisation(PRESETS[name](len(normalisation.mean), **labels), *normalisation)
+        network = PRESETS[name].builder(len(normalisation.mean), labels, **sizes)
+        return with_normalisation(network, *normalisation)
     if not (Path(name) / "config.json").is_file():
         raise DataError(f"{name}: neither a model folder (no config.json in it) nor one of {', '.join(PRESETS)}")
     return load(name, classes, whole, normalisation)
@@ -98,7 +46,8 @@ def build(
 def load(
     folder: str | Path, classes: tuple[str, ...], whole: bool = True, normalisation: Normalisation = IMAGENET
 ) -> nn.Module:
-    """A model folder. `whole`: every weight must be there, else those that are missing start afresh.
+    """A model folder. `whole`: every weight must be there, else those that are missing start afresh. A whole network
+    keeps the dtype that its weights are stored in; one to be trained is float32.
 
     `normalisation` is that of the data: its maximum is what images are divided by before they reach `forward`, its mean
     and deviation serve where the folder does not say any.
@@ -117,6 +66,8 @@ def load(
     if whole and info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise DataError(f"{folder}: {len(missing)} weights are missing, {missing[0]} for one")
+    if not whole:
+        model = model.float()  # to be trained: half precision would lose its updates
     unnamed = all(n == f"LABEL_{i}" for i, n in enumerate(names))
     if len(names) != len(classes) or not (unnamed or names == tuple(classes)):
         raise DataError(
@@ -155,6 +106,12 @@ def _bands(model: Any) -> int:
     return 3
 
 
+MASKS = (
+    "it predicts a set of masks with a class each (Mask2Former, MaskFormer, OneFormer, EoMT, DETR), not logits "
+    "(N, K, h, w) of every class at every pixel, which the losses here read; sums of its masks are probabilities of no "
+    "softmax. Refused: distil from a network that classifies pixels"
+)
+
 # Each makes transformers fetch or run what a folder brings along, or load weights that are pickles.
 CODE = (
     "auto_map",
@@ -169,6 +126,7 @@ CODE = (
 def refuse_code(folder: Path) -> None:
     """A model folder is weights in safetensors and a config.json that names one of transformers' own models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES as UNIVERSAL
 
     config = folder / "config.json"
     content = read_json(config)
@@ -176,6 +134,8 @@ def refuse_code(folder: Path) -> None:
         kernels = key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value)
         if (key in CODE and value) or kernels:
             raise DataError(f"{config}: {key} {str(value)[:80]!r} would run code or read files from elsewhere; refused")
+    if content.get("model_type") in UNIVERSAL:
+        raise DataError(f"{config}: model_type {content['model_type']!r}: {MASKS}")
     if content.get("model_type") not in KNOWN:
         raise DataError(
             f"{config}: cannot be loaded: model_type {content.get('model_type')!r} is none of {', '.join(KNOWN)}"
@@ -242,35 +202,68 @@ def save(model: nn.Module, folder: Path) -> None:
 @dataclass
 class Output:
     logits: torch.Tensor  # (N, K, h, w), any resolution
-    features: list[torch.Tensor]  # one (N, C, h, w) per stride asked for
+    features: list[torch.Tensor]  # one (N, C, h, w) per stride asked for, or per name of a tap
 
 
-def forward(model: nn.Module, images: torch.Tensor, strides: tuple[int, ...] = ()) -> Output:
-    """images: (N, bands, H, W) in 0..1. A feature map is the deepest hidden state at (about) the stride asked for."""
-    inner = getattr(model, "module", model)  # under DistributedDataParallel
+def forward(model: nn.Module, images: torch.Tensor, features: Sequence[int] | FeatureTap = ()) -> Output:
+    """images: (N, bands, H, W) in 0..1. The features are at these strides, or those of a tap on the network.
+
+    At a stride it is the network's deepest feature map there: the deepest of those whose width is nearest.
+    The images are cast to the network's dtype.
+    """
+    if isinstance(features, FeatureTap):
+        out = _called(model, images)
+        return Output(out.logits, features.pop())
+    out = _called(model, images, output_hidden_states=bool(features))
+    if not features:
+        return Output(out.logits, [])
+    return Output(out.logits, [m for _, m in at_strides(model, _maps(model, out, images), images, features)])
+
+
+def _called(model: nn.Module, images: torch.Tensor, **keywords: Any) -> Any:
+    inner = unwrapped(model)
     images = (images - inner.get_buffer("pixel_mean")) / inner.get_buffer("pixel_std")
-    out = model(pixel_values=images, output_hidden_states=bool(strides))
-    features = []
-    if strides:
-        maps = [m for m in (_as_map(h, images.shape) for h in out.hidden_states) if m is not None]
-        if not maps:
-            raise DataError(f"{type(inner).__name__}: no hidden state is a feature map, so CAFD has nothing to match")
-        for stride in strides:
-            wanted = images.shape[-1] / stride
-            nearest = min(abs(m.shape[-1] - wanted) for m in maps)
-            features.append([m for m in maps if abs(m.shape[-1] - wanted) == nearest][-1])
-    return Output(out.logits, features)
+    return model(pixel_values=images.to(dtype_of(inner)), **keywords)
 
 
-def _as_map(hidden: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
-    """A hidden state as (N, C, h, w): tokens (N, L, C), with or without a class token, are viewed, not copied."""
-    if hidden.dim() == 4:
-        return hidden
-    for patch in (4, 8, 14, 16, 32):
-        h, w = shape[-2] // patch, shape[-1] // patch
-        if hidden.dim() == 3 and hidden.shape[1] in (h * w, h * w + 1):
-            return hidden[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
-    return None
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of its weights."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def feature_maps(model: nn.Module, images: torch.Tensor) -> Maps:
+    """Every feature map (N, C, h, w) that the network shows of images (N, bands, H, W), with its name, in the order in
+    which they come about: a Hugging Face network's hidden states, an adapter's taps."""
+    return _maps(model, _called(model, images, output_hidden_states=True), images)
+
+
+def _maps(model: nn.Module, out: Any, images: torch.Tensor) -> Maps:
+    inner = unwrapped(model)
+    registers = getattr(getattr(inner, "config", None), "num_register_tokens", None) or 0
+    maps = []
+    for i, hidden in enumerate(out.hidden_states):
+        name = out.names[i] if hasattr(out, "names") else f"hidden_states[{i}]"
+        if hidden.dim() == 4:  # transformers has channels first wherever it has four dimensions
+            maps.append((name, hidden))
+        elif hidden.dim() == 3:
+            height, width = images.shape[-2:]
+            size = token_grid(hidden.shape[1], (height, width), (1 + registers,))
+            if size is not None:
+                maps.append((name, tokens_as_map(hidden, size)))
+    return maps
+
+
+def at_strides(model: nn.Module, maps: Maps, images: torch.Tensor, strides: Sequence[int]) -> Maps:
+    """For each stride the deepest of the maps whose width is nearest to that of the images at this stride."""
+    if strides and not maps:
+        name = type(unwrapped(model)).__name__
+        raise DataError(f"{name}: no hidden state is a feature map, so CAFD has nothing to match")
+    found = []
+    for stride in strides:
+        wanted = images.shape[-1] / stride
+        nearest = min(abs(m.shape[-1] - wanted) for _, m in maps)
+        found.append([one for one in maps if abs(one[1].shape[-1] - wanted) == nearest][-1])
+    return found
 
 
 def parameters(model: nn.Module) -> int:

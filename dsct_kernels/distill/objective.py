@@ -22,13 +22,13 @@ def cross_entropy(student: models.Output, target: torch.Tensor, backend: str) ->
 def distillation(
     student: models.Output, teacher: models.Output, target: torch.Tensor, loss: Loss, backend: str
 ) -> DSCTLosses:
-    keywords = {name: value for name, value in asdict(loss).items() if name != "strides"}
+    keywords = {name: value for name, value in asdict(loss).items() if name not in ("strides", "taps")}
     return dsct_loss(
         student.logits,
         teacher.logits,
         target,
-        student.features if loss.compared else None,
-        teacher.features if loss.compared else None,
+        student.features or None,
+        teacher.features or None,
         **keywords,
         ignore_index=data.IGNORE,
         backend=backend,

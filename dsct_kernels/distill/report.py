@@ -18,6 +18,7 @@ from dsct_kernels import channel_attention_map
 from . import data, models
 from .config import arm_loss
 from .files import read_metrics, replace_file
+from .teacher import pair
 
 SHOWN = 2200  # pixels of a tile's longer side in a picture, at most
 PARTS_SHOWN = ("total", "ce", "matched", "jaccard", "tckd", "nckd", "cafd")
@@ -26,7 +27,8 @@ PARTS_SHOWN = ("total", "ce", "matched", "jaccard", "tckd", "nckd", "cafd")
 def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: int, batch: int) -> Table:
     out = Table(title="Validation tiles", caption=f"GFLOPs and images/s: forward, {crop} x {crop}, batches of {batch}")
     out.add_column("")
-    for name in ("mIoU", *classes, "parameters", "GFLOPs", "images/s"):
+    timed = any("teacher_ms" in r for r in results.values())
+    for name in ("mIoU", *classes, "parameters", "GFLOPs", "images/s", *["teacher, ms a step"] * timed):
         out.add_column(Text(name), justify="right")
     scores = [r["miou"] for name, r in results.items() if name != "teacher" and r["miou"] is not None]
     for name, r in results.items():
@@ -38,6 +40,7 @@ def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: in
             f"{r['parameters']:,}",
             f"{r['gflops']:.2f}",
             f"{r['images_per_s']:.0f}",
+            *([f"{r['teacher_ms']:.1f} ({r['teacher_share']:.0%})" if "teacher_ms" in r else ""] if timed else []),
         )
     return out
 
@@ -128,12 +131,16 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
     """
     plt = pyplot()
     loss = arm_loss(list(trained)[-1], run.cfg.loss)
-    grid = [(i, stride) for i in sample_tiles(run, rows) for stride in (loss.compared or (None,))]
+    black = torch.zeros(1, len(run.normalisation.mean), run.cfg.crop, run.cfg.crop, device=run.device)
+    teacher, *students = trained.values()
+    pairs = [pair(student, teacher, black, loss.compared, loss.tapped) for student in students]
+    asked = [pairs[-1].teacher, *(one.student for one in pairs)]
+    grid = [(i, k) for i in sample_tiles(run, rows) for k in range(len(pairs[-1].labels) or 1)]
     titles = ["image", *map(label, trained)]
     figure, axes = plt.subplots(
         len(grid), len(titles), figsize=(2.6 * len(titles), 2.6 * len(grid)), squeeze=False, layout="constrained"
     )
-    for row, (i, stride) in zip(axes, grid, strict=True):
+    for row, (i, k) in zip(axes, grid, strict=True):
         size = run.cfg.window // 32 * 32
         pixels = run.val_pixels.window(i, 0, 0, size, size)
         h, w = (max(32, v // 32 * 32) for v in pixels.shape[:2])
@@ -141,28 +148,30 @@ def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
         image = data.scaled(pixels.to(run.device), run.normalisation.maximum).permute(2, 0, 1)[None]
         image = F.pad(image, (0, w - image.shape[3], 0, h - image.shape[2]), mode="replicate")  # a tile below 32
         maps = []
-        for model in trained.values():
-            out = models.forward(model.eval(), image, (stride,) if stride else ())
+        for model, features in zip(trained.values(), asked, strict=True):
+            out = models.forward(model.eval(), image, features)
             maps.append(
                 channel_attention_map(
-                    out.features[0] if stride else out.logits,
+                    out.features[k] if out.features else out.logits,
                     channel_temperature=loss.channel_temperature,
-                    spatial_temperature=loss.spatial_temperature if stride else loss.matched_temperature,
+                    spatial_temperature=loss.spatial_temperature if out.features else loss.matched_temperature,
                 )[0]
                 .float()
                 .cpu()
             )
         row[0].imshow(data.picture(pixels, run.normalisation.maximum))
-        row[0].set_ylabel(f"stride {stride}" if stride else "logits", fontsize=9)
+        row[0].set_ylabel(pairs[-1].labels[k] if pairs[-1].labels else "logits", fontsize=9)
         for axis, values in zip(row[1:], maps, strict=True):
             axis.imshow(values, cmap="magma")
             nats = float(torch.special.xlogy(values, values * values.numel()).sum())  # KL(map || uniform)
             axis.set_xlabel(f"{nats:.2f} nats from uniform", fontsize=8)
         for axis, title in zip(row, titles, strict=True):
-            axis.set_title(title if (i, stride) == grid[0] else "", fontsize=10)
+            axis.set_title(title if (i, k) == grid[0] else "", fontsize=10)
             axis.set_xticks([])
             axis.set_yticks([])
     save(figure, run.folder / "attention.png", 90)
+    for one in pairs:
+        one.remove()
 
 
 def thinned(pixels: data.Pixels, i: int, thin: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ class Run:
         self.classes, self.palette = data.classes_of(cfg)
         self.train_pixels, self.val_pixels = pixels or data.load_pixels(cfg, self.device)
         self.normalisation = self.train_pixels.normalisation
+        self.teacher_cost: dict[str, float] = {}  # of the phase just trained
         self.stop = False  # set by Ctrl-C, looked at between two steps
         self.checkpoint = folder / "checkpoint.pt"
         # Everything is read before anything is written.
@@ -100,6 +101,8 @@ class Run:
         result["parameters"], result["gflops"] = models.parameters(model), models.gflops(model, self.cfg.crop)
         result["images_per_s"] = evaluate.images_per_second(model, self.cfg, self.device)
         result["train_seconds"] = round(seconds, 1)
+        result |= self.teacher_cost
+        self.teacher_cost = {}
         self.results[phase] = result
         if self.main:
             models.save(model, self.folder / arm.folder)

@@ -172,14 +172,6 @@ def test_features_come_at_the_strides_asked_for(preset):
     assert [f.shape[-1] for f in out.features] == [64 // s for s in strides]
 
 
-def test_tokens_are_viewed_as_maps():
-    tokens = torch.rand(2, 1 + 4 * 6, 8)
-    view = models._as_map(tokens, torch.Size((2, 3, 64, 96)))
-    assert view.shape == (2, 8, 4, 6) and view.data_ptr() == tokens[:, 1:].data_ptr()
-    assert torch.equal(view[1, :, 2, 5], tokens[1, 1 + 2 * 6 + 5])
-    assert models._as_map(torch.rand(2, 11, 8), torch.Size((2, 3, 64, 96))) is None
-
-
 @pytest.mark.parametrize("classes", [("A", "B"), ("Road", "Field", "Building", "Tree", "Water")])
 def test_a_model_with_other_classes_is_refused(finished, classes):
     with pytest.raises(data.DataError, match=re.escape(str(finished / "teacher")) + ".*its classes are Field, Road"):

@@ -1,0 +1,221 @@
+"""The teacher at work: what is compared, inference mode, precision, torch.compile, cost."""
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from dsct_kernels import backends, cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
+from dsct_kernels.distill import adapter, models
+from dsct_kernels.distill.files import DataError
+from dsct_kernels.distill.teacher import Teacher, nearest_strides, pair
+
+IMAGES = torch.rand(2, 3, 32, 48)
+BLACK = torch.zeros(1, 3, 32, 48)
+
+
+class Net(nn.Module):
+    """Maps at strides 2, 4, ..., logits at the last; behind the adapter with all of them as taps."""
+
+    def __init__(self, strides=(2, 4), classes=3):
+        super().__init__()
+        widths, before = [3, *(4 + 2 * i for i in range(len(strides)))], [1, *strides]
+        self.stages = nn.ModuleList(
+            nn.Conv2d(widths[i], widths[i + 1], 3, stride=strides[i] // before[i], padding=1)
+            for i in range(len(strides))
+        )
+        self.drop, self.head = nn.Dropout(0.5), nn.Conv2d(widths[-1], classes, 1)
+
+    def forward(self, images):
+        for stage in self.stages:
+            images = stage(images).relu()
+        return self.head(self.drop(images))
+
+
+def network(*strides: int) -> adapter.Adapter:
+    return adapter.Adapter(Net(strides), taps=[f"stages.{i}" for i in range(len(strides))])
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "student,teacher,expected",
+    [
+        ([4, 8, 16, 32], [4, 8, 16, 32], (32, 32)),
+        ([2, 4, 8, 8], [4, 8, 16, 32], (8, 8)),
+        ([4, 8, 16, 32], [14], (16, 14)),
+        ([8], [16, 32], (8, 16)),
+        ([4, 16], [8, 8], (16, 8)),
+        ([1], [1], (1, 1)),
+    ],
+)
+def test_the_deepest_pair_of_equal_stride_is_taken_or_the_nearest(student, teacher, expected):
+    assert nearest_strides(student, teacher) == expected
+
+
+@pytest.mark.parametrize(
+    "keywords,says,shapes",
+    [
+        (
+            {"taps": ("auto",)},
+            ["compared: student stages.1 (1, 6, 8, 12) at stride 4, teacher stages.1 (1, 6, 8, 12) at stride 4"],
+            [(6, 8, 12), (6, 8, 12)],
+        ),
+        (
+            {"taps": ("model.stages.0=model.stages.2", "model.stages.1 = model.stages.0")},
+            [
+                "compared: student model.stages.0 (1, 4, 16, 24) at stride 2, "
+                "teacher model.stages.2 (1, 8, 4, 6) at stride 8",
+                "compared: student model.stages.1 (1, 6, 8, 12) at stride 4, "
+                "teacher model.stages.0 (1, 4, 16, 24) at stride 2",
+            ],
+            [(4, 16, 24), (6, 8, 12), (8, 4, 6), (4, 16, 24)],
+        ),
+        (
+            {"strides": (2,)},
+            ["compared: student stages.0 (1, 4, 16, 24) at stride 2, teacher stages.0 (1, 4, 16, 24) at stride 2"],
+            [(4, 16, 24), (4, 16, 24)],
+        ),
+        ({}, [], []),
+    ],
+    ids=["auto", "names", "strides", "nothing"],
+)
+def test_what_is_compared_is_said_with_shapes_and_is_what_comes(keywords, says, shapes):
+    student, teacher = network(2, 4).train(), network(2, 4, 8)
+    one = Teacher(teacher, student, BLACK, **keywords)
+    assert one.says == says
+    assert student.training, "the look at the shapes leaves it as it was"
+    out, said = models.forward(student, IMAGES, one.asks), one(IMAGES)
+    assert [tuple(f.shape[1:]) for f in (*out.features, *said.features)] == shapes
+    assert all(f.requires_grad for f in out.features) and not any(f.requires_grad for f in said.features)
+    hooks = sum(len(m._forward_hooks) for m in student.modules())
+    one.close()
+    assert sum(len(m._forward_hooks) for m in student.modules()) == hooks - (4 if len(says) == 2 else 0)
+
+
+def test_a_name_that_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"names: Adapter has no module 'model.stages.7'.*'model.stages.1'"):
+        pair(network(2, 4), network(2), BLACK, taps=("model.stages.0=model.stages.0", "model.stages.7=model.head"))
+
+
+def test_a_network_without_maps_is_refused():
+    class Flat(nn.Module):
+        def forward(self, pixel_values, output_hidden_states=False):
+            return type("Out", (), {"logits": pixel_values, "hidden_states": [pixel_values.mean((2, 3))]})
+
+    flat = models.with_normalisation(Flat(), *models.IMAGENET)
+    for keywords in ({"taps": ("auto",)}, {"strides": (4,)}):
+        with pytest.raises(DataError, match="no hidden state"):
+            pair(network(2), flat, BLACK, **keywords)
+
+
+# --- inference mode --------------------------------------------------------------------------------------------------
+
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(bool(backends.NATIVE_MISSING), reason="no build")),
+]
+LOSSES = {
+    "tnkd": lambda s, t, y, backend: tnkd_loss(s.logits, t.logits, y, backend=backend),
+    "cafd": lambda s, t, y, backend: cafd_loss(s.features, t.features, backend=backend),
+    "matched": lambda s, t, y, backend: matched_cafd_loss(s.logits, t.logits, backend=backend),
+    "jaccard": lambda s, t, y, backend: jaccard_loss(s.logits, t.logits, y, backend=backend),
+    "dsct": lambda s, t, y, backend: (
+        dsct_loss(s.logits, t.logits, y, s.features, t.features, tnkd_weight=1.0, backend=backend).total
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_takes_what_a_teacher_in_inference_mode_says(loss, backend):
+    """The same loss and gradient as of a teacher under no_grad; the network itself did run in inference mode."""
+    student, teacher = network(2, 4), network(2, 4, 8)
+    inside = []
+    teacher.model.head.register_forward_hook(lambda _m, _a, out: inside.append((out.is_inference(), out.requires_grad)))
+    one = Teacher(teacher, student, BLACK, strides=(2, 4))
+    inside.clear()
+    said, out = one(IMAGES), models.forward(student, IMAGES, one.asks)
+    assert inside == [(True, False)] and not said.logits.is_inference()
+    with torch.no_grad():
+        plain = models.forward(teacher, IMAGES, (2, 4))
+    target = torch.randint(0, 3, (2, 32, 48))
+    gradients = []
+    for answer in (said, plain):
+        value = LOSSES[loss](out, answer, target, backend)
+        gradients.append(torch.autograd.grad(value, student.model.stages[0].weight, retain_graph=True)[0])
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_the_teacher_is_in_eval_mode_and_never_gets_a_gradient():
+    student, teacher = network(2), network(2).train()
+    one = Teacher(teacher, student, BLACK)
+    assert torch.equal(one(IMAGES).logits, one(IMAGES).logits), "no dropout"
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stored,dtype,expected",
+    [
+        (torch.float32, "auto", torch.bfloat16),  # that of the run
+        (torch.float16, "auto", torch.float16),
+        (torch.float32, "float32", torch.bfloat16),
+        (torch.float32, "float16", torch.float16),
+        (torch.bfloat16, "float32", torch.float32),
+    ],
+)
+def test_the_teacher_runs_in_its_own_dtype(stored, dtype, expected):
+    if (stored, dtype) == (torch.float32, "float32"):
+        expected = torch.float32
+    teacher = network(2)
+    teacher.model.to(stored)
+    before = [p.dtype for p in teacher.parameters()]
+    one = Teacher(teacher, network(2), BLACK, dtype=dtype, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert one(IMAGES).logits.dtype == expected
+    assert [p.dtype for p in teacher.parameters()] == before, "a copy is cast, not the teacher that is saved"
+    assert one.network.get_buffer("pixel_mean").dtype == torch.float32
+    torch.testing.assert_close(
+        one(IMAGES).logits.float(), models.forward(teacher, IMAGES).logits.float(), rtol=0.05, atol=0.02
+    )
+
+
+# --- torch.compile and cost ------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_teacher_says_the_same_with_its_taps(monkeypatch):
+    """All of torch.compile but the C++ compiler, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    teacher, student = network(2, 4), network(2)
+    plain = Teacher(teacher, student, BLACK, taps=("model.stages.0=model.stages.1",))
+    one = Teacher(teacher, student, BLACK, taps=("model.stages.0=model.stages.1",), compiled=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    said = one(IMAGES)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    expected = plain(IMAGES)
+    torch.testing.assert_close(said.logits, expected.logits)
+    torch.testing.assert_close(said.features, expected.features)
+
+
+def test_its_cost_is_apart_from_that_of_the_rest_of_the_step():
+    class Slow(Net):
+        def forward(self, images):
+            time.sleep(0.02)
+            return super().forward(images)
+
+    one = Teacher(adapter.Adapter(Slow((2,))), network(2), BLACK, calls=2)
+    assert one.cost() == {}
+    for _ in range(3):
+        for _ in range(2):  # batches of an accumulated step
+            one(IMAGES)
+        time.sleep(0.04)
+    cost = one.cost()  # sleeping takes at least as long as asked for; how much longer is up to the machine
+    assert cost["teacher_ms"] >= 40
+    assert 0 < cost["teacher_share"] < 1 and cost["teacher_ms"] / cost["teacher_share"] >= 79
