@@ -1,5 +1,7 @@
 """The teacher at work: what is compared, inference mode, precision, torch.compile, cost."""
 
+import json
+import re
 import time
 from functools import partial
 
@@ -8,7 +10,8 @@ import torch
 from torch import nn
 
 from dsct_kernels import backends, cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
-from dsct_kernels.distill import adapter, models
+from dsct_kernels.distill import adapter, cli, models
+from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.files import DataError
 from dsct_kernels.distill.teacher import Teacher, nearest_strides, pair
 
@@ -219,3 +222,79 @@ def test_its_cost_is_apart_from_that_of_the_rest_of_the_step():
     cost = one.cost()  # sleeping takes at least as long as asked for; how much longer is up to the machine
     assert cost["teacher_ms"] >= 40
     assert 0 < cost["teacher_share"] < 1 and cost["teacher_ms"] / cost["teacher_share"] >= 79
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--batch=2", "--window=64", "--log-every=2", "--device=cpu"]
+TINY += ["--teacher-steps=2", "--student-steps=4"]
+
+
+@pytest.fixture
+def _trained(monkeypatch):
+    """How many numbers each optimiser is given."""
+    counts: list[int] = []
+    adam = torch.optim.AdamW
+
+    class Counting(adam):  # type: ignore[misc, valid-type]
+        def __init__(self, parameters, **keywords):
+            parameters = list(parameters)
+            counts.append(sum(p.numel() for p in parameters))
+            super().__init__(parameters, **keywords)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Counting)
+    return counts
+
+
+def test_a_run_says_what_it_compares_trains_nothing_more_and_reports_the_teachers_cost(tmp_path, capsys, _trained):
+    command = [*TINY, "--taps=auto", "--teacher-dtype=bfloat16", "--arms=alone,dsct", "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    expected = (
+        "student hidden_states[4] (1, 64, 1, 1) at stride 32, teacher hidden_states[3] (1, 128, 1, 1) at stride 32"
+    )
+    assert printed.count(f"compared: {expected}") == 1
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    teacher, alone, dsct = (results[phase] for phase in ("teacher", "alone", "dsct"))
+    assert _trained == [teacher["parameters"], alone["parameters"], alone["parameters"]]
+    assert dsct["teacher_ms"] > 0 and 0 < dsct["teacher_share"] < 1
+    assert "teacher_ms" not in teacher and "teacher_ms" not in alone
+    assert f"{dsct['teacher_ms']:.1f} ({dsct['teacher_share']:.0%})" in printed
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["cafd"] > 0
+    assert (tmp_path / "run/attention.png").stat().st_size > 0
+    assert Config.load(tmp_path / "run/config.json").loss.taps == ("auto",)
+
+
+def test_a_cnn_teaches_a_transformer_by_named_modules(tmp_path, capsys):
+    """Tokens of SegFormer, by a tap of its own, against a stage of a ResNet."""
+    taps = "segformer.stages.1.blocks.0=backbone.encoder.stages.1"
+    sides = ["--teacher=upernet-tiny", "--student=segformer-tiny", "--no-pictures"]
+    command = [*TINY, *sides, f"--arms=dsct:taps={taps}", "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    mine, its = taps.split("=")
+    assert f"student {mine} (1, 48, 4, 4) at stride 8, teacher {its} (1, 16, 4, 4) at stride 8" in printed
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["phase"].startswith("dsct") and rows[-1]["cafd"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--taps=encoder"], r"--taps: expected auto, or student.module=teacher.module each, got \('encoder',\)"),
+        (["--taps=auto", "--strides=16"], r"--taps: expected none with --strides \(16,\)"),
+        (["--taps=backbone=backbone"], "--taps: names: SegformerForSemanticSegmentation has no module 'backbone'"),
+        (["--arms=dsct:taps=a=segformer"], "--arms dsct:taps=a=segformer: names: UperNet.* has no module 'a'"),
+        (["--teacher-dtype=int8"], "--teacher-dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_taps_that_cannot_be_are_refused_before_training(tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr("dsct_kernels.distill.loop.Run.train", lambda *_: pytest.fail("training began"))
+    try:
+        code = cli.main([*TINY, *arguments, "--out", str(tmp_path / "run")])
+    except SystemExit as end:
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2 and re.search(said, error), error
+    assert not (tmp_path / "run").exists()
