@@ -157,7 +157,7 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
     fresh = models.Normalisation((0.0,) * bands, (1.0,) * bands)  # of a network of which only shapes are asked
     windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
     for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
-        trained = role == "student" or name in models.PRESETS
+        trained = role == "student" or models.starts_afresh(name)
         try:
             network = _on_meta(name, classes, role == "teacher", fresh)
         except data.DataError as error:

@@ -75,6 +75,7 @@ RESULT: dict[str, tuple[type, ...]] = {
     "images_per_s": (float, int),
     "train_seconds": (float, int),
 }
+COST: dict[str, tuple[type, ...]] = {"teacher_ms": (float, int), "teacher_share": (float, int)}  # of a student taught
 
 
 def read_results(path: Path, phases: Sequence[str], classes: int) -> dict[str, dict[str, Any]]:
@@ -85,7 +86,8 @@ def read_results(path: Path, phases: Sequence[str], classes: int) -> dict[str, d
     for phase, result in results.items():
         if phase not in phases:
             raise DataError(f"{path}: {phase!r} is no phase of this run, which has {', '.join(phases)}")
-        for key, kinds in RESULT.items():
+        cost = COST if isinstance(result, dict) and COST.keys() & result.keys() else {}
+        for key, kinds in {**RESULT, **cost}.items():
             if not isinstance(result, dict) or key not in result:
                 raise DataError(f"{path}: {phase}: {key} is missing")
             if not isinstance(result[key], kinds) or isinstance(result[key], bool):

@@ -10,9 +10,14 @@ from typing import Any, NoReturn
 from . import check, data
 from .config import CHOICES, DEFAULTS, MAY_CHANGE, Config, Loss, arm_loss, flag, phase_folder
 from .files import DataError, only_writer
+from .models import is_function
 
 INTERRUPTED, DIVERGED = 130, 3
 DATA_HELP = "data set; `dsct-distill data` says what each is"
+TEACHER_HELP = (
+    "a preset, or a function that makes a torch.nn.Module of the number of classes, to be trained; "
+    "or a model folder that is used as it is"
+)
 LOSS_HELP = {
     "strides": ": CAFD compares the deepest features of both networks at these",
     "taps": ": CAFD compares these features: auto, the deepest of equal or nearest stride, or "
@@ -57,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help=f"go on with an interrupted run under its own settings, of which these may be given anew: {anew}",
     )
-    p.add_argument("--teacher", metavar="NAME|DIR", help="preset to train, or a model folder that is used as it is")
-    p.add_argument("--student", metavar="NAME|DIR", help="preset, or a model folder to start from")
+    p.add_argument("--teacher", metavar="NAME|DIR|PACKAGE.MODULE:FUNCTION", help=TEACHER_HELP)
+    p.add_argument("--student", metavar="NAME|DIR|...", help="the same; a folder is where it starts from")
     p.add_argument(
         "--arms",
         type=commas,
@@ -145,6 +150,10 @@ def main(argv: list[str] | None = None) -> int:
             where = f"{resume / 'config.json'}: "
             check.settings(saved)
             where = f"--resume {resume}: "
+            for role in ("teacher", "student"):
+                name = getattr(saved, role)
+                if is_function(name) and role not in given:  # a folder has nothing called, whatever it says
+                    p.error(f"{where}its {role} comes of {name}, which is called only where typed: add --{role} {name}")
             cfg = corrected(saved, given)
         else:
             folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")

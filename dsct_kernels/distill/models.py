@@ -32,15 +32,50 @@ IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def build(
     name: str, classes: tuple[str, ...], whole: bool = True, normalisation: Normalisation = IMAGENET, **sizes: Any
 ) -> nn.Module:
-    """A preset with fresh weights, or a folder saved by `save_pretrained`. Input normalisation rides along: that of the
-    data, for a network that starts from nothing; a folder brings its own. `sizes` take the place of a preset's."""
+    """A preset with fresh weights, a folder saved by `save_pretrained`, or what `package.module:function` makes of the
+    number of classes, behind the adapter. Input normalisation rides along: that of the data, for a preset; a folder and
+    an adapter bring their own. `sizes` take the place of a preset's."""
     labels = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     if name in PRESETS:
         network = PRESETS[name].builder(len(normalisation.mean), labels, **sizes)
         return with_normalisation(network, *normalisation)
+    if is_function(name):
+        from .adapter import from_function
+
+        if len(normalisation.mean) != 3:
+            raise DataError(f"{name} reads images of 3 bands, but those of the data have {len(normalisation.mean)}")
+        try:
+            return from_function(name, len(classes))
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise DataError(f"{name}: {error}") from error
     if not (Path(name) / "config.json").is_file():
         raise DataError(f"{name}: neither a model folder (no config.json in it) nor one of {', '.join(PRESETS)}")
     return load(name, classes, whole, normalisation)
+
+
+def is_function(name: str) -> bool:
+    """Whether a network is named as `package.module:function`."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), function))
+
+
+def starts_afresh(name: str) -> bool:
+    """Whether a teacher of this name has to be trained first, where a folder holds one that is ready."""
+    return name in PRESETS or is_function(name)
+
+
+def finished(name: str, folder: Path, classes: tuple[str, ...], normalisation: Normalisation = IMAGENET) -> nn.Module:
+    """The network that `build` made of this name, with the weights that `save` left of it in the folder."""
+    if not is_function(name):
+        return load(folder, classes, normalisation=normalisation)
+    from safetensors.torch import load_model
+
+    network = build(name, classes, normalisation=normalisation)
+    try:
+        load_model(network, folder / "model.safetensors")
+    except Exception as error:  # of safetensors' own kinds and torch's
+        raise DataError(f"{folder}: its weights are not those of {name} ({error})") from error
+    return network
 
 
 def load(
@@ -180,7 +215,13 @@ def save(model: nn.Module, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pretrained: Any = model
-    pretrained.save_pretrained(temporary)
+    if hasattr(model, "save_pretrained"):
+        pretrained.save_pretrained(temporary)
+    else:  # behind the adapter: the weights alone, since no file says what code they belong to
+        from safetensors.torch import save_model
+
+        temporary.mkdir(parents=True)
+        save_model(model, str(temporary / "model.safetensors"))
     write_json(
         temporary / "preprocessor_config.json",
         {

@@ -70,15 +70,14 @@ class Run:
 
     def phase(self, arm: Arm, teacher: nn.Module | None) -> nn.Module:
         cfg = self.cfg
+        name = cfg.teacher if arm.is_teacher else cfg.student
         if arm.phase in self.results:
-            folder = self.folder / arm.folder
-            return models.load(folder, self.classes, normalisation=self.normalisation).to(self.device)
+            return models.finished(name, self.folder / arm.folder, self.classes, self.normalisation).to(self.device)
         seed = self.budget(arm)[2]
         seed_everything(seed)
-        name = cfg.teacher if arm.is_teacher else cfg.student
         model = models.build(name, self.classes, arm.is_teacher, self.normalisation).to(self.device)
         started = time.perf_counter()
-        if not (arm.is_teacher and name not in models.PRESETS):  # a teacher loaded from a folder is ready
+        if not arm.is_teacher or models.starts_afresh(name):  # a teacher loaded from a folder is ready
             seed_everything(seed)
             model = loop.train(self, arm, model, teacher if arm.taught else None)
         self.finish(arm, model, time.perf_counter() - started)

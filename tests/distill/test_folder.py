@@ -188,6 +188,8 @@ def test_a_config_that_lacks_a_setting_is_named(capsys, folder):
         {"gflops": True},
         {"iou": [0.5]},
         {"iou": ["x"] * 5},
+        {"teacher_ms": "slow", "teacher_share": 0.5},
+        {"teacher_ms": 1.0},
     ],
 )
 def test_results_with_wrong_content_are_named(capsys, folder, change):

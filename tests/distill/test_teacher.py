@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dsct_kernels import backends, cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
-from dsct_kernels.distill import adapter, cli, models
+from dsct_kernels.distill import adapter, cli, models, scenes
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.files import DataError
 from dsct_kernels.distill.teacher import Teacher, nearest_strides, pair
@@ -279,9 +279,34 @@ def test_a_cnn_teaches_a_transformer_by_named_modules(tmp_path, capsys):
     assert rows[-1]["phase"].startswith("dsct") and rows[-1]["cafd"] > 0
 
 
+def plain_network(classes):
+    """What `--teacher package.module:function` calls."""
+    return adapter.Adapter(Net((2, 4, 8, 16), classes), taps=["stages.2", "stages.3"])
+
+
+def test_any_module_teaches_through_a_function_and_a_resumed_run_calls_none_that_is_not_typed(tmp_path, capsys):
+    folder, teacher = tmp_path / "run", f"--teacher={__name__}:plain_network"
+    command = [*TINY, "--no-pictures", "--taps=auto", "--arms=dsct", "--student=segformer-tiny", "--out", str(folder)]
+    assert cli.main([*command, teacher]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "student hidden_states[2] (1, 96, 2, 2) at stride 16, teacher stages.3 (1, 10, 2, 2) at stride 16" in printed
+    results = json.loads((folder / "results.json").read_text())
+    assert results["teacher"]["parameters"] == models.parameters(Net((2, 4, 8, 16), len(scenes.CLASSES)))
+    with pytest.raises(SystemExit):
+        cli.main(["--resume", str(folder)])
+    assert f"its teacher comes of {__name__}:plain_network" in capsys.readouterr().err
+    saved = {p: p.read_bytes() for p in folder.rglob("*.safetensors")}
+    assert len(saved) == 2 and cli.main(["--resume", str(folder), teacher]) == 0
+    assert saved == {p: p.read_bytes() for p in folder.rglob("*.safetensors")}
+    (folder / "teacher/model.safetensors").write_bytes(b"no")
+    assert cli.main(["--resume", str(folder), teacher]) == 2
+    assert "its weights are not those of" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments,said",
     [
+        (["--teacher=no.such:thing"], "--teacher: no.such:thing: No module named 'no'"),
         (["--taps=encoder"], r"--taps: expected auto, or student.module=teacher.module each, got \('encoder',\)"),
         (["--taps=auto", "--strides=16"], r"--taps: expected none with --strides \(16,\)"),
         (["--taps=backbone=backbone"], "--taps: names: SegformerForSemanticSegmentation has no module 'backbone'"),
@@ -290,7 +315,7 @@ def test_a_cnn_teaches_a_transformer_by_named_modules(tmp_path, capsys):
     ],
 )
 def test_taps_that_cannot_be_are_refused_before_training(tmp_path, capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr("dsct_kernels.distill.loop.Run.train", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("dsct_kernels.distill.loop.train", lambda *_: pytest.fail("training began"))
     try:
         code = cli.main([*TINY, *arguments, "--out", str(tmp_path / "run")])
     except SystemExit as end:
