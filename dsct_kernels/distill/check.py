@@ -1,11 +1,10 @@
 """Every setting of a run, checked before anything is trained or written: one error that names the option."""
 
-import copy
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -152,24 +151,27 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
     """
     strides = {s: arm for arm in cfg.arms for s in arm_loss(arm, cfg.loss).compared}
     taps = {taps: arm for arm in cfg.arms if (taps := arm_loss(arm, cfg.loss).tapped)}
-    built: list[torch.nn.Module] = []
+    built = []
     bands = val[0].bands
     fresh = models.Normalisation((0.0,) * bands, (1.0,) * bands)  # of a network of which only shapes are asked
     windows = sorted({tuple(math.ceil(min(cfg.window, n) / 32) * 32 for n in (t.height, t.width)) for t in val})
     for role, name in (("teacher", cfg.teacher), ("student", cfg.student)):
         trained = role == "student" or models.starts_afresh(name)
         try:
-            network = _on_meta(name, classes, role == "teacher", fresh)
+            if name in models.PRESETS:
+                widths = partial(_widths_of_preset, name, classes, fresh)
+            else:
+                widths = partial(_widths, models.build(name, classes, role == "teacher", fresh).to("meta"))
         except data.DataError as error:
             raise data.DataError(f"--{role}: {error}") from error
-        built.append(network)
+        built.append(partial(_on_meta, name, classes, role == "teacher", fresh))
         batch = (cfg.batch, bands, cfg.crop, cfg.crop)
         asked: list[tuple[str, bool, tuple[int, ...]]] = [(f"--crop {cfg.crop}, --batch {cfg.batch}", trained, batch)]
         asked += [(f"--window {cfg.window}", False, (1, bands, *size)) for size in {windows[0], windows[-1]}]
         found = []
         for option, training, shape in asked:
             try:
-                found.append(_widths(network, training, shape))
+                found.append(widths(training, shape))
             except (ValueError, RuntimeError) as error:
                 if shape[0] == 1 and "more than 1 value per channel" in str(error):
                     why = "normalises over the batch, expected --batch 2 or more"
@@ -188,23 +190,24 @@ def networks(cfg: Config, classes: tuple[str, ...], val: list[data.Tile]) -> Non
     for names, arm in taps.items():
         where = "--taps" if names == cfg.loss.taps else f"--arms {arm}"
         try:
-            pair(built[1], built[0], torch.empty(1, bands, cfg.crop, cfg.crop, device="meta"), (), names).remove()
+            teacher, student = (build() for build in built)
+            pair(student, teacher, torch.empty(1, bands, cfg.crop, cfg.crop, device="meta"), (), names).remove()
         except NotImplementedError:  # as in _widths
             continue
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{where}: {error}") from error
 
 
-@cache
-def _preset_on_meta(name: str, classes: tuple[str, ...], fresh: models.Normalisation) -> torch.nn.Module:
-    with torch.device("meta"):
-        return models.build(name, classes, normalisation=fresh)
-
-
 def _on_meta(name: str, classes: tuple[str, ...], whole: bool, fresh: models.Normalisation) -> torch.nn.Module:
-    if name in models.PRESETS:
-        return copy.deepcopy(_preset_on_meta(name, classes, fresh))
-    return models.build(name, classes, whole, fresh).to("meta")
+    with torch.device("meta" if name in models.PRESETS else "cpu"):
+        return models.build(name, classes, whole, fresh).to("meta")
+
+
+@cache
+def _widths_of_preset(
+    name: str, classes: tuple[str, ...], fresh: models.Normalisation, training: bool, shape: tuple[int, ...]
+) -> list[int]:
+    return _widths(_on_meta(name, classes, True, fresh), training, shape)
 
 
 def _widths(model: torch.nn.Module, training: bool, shape: tuple[int, ...]) -> list[int]:
@@ -213,5 +216,8 @@ def _widths(model: torch.nn.Module, training: bool, shape: tuple[int, ...]) -> l
     try:
         with torch.no_grad():
             return [one.shape[-1] for _, one in models.feature_maps(model.train(training), images)]
+    except data.DataError:  # it has none to show, which matters where some are asked for
+        models.forward(model, images)
+        return []
     except NotImplementedError:  # an operation that the meta device does not know: nothing can be said beforehand
         return [max(1, shape[-1] // 2**k) for k in range(8)]

@@ -3,8 +3,8 @@
 import copy
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from dsct_kernels.taps import FeatureTap
 
 from .config import Loss
 from .files import DataError
-from .models import Output, at_strides, dtype_of, feature_maps, forward
+from .models import Maps, Output, at_strides, dtype_of, feature_maps, forward
 
 if TYPE_CHECKING:
     from .run import Run
@@ -51,30 +51,50 @@ def pair(
     Raises ValueError for a name that is no module, or of one that emits no map; DataError for a network without maps.
     """
     networks = (student, teacher)
-    before = [network.training for network in networks]
-    for network in networks:
-        network.eval()
+    with _evaluating(*networks):
+        if taps and tuple(taps) != (AUTO,):
+            return _by_name(networks, images, [one.split("=", 1) for one in taps])
+        if not strides and not taps:
+            return Pair((), (), [], [])
+        maps = [feature_maps(network, images) for network in networks]
+        sides = [tuple(strides)] * 2
+        if taps:
+            have = [[stride_of(one, images) for _, one in own] for own in maps]
+            sides = [(stride,) for stride in nearest_strides(*have)]
+        found = [at_strides(net, own, images, side) for net, own, side in zip(networks, maps, sides)]
+    labels = [f"stride {stride_of(one, images)}" for _, one in found[0]]
+    return Pair(sides[0], sides[1], _says(found, images), labels)
+
+
+def _by_name(networks: tuple[nn.Module, nn.Module], images: torch.Tensor, taps: Sequence[Sequence[str]]) -> Pair:
+    names = [[one[side].strip() for one in taps] for side in (0, 1)]
+    asked = [FeatureTap(network, names[side], detach=side == 1) for side, network in enumerate(networks)]
     try:
-        if not taps or tuple(taps) == (AUTO,):
-            maps = [feature_maps(network, images) if strides or taps else [] for network in networks]
-            sides = [tuple(strides)] * 2
-            if taps:
-                have = [[stride_of(one, images) for _, one in own] for own in maps]
-                sides = [(stride,) for stride in nearest_strides(*have)]
-            shown = [at_strides(*which) for which in zip(networks, maps, [images] * 2, sides)]
-            asked = Pair(sides[0], sides[1], [], [])
-        else:
-            names = [[text.strip() for text in one] for one in zip(*(one.split("=", 1) for one in taps))]
-            asked = Pair(FeatureTap(student, names[0]), FeatureTap(teacher, names[1], detach=True), [], [])
-            tapped = [forward(network, images, tap).features for network, tap in zip(networks, asked[:2])]
-            shown = [list(zip(own, found)) for own, found in zip(names, tapped)]
+        maps = [forward(network, images, tap).features for network, tap in zip(networks, asked)]
+    except Exception:
+        for tap in asked:
+            tap.remove()
+        raise
+    return Pair(asked[0], asked[1], _says([list(zip(*one)) for one in zip(names, maps)], images), names[0])
+
+
+@contextmanager
+def _evaluating(*networks: nn.Module) -> Iterator[None]:
+    before = [network.training for network in networks]
+    try:
+        for network in networks:
+            network.eval()
+        yield
     finally:
         for network, training in zip(networks, before):
             network.train(training)
-    for (mine, one), (its, other) in zip(shown[0], shown[1], strict=True):
-        asked.labels.append(f"stride {stride_of(one, images)}" if not isinstance(asked.student, FeatureTap) else mine)
-        asked.says.append(f"compared: student {mine} {_words(one, images)}, teacher {its} {_words(other, images)}")
-    return asked
+
+
+def _says(found: Sequence[Maps], images: torch.Tensor) -> list[str]:
+    return [
+        f"compared: student {mine} {_words(one, images)}, teacher {its} {_words(other, images)}"
+        for (mine, one), (its, other) in zip(found[0], found[1], strict=True)
+    ]
 
 
 def stride_of(feature: torch.Tensor, images: torch.Tensor) -> int:

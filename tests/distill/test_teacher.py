@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from dsct_kernels import backends, cafd_loss, dsct_loss, jaccard_loss, matched_cafd_loss, tnkd_loss
-from dsct_kernels.distill import adapter, cli, models, scenes
+from dsct_kernels.distill import adapter, check, cli, models, scenes
 from dsct_kernels.distill.config import Config
+from dsct_kernels.distill.datasets import synthetic
 from dsct_kernels.distill.files import DataError
 from dsct_kernels.distill.teacher import Teacher, nearest_strides, pair
 
@@ -284,6 +286,15 @@ def plain_network(classes):
     return adapter.Adapter(Net((2, 4, 8, 16), classes), taps=["stages.2", "stages.3"])
 
 
+def without_taps(classes):
+    return Net((2, 4, 8, 16), classes)
+
+
+def test_a_network_without_taps_is_fine_where_no_features_are_compared():
+    cfg = replace(Config(), teacher=f"{__name__}:without_taps", crop=32, window=64)
+    check.networks(cfg, scenes.CLASSES, synthetic.draw(1, 64))
+
+
 def test_any_module_teaches_through_a_function_and_a_resumed_run_calls_none_that_is_not_typed(tmp_path, capsys):
     folder, teacher = tmp_path / "run", f"--teacher={__name__}:plain_network"
     command = [*TINY, "--no-pictures", "--taps=auto", "--arms=dsct", "--student=segformer-tiny", "--out", str(folder)]
@@ -306,6 +317,7 @@ def test_any_module_teaches_through_a_function_and_a_resumed_run_calls_none_that
 @pytest.mark.parametrize(
     "arguments,said",
     [
+        ([f"--teacher={__name__}:without_taps", "--taps=auto"], "Net has no feature taps"),
         (["--teacher=no.such:thing"], "--teacher: no.such:thing: No module named 'no'"),
         (["--taps=encoder"], r"--taps: expected auto, or student.module=teacher.module each, got \('encoder',\)"),
         (["--taps=auto", "--strides=16"], r"--taps: expected none with --strides \(16,\)"),
