@@ -348,15 +348,16 @@ STRIDES = (1, 2, 4, 7, 8, 14, 16, 28, 32, 64)
 def token_grid(tokens: int, images: Size, extra: Sequence[int] = ()) -> Size | None:
     """(h, w) of a sequence of tokens of images of this size, with none, one or `extra` tokens more in front: at one of
     the usual strides, rounded up or down. None where there is no such, or there are two."""
-    found = set()
-    for stride in STRIDES:
-        for h, w in {(n, m) for n, m in (_divided(images, stride, 0), _divided(images, stride, stride - 1))}:
-            found |= {(h, w) for more in (0, 1, *extra) if h * w and tokens == h * w + more}
-    return found.pop() if len(found) == 1 else None
+    fits = [(h, w) for h, w in grids(images) if any(tokens == h * w + more for more in (0, 1, *extra))]
+    return fits[0] if len(fits) == 1 else None
 
 
-def _divided(images: Size, stride: int, up: int) -> Size:
-    return (images[0] + up) // stride, (images[1] + up) // stride
+def grids(images: Size) -> set[Size]:
+    """The sizes of maps of images of this size, at the usual strides, rounded up or down."""
+    both = {(images[0] // s, images[1] // s) for s in STRIDES} | {
+        (-(-images[0] // s), -(-images[1] // s)) for s in STRIDES
+    }
+    return {(h, w) for h, w in both if h and w}
 
 
 def tokens_as_map(tokens: Tensor, size: Size) -> Tensor:

@@ -451,6 +451,22 @@ def test_under_ddp_the_gradient_is_that_of_the_bare_network(order):
         torch.testing.assert_close(one.grad, two.grad)
 
 
+@pytest.mark.usefixtures("_one_process")
+def test_under_fsdp_the_gradient_is_that_of_the_bare_network():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net, mesh, teacher = Net(), init_device_mesh("cpu", (1,)), torch.rand(2, 3, 4, 6)
+    bare = copy.deepcopy(net)
+    for module in (net.stages["deep"], net):
+        fully_shard(module, mesh=mesh)
+    for network in (net, bare):
+        tap = FeatureTap(network, ["stages.deep"])
+        (network(pixel_values=IMAGES).square().mean() + cafd_loss(tap.pop(), [teacher])).backward()
+    for one, two in zip(net.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.full_tensor(), two.grad)
+
+
 def test_under_torch_compile_maps_come_out_of_one_graph_and_carry_the_gradient():
     net = Net()
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)

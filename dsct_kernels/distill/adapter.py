@@ -58,7 +58,7 @@ class Adapter(nn.Module):
             self.head = FeatureTap(model, (logits,), layout="NCHW")
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
-        """Normalised images (N, 3, H, W) to `logits` (N, K, h, w) and `hidden_states`, with `names`, in their order."""
+        """Normalised images (N, 3, H, W) to `logits` (N, K, h, w) and `hidden_states`, in order, with `names`."""
         asks = output_hidden_states and not self.taps and hasattr(self.model, "config")  # Hugging Face's way of asking
         out = self.model(pixel_values, output_hidden_states=True) if asks else self.model(pixel_values)
         if output_hidden_states and not asks and not self.taps:
@@ -66,9 +66,10 @@ class Adapter(nn.Module):
                 f"{type(self.model).__name__} has no feature taps, so features cannot be compared; name some of its "
                 "modules in Adapter(..., taps=...)"
             )
-        hidden = list(out.hidden_states) if asks else self.tap.pop() if self.tap is not None else []
-        names = self.taps or tuple(f"hidden_states[{i}]" for i in range(len(hidden)))
-        return SimpleNamespace(logits=self._logits(out), hidden_states=hidden, names=names)
+        if asks:
+            return SimpleNamespace(logits=self._logits(out), hidden_states=list(out.hidden_states))
+        hidden = self.tap.pop() if self.tap is not None else []
+        return SimpleNamespace(logits=self._logits(out), hidden_states=hidden, names=self.taps)
 
     def _logits(self, out: Any) -> torch.Tensor:
         if masks_in(out):

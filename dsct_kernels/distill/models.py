@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dsct_kernels.taps import FeatureTap, token_grid, tokens_as_map, unwrapped
+from dsct_kernels.taps import FeatureTap, grids, token_grid, tokens_as_map, unwrapped
 
 from .files import DataError, read_json, write_json
 from .presets import PRESETS
@@ -279,18 +279,19 @@ def feature_maps(model: nn.Module, images: torch.Tensor) -> Maps:
 
 
 def _maps(model: nn.Module, out: Any, images: torch.Tensor) -> Maps:
-    inner = unwrapped(model)
-    registers = getattr(getattr(inner, "config", None), "num_register_tokens", None) or 0
+    if hasattr(out, "names"):
+        return list(zip(out.names, out.hidden_states, strict=True))
+    registers = getattr(getattr(unwrapped(model), "config", None), "num_register_tokens", None) or 0
+    size = (images.shape[2], images.shape[3])
     maps = []
     for i, hidden in enumerate(out.hidden_states):
-        name = out.names[i] if hasattr(out, "names") else f"hidden_states[{i}]"
-        if hidden.dim() == 4:  # transformers has channels first wherever it has four dimensions
-            maps.append((name, hidden))
-        elif hidden.dim() == 3:
-            height, width = images.shape[-2:]
-            size = token_grid(hidden.shape[1], (height, width), (1 + registers,))
-            if size is not None:
-                maps.append((name, tokens_as_map(hidden, size)))
+        # transformers' maps have channels first; one that would not be a map then (a backbone with channels last) is
+        # left out, as are tokens that are no map.
+        grid = token_grid(hidden.shape[1], size, (1 + registers,)) if hidden.dim() == 3 else None
+        if grid is not None:
+            maps.append((f"hidden_states[{i}]", tokens_as_map(hidden, grid)))
+        elif hidden.dim() == 4 and tuple(hidden.shape[2:]) in grids(size):
+            maps.append((f"hidden_states[{i}]", hidden))
     return maps
 
 

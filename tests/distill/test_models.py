@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,19 @@ def test_the_tokens_of_a_transformer_are_its_map_in_the_right_order():
     network.fpn.fpn1.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     maps = dict(models.feature_maps(network, images))
     torch.testing.assert_close(maps["hidden_states[0]"], seen[0])
+
+
+def test_hidden_states_that_are_no_maps_with_channels_first_are_left_out():
+    """As of a backbone with channels last, and of a decoder's queries."""
+    shapes = [(1, 16, 24, 8), (1, 8, 16, 24), (1, 8, 12, 16), (1, 100, 8), (1, 16, 8, 12), (1, 8)]
+
+    class Mixed(nn.Module):
+        def forward(self, pixel_values, output_hidden_states=False):
+            return SimpleNamespace(logits=pixel_values, hidden_states=[torch.zeros(shape) for shape in shapes])
+
+    mixed = models.with_normalisation(Mixed(), *models.IMAGENET)
+    names = [name for name, _ in models.feature_maps(mixed, torch.zeros(1, 3, 64, 96))]
+    assert names == ["hidden_states[1]", "hidden_states[4]"]
 
 
 def test_weights_in_half_precision_stay_so_in_a_teacher_and_not_in_a_student(tmp_path):
