@@ -24,7 +24,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "student_steps": (1, 2**40),
     "teacher_lr": (math.ulp(0.0), 1e30),
     "student_lr": (math.ulp(0.0), 1e30),
+    "power": (0, 100),
     "weight_decay": (0, 1e30),
+    "ema": (0, 1 - 2**-40),
+    "distill_warmup": (0, 1),
+    "accumulate": (1, 2**20),
     "scale_jitter": (0, 4),
     "colour_jitter": (0, 4),
     "scenes": (2, 2**20),  # one to train on, one to validate on
@@ -35,6 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "log_every": (1, 2**40),
     "eval_every": (0, 2**40),
     "checkpoint_every": (1, 2**40),
+    "keep": (1, 2**20),
 }
 
 
@@ -56,10 +61,15 @@ def settings(cfg: Config) -> None:
     for name, choices in {**CHOICES, "data": tuple(DEFAULTS)}.items():
         if getattr(cfg, name) not in choices:
             raise ValueError(f"{flag(name)}: expected one of {', '.join(choices)}, got {getattr(cfg, name)!r}")
-    if type(cfg.pictures) is not bool:
-        raise ValueError(f"--no-pictures: expected true or false for pictures, got {cfg.pictures!r}")
-    if type(cfg.compile_teacher) is not bool:
-        raise ValueError(f"--compile-teacher: expected true or false, got {cfg.compile_teacher!r}")
+    for name, option in (
+        ("pictures", "--no-pictures"),
+        ("deterministic", "--deterministic"),
+        ("compile_teacher", "--compile-teacher"),
+    ):
+        if type(getattr(cfg, name)) is not bool:
+            raise ValueError(f"{option}: expected true or false for {name}, got {getattr(cfg, name)!r}")
+    if cfg.ema and cfg.parallel == "fsdp":
+        raise ValueError(f"--ema {cfg.ema}: expected 0 with --parallel fsdp, whose weights no process has whole")
     for name, texts in (("teacher", (cfg.teacher,)), ("student", (cfg.student,)), ("arms", cfg.arms)):
         strings(name, texts)
     if cfg.val_tiles is not None:

@@ -1,7 +1,8 @@
 """What a run goes on from. checkpoint.pt: all that the next step of a phase depends on, as tensors and plain values, no
-code; results.json: the phases that are done."""
+code, with older ones beside it as checkpoint-STEP.pt; results.json: the phases that are done."""
 
 import io
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +20,38 @@ KINDS: dict[str, tuple[type, ...]] = {
     "model": (dict,),
     "optimizer": (dict,),
     "scaler": (dict, type(None)),
+    "average": (dict, type(None)),
+    "best": (float, type(None)),
     "sums": (torch.Tensor,),
-    "rng": (dict,),
+    "rng": (list,),
     "metrics_bytes": (int,),
 }
 
 
-def write(path: Path, state: dict[str, Any]) -> None:
+def write(path: Path, state: dict[str, Any], before: int, keep: int) -> None:
+    """`before` is the step of the checkpoint that is there, if any; of this phase the last `keep` stay."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    older = path.with_name(f"{path.stem}-{before}{path.suffix}")
+    if keep > 1 and path.is_file() and not older.exists():
+        os.link(path, older)  # another name for what is there, which the next line takes this one from
     replace_file(path, buffer.getvalue())
+    for one in olds(path)[: -(keep - 1) or None]:
+        one.unlink(missing_ok=True)
 
 
-def read(path: Path, phases: Mapping[str, int]) -> dict[str, Any] | None:
+def olds(path: Path) -> list[Path]:
+    """Checkpoints older than `path`, oldest first."""
+    found = [(p.stem[len(path.stem) + 1 :], p) for p in path.parent.glob(f"{path.stem}-*{path.suffix}")]
+    return [p for _, p in sorted((int(step), p) for step, p in found if step.isdecimal())]
+
+
+def remove(path: Path) -> None:
+    for one in (path, *olds(path), path.with_name(path.name + ".tmp")):
+        one.unlink(missing_ok=True)
+
+
+def read(path: Path, phases: Mapping[str, int], processes: int) -> dict[str, Any] | None:
     """None where there is none; `phases` are those of the run, with their steps. `weights_only` refuses every pickle
     that would call something."""
     if not path.is_file():
@@ -40,8 +60,10 @@ def read(path: Path, phases: Mapping[str, int]) -> dict[str, Any] | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle, struct and torch each raise kinds of their own
         lines = str(error).splitlines() or [type(error).__name__]
-        raise DataError(f"{path}: damaged or no checkpoint of this trainer; delete it to start the phase again "
-                        f"({lines[0][:200]})") from error  # fmt: skip
+        instead = f"put {olds(path)[-1].name} in its place" if olds(path) else "delete it to start the phase again"
+        raise DataError(f"{path}: damaged or no checkpoint of this trainer; {instead} ({lines[0][:200]})") from error
+    if isinstance(state, dict) and isinstance(state.get("rng"), dict):  # as one process wrote it before there were more
+        state = {**state, "rng": [state["rng"]], "average": None, "best": None}
     if not isinstance(state, dict) or set(state) != set(KINDS):
         found = ", ".join(sorted(map(str, state))) if isinstance(state, dict) else type(state).__name__
         raise DataError(f"{path}: no checkpoint of this trainer, expected {', '.join(KINDS)}, got {found}")
@@ -54,6 +76,9 @@ def read(path: Path, phases: Mapping[str, int]) -> dict[str, Any] | None:
         raise DataError(f"{path}: phase {phase!r} is not of this run: {', '.join(phases)}")
     if not 0 <= step <= phases[phase] or logged < 0:
         raise DataError(f"{path}: step {step} of {phases[phase]}, {logged} bytes logged")
+    if len(state["rng"]) != processes:
+        count = len(state["rng"])
+        raise DataError(f"{path}: written by {count} processes, this run has {processes}; go on with as many")
     return state
 
 

@@ -1,16 +1,20 @@
 """`dsct-distill`: one command from tiles to a distilled student."""
 
 import argparse
+import signal
 import sys
 from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import check, data
 from .config import CHOICES, DEFAULTS, MAY_CHANGE, Config, Loss, arm_loss, flag, phase_folder
 from .files import DataError, only_writer
 from .models import is_function
+
+if TYPE_CHECKING:
+    from .run import Run
 
 INTERRUPTED, DIVERGED = 130, 3
 DATA_HELP = "data set; `dsct-distill data` says what each is"
@@ -72,11 +76,14 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--no-pictures", dest="pictures", action="store_false", help="skip the PNGs")
     p.add_argument("--compile-teacher", action="store_true", help="run the teacher through torch.compile")
+    p.add_argument(
+        "--deterministic", action="store_true", help="refuse operations whose results may differ from call to call"
+    )
     for f in fields(Loss):
         parse: Any = {"strides": strides, "taps": commas}.get(f.name, float)
         p.add_argument(flag(f.name), type=parse, help=f"loss (default {f.default}){LOSS_HELP.get(f.name, '')}")
     own = {"data", "root", "val_tiles", "bands", "labels", "teacher", "student", "arms", "pictures", "loss"}
-    own |= {"compile_teacher"}
+    own |= {"compile_teacher", "deterministic"}
     for f in fields(Config):
         if f.name not in own:
             kind = type(f.default)
@@ -171,6 +178,17 @@ def main(argv: list[str] | None = None) -> int:
     return run(cfg, folder)
 
 
+def stop_on_ctrl_c(run: "Run") -> None:
+    """The first Ctrl-C stops after the step under way; a second one kills at once."""
+
+    def handler(_signal: int, _frame: Any) -> None:
+        run.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run.log.say("stopping after this step, checkpoint follows (Ctrl-C again: stop at once)")
+
+    signal.signal(signal.SIGINT, handler)
+
+
 def failed(error: Exception) -> int:
     print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
@@ -204,7 +222,7 @@ def run(cfg: Config, folder: Path) -> int:
         with only_writer(folder):
             with Progress(*columns, console=console) as progress:
                 this = Run(cfg, folder, progress, pixels)
-                this.stop_on_ctrl_c()
+                stop_on_ctrl_c(this)
                 train, val = this.train_pixels.tiles, this.val_pixels.tiles
                 this.log.say(
                     f"{cfg.data}: {len(train)} tiles to train on, {len(val)} to validate on "

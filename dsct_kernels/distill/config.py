@@ -43,6 +43,11 @@ class Loss:
         """Taps of the features that are compared."""
         return self.taps if self.cafd_weight > 0 else ()
 
+    def warmed(self, factor: float) -> "Loss":
+        """With this much of the weight of all that is learnt from the teacher."""
+        weights = ("matched_weight", "jaccard_weight", "tnkd_weight", "cafd_weight")
+        return self if factor == 1 else replace(self, **{name: factor * getattr(self, name) for name in weights})
+
 
 @dataclass(frozen=True)
 class Config:
@@ -65,7 +70,14 @@ class Config:
     student_steps: int = 300
     teacher_lr: float = 1e-3
     student_lr: float = 3e-3
+    schedule: str = "cosine"
+    power: float = 0.9
     weight_decay: float = 0.01
+    ema: float = 0.0
+    distill_warmup: float = 0.0
+    accumulate: int = 1
+    parallel: str = "ddp"
+    deterministic: bool = False
     scale_jitter: float = 0.0
     colour_jitter: float = 0.1
     scenes: int = 24
@@ -79,7 +91,14 @@ class Config:
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 200
+    keep: int = 1
     pictures: bool = True
+
+    def budget(self, arm: "Arm") -> tuple[int, float, int]:
+        """Steps, highest learning rate and seed: every student has the same first weights and the same crops."""
+        if arm.is_teacher:
+            return self.teacher_steps, self.teacher_lr, self.teacher_seed
+        return self.student_steps, self.student_lr, self.seed
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -112,7 +131,20 @@ def _same_keys(path: Path, prefix: str, saved: dict[str, Any], kind: type[Any]) 
 
 
 # Settings that run folders of earlier versions lack, with what those runs had.
-LATER = {"bands": None, "labels": None, "teacher_dtype": "auto", "compile_teacher": False}
+LATER = {
+    "bands": None,
+    "labels": None,
+    "teacher_dtype": "auto",
+    "compile_teacher": False,
+    "schedule": "cosine",
+    "power": 0.9,
+    "ema": 0.0,
+    "distill_warmup": 0.0,
+    "accumulate": 1,
+    "parallel": "ddp",
+    "deterministic": False,
+    "keep": 1,
+}
 
 # What differs from the class defaults above, per data set.
 DEFAULTS: dict[str, dict[str, Any]] = {name: dict(one.defaults) for name, one in REGISTRY.items()}
@@ -122,10 +154,22 @@ CHOICES = {
     "teacher_dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "reference", "native", "triton"),
+    "schedule": ("cosine", "poly"),
+    "parallel": ("ddp", "fsdp"),
 }
 
 # What a run under way may change, since no number depends on it.
-MAY_CHANGE = ("device", "backend", "pictures", "root", "cache_mb", "log_every", "eval_every", "checkpoint_every")
+MAY_CHANGE = (
+    "device",
+    "backend",
+    "pictures",
+    "root",
+    "cache_mb",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+)
 
 ARMS: dict[str, dict[str, Any]] = {
     "alone": {"matched_weight": 0.0, "jaccard_weight": 0.0, "tnkd_weight": 0.0, "cafd_weight": 0.0},

@@ -222,16 +222,32 @@ class Boxes:
 
 
 class Crops(Dataset):
-    """Item i is the batch of step i, a function of (seed, step, process) alone: any step can be made again."""
+    """Item i is the batch of step i, a function of (seed, step, stream) alone: any step can be made again.
 
-    def __init__(self, pixels: Pixels, size: int, batch: int, seed: int, scale: float, colour: float, rank: int = 0):
-        self.pixels, self.size, self.batch, self.seed, self.rank = pixels, size, batch, seed, rank
+    Streams of one seed are other crops. Of several processes each has its own part of a batch: two of 4 crops have the
+    crops that one of 8 has.
+    """
+
+    def __init__(
+        self,
+        pixels: Pixels,
+        size: int,
+        batch: int,
+        seed: int,
+        scale: float,
+        colour: float,
+        process: int = 0,
+        processes: int = 1,
+        stream: int = 0,
+    ):
+        self.pixels, self.size, self.seed, self.stream = pixels, size, seed, stream
+        self.total, self.part = batch * processes, slice(batch * process, batch * (process + 1))
         self.scale, self.colour = scale, colour
         weight = np.sqrt(pixels.heights * pixels.widths.astype(float))  # between "every tile" and "every pixel" alike
         self.chance = weight / weight.sum()
 
     def boxes(self, step: int) -> Boxes:
-        rng, n = np.random.default_rng((self.seed, step, self.rank)), self.batch
+        rng, n = np.random.default_rng((self.seed, step, self.stream)), self.total
         bands = self.pixels.channels - 1
         tile = rng.choice(len(self.chance), n, p=self.chance)
         height, width = self.pixels.heights[tile], self.pixels.widths[tile]
@@ -242,7 +258,8 @@ class Crops(Dataset):
         x = (rng.random(n) * (np.maximum(width - side, 0) + 1)).astype(int)
         flip_y, flip_x, turn = rng.random((3, n)) < 0.5
         gain = np.exp(rng.normal(0, self.colour, (n, 1)) + rng.normal(0, self.colour / 2, (n, bands)))
-        return Boxes(tile, y, x, scale, flip_y, flip_x, turn, gain, rng.normal(0, self.colour / 2, (n, 1)))
+        shift = rng.normal(0, self.colour / 2, (n, 1))
+        return Boxes(*(v[self.part] for v in (tile, y, x, scale, flip_y, flip_x, turn, gain, shift)))
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pixels (batch, size, size, bands + 1), colour gain (batch, bands) and brightness shift (batch, 1)."""

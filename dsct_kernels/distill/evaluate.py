@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import data, models
-from .config import Config
+from .config import Arm, Config
 
 
 def window_starts(length: int, size: int) -> list[int]:
@@ -82,6 +82,24 @@ def scores(acc: Any, model: nn.Module, val: data.Pixels, cfg: Config, classes: i
         "iou": [finite(v) for v in iou.tolist()],
         "accuracy": finite(float(hit.sum() / matrix.sum())),
     }
+
+
+def final(
+    arm: Arm, result: dict[str, Any], model: nn.Module, cfg: Config, device: torch.device, diverged: bool
+) -> tuple[dict[str, Any], str]:
+    """Scores of a network that is done, with what it costs; and what has to be said aloud about them, if anything."""
+    warning, state = "", model.state_dict().values()
+    result["diverged"] = diverged or not all(v.isfinite().all() for v in state if v.is_floating_point())
+    if result["diverged"]:  # what its NaNs were taken for says nothing
+        result.update(miou=None, iou=[None] * len(result["iou"]), accuracy=None)
+        rate, why = "--teacher-lr" if arm.is_teacher else "--student-lr", "its loss or weights are not finite"
+        warning = f"{arm.phase} DIVERGED: {why}, so it has no score; try a lower {rate}"
+    elif result["miou"] is None:
+        why = "no validation pixel has a label; validate on other tiles (--val-tiles)"
+        warning = f"{arm.phase} has NO SCORE: {why}"
+    result["parameters"], result["gflops"] = models.parameters(model), models.gflops(model, cfg.crop)
+    result["images_per_s"] = images_per_second(model, cfg, device)
+    return result, warning
 
 
 def finite(value: float | None) -> float | None:

@@ -9,7 +9,7 @@ from . import data, models
 from .config import Arm
 from .engine import Training
 from .log import PARTS
-from .objective import cross_entropy, distillation, schedule
+from .objective import cross_entropy, distillation, labelled_pixels, schedule, taught
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -23,10 +23,9 @@ class Interrupted(Exception):
 def train(run: "Run", arm: Arm, model: nn.Module, teacher: nn.Module | None) -> nn.Module:
     """`model` trained as `arm` says, from where its checkpoint is, if there is one."""
     cfg, acc = run.cfg, run.accelerator
-    steps, top_lr, seed = run.budget(arm)
-    crops = data.Crops(
-        run.train_pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, acc.process_index
-    )
+    steps, top_lr, seed = cfg.budget(arm)
+    size, jitter = cfg.batch * cfg.accumulate, (cfg.scale_jitter, cfg.colour_jitter)
+    crops = data.Crops(run.train_pixels, cfg.crop, size, seed, *jitter, acc.process_index, acc.num_processes)
     teaching = Teacher.of(run, arm.loss, teacher, model) if teacher is not None else None
     training = Training(cfg, acc, model, top_lr)
     start, sums = run.restore(arm, training)  # sums: of the parts of the loss, and how many steps they are of
@@ -34,24 +33,29 @@ def train(run: "Run", arm: Arm, model: nn.Module, teacher: nn.Module | None) -> 
 
     for step, crop in enumerate(crops.loader(start, steps), start):
         images, target = data.images(to_device(crop, acc.device), run.normalisation.maximum)
-        with acc.autocast():
-            student_out = models.forward(training.model, images, teaching.asks if teaching else ())
-        if teaching is not None:
-            teacher_out = teaching(images)
-            losses: tuple[torch.Tensor, ...] = distillation(student_out, teacher_out, target, arm.loss, cfg.backend)
-        else:
-            losses = (cross_entropy(student_out, target, cfg.backend),)
-        lr = top_lr * schedule(step, steps)
-        training.step(losses[0], lr)
+        lr = top_lr * schedule(step, steps, cfg.schedule, cfg.power)
+        loss = arm.loss.warmed(taught(step, steps, cfg.distill_warmup))
+        parts = torch.zeros(len(PARTS), device=acc.device)
+        items = labelled_pixels(acc, target, cfg.accumulate)
+        for image, label in zip(images.split(cfg.batch), target.split(cfg.batch), strict=True):
+            with acc.accumulate(training.model):
+                with acc.autocast():
+                    student_out = models.forward(training.model, image, teaching.asks if teaching else ())
+                if teaching is not None:
+                    losses = tuple(distillation(student_out, teaching(image), label, loss, cfg.backend, items))
+                else:
+                    losses = (cross_entropy(student_out, label, cfg.backend, items),)
+                training.step(losses[0], lr)
+                parts[: len(losses)] += torch.stack([part.detach().float() for part in losses])
 
-        sums[: len(losses)] += torch.stack([part.detach().float() for part in losses])
-        sums[-1] += 1
         done = step + 1
+        sums[:-1] += acc.reduce(parts / cfg.accumulate, "mean")
+        sums[-1] += 1
         if done % cfg.log_every == 0 or done == steps:
             run.log.losses(arm, done, steps, (sums[:-1] / sums[-1]).tolist(), lr)
             sums.zero_()
         if cfg.eval_every and done % cfg.eval_every == 0 and done < steps:
-            run.log.record(arm.phase, done, {"miou": run.scores(training.plain())["miou"]})
+            run.look(arm, done, training.plain())
             training.model.train()
         stop = run.should_stop()
         if done < steps and (stop or done % cfg.checkpoint_every == 0):

@@ -1,7 +1,8 @@
-"""What is minimised: `dsct_loss` with a run's settings, and how the learning rate goes."""
+"""What is minimised: `dsct_loss` with a run's settings, exactly averaged over a step; and how rates and weights go."""
 
 import math
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -13,15 +14,23 @@ from .config import Loss
 UNTAUGHT = Loss(matched_weight=0.0, jaccard_weight=0.0)
 
 
-def cross_entropy(student: models.Output, target: torch.Tensor, backend: str) -> torch.Tensor:
+def cross_entropy(
+    student: models.Output, target: torch.Tensor, backend: str, items: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean over the labelled pixels, 0 without any: `dsct_loss` less all that a teacher has a part in. It reads smaller
     logits as they are, where F.cross_entropy would have them upsampled."""
-    return distillation(student, student, target, UNTAUGHT, backend).total
+    return distillation(student, student, target, UNTAUGHT, backend, items).total
 
 
 def distillation(
-    student: models.Output, teacher: models.Output, target: torch.Tensor, loss: Loss, backend: str
+    student: models.Output,
+    teacher: models.Output,
+    target: torch.Tensor,
+    loss: Loss,
+    backend: str,
+    items: torch.Tensor | None = None,
 ) -> DSCTLosses:
+    """`items`: see `labelled_pixels`; None: the labelled pixels of this batch."""
     keywords = {name: value for name, value in asdict(loss).items() if name not in ("strides", "taps")}
     return dsct_loss(
         student.logits,
@@ -31,13 +40,33 @@ def distillation(
         teacher.features or None,
         **keywords,
         ignore_index=data.IGNORE,
+        num_items=items,
         backend=backend,
     )
 
 
-def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over the first 5%, then a cosine down to 1%."""
+def labelled_pixels(acc: Any, target: torch.Tensor, batches: int) -> torch.Tensor | None:
+    """Labelled pixels per batch of a step, on average over all batches of all processes; None where there is one.
+
+    target (N, H, W) is this process's part of the step, in `batches` equal batches. A sum over a batch's pixels that is
+    divided by this number is, averaged over all batches, the mean over all labelled pixels of the step. Means over
+    samples need nothing of the kind, since all batches have as many samples.
+    """
+    everywhere = batches * acc.num_processes
+    if everywhere == 1:
+        return None
+    return (acc.reduce((target != data.IGNORE).sum(), "sum").clamp(min=1).double() / everywhere).float()
+
+
+def schedule(step: int, steps: int, kind: str = "cosine", power: float = 0.9) -> float:
+    """Factor of the learning rate: linear warm-up over the first 5%, then a cosine down to 1%, or (1 - t)^power."""
     warm = max(1, steps // 20)
     if step < warm:
         return (step + 1) / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    t = (step - warm) / max(1, steps - warm)
+    return (1 - t) ** power if kind == "poly" else 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t))
+
+
+def taught(step: int, steps: int, warmup: float) -> float:
+    """Factor of all that is learnt from the teacher: rises linearly over the first `warmup` of the steps."""
+    return min(1.0, (step + 1) / max(1.0, warmup * steps))

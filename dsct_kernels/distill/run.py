@@ -1,35 +1,32 @@
 """The run: train the teacher, train the student once per arm with everything else the same, evaluate, report.
 
 A run folder holds all there is to go on from: config.json, one model folder per finished phase, results.json,
-metrics.jsonl and, while a phase is under way, checkpoint.pt. What trains is `loop.train`.
+metrics.jsonl and, while a phase is under way, checkpoint.pt; with --eval-every also the best network of each phase on
+the way, PHASE-best. What trains is `loop.train`.
 """
 
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from . import checkpoint, data, evaluate, loop, models
 from .config import Arm, Config
-from .engine import Training, make_accelerator, seed_everything
+from .engine import Training, deterministic_or_refused, make_accelerator, seed_everything
 from .files import write_json
 from .log import Log
+
+TrainAndVal = tuple[data.Pixels, data.Pixels]
 
 
 class Run:
     """One run folder on one set of tiles."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        folder: Path,
-        progress: Any = None,
-        pixels: tuple[data.Pixels, data.Pixels] | None = None,
-    ):
+    def __init__(self, cfg: Config, folder: Path, progress: Any = None, pixels: TrainAndVal | None = None):
         self.folder = folder
         self.accelerator = make_accelerator(cfg)
         # As it was decided: a run that goes on elsewhere keeps its precision.
@@ -44,7 +41,10 @@ class Run:
         self.stop = False  # set by Ctrl-C, looked at between two steps
         self.checkpoint = folder / "checkpoint.pt"
         # Everything is read before anything is written.
-        self.saved = checkpoint.read(self.checkpoint, {arm.phase: self.budget(arm)[0] for arm in self.arms})
+        steps = {arm.phase: cfg.budget(arm)[0] for arm in self.arms}
+        self.saved = checkpoint.read(self.checkpoint, steps, self.accelerator.num_processes)
+        self.best: float | None = None  # mIoU of the phase under way
+        self.kept = 0  # step of the checkpoint that is there
         self.results = checkpoint.read_results(folder / "results.json", self.phases(), len(self.classes))
         self.log = Log(folder, self.main, progress, cfg.log_every)
         if self.main:
@@ -55,12 +55,6 @@ class Run:
     def phases(self) -> list[str]:
         return [arm.phase for arm in self.arms]
 
-    def budget(self, arm: Arm) -> tuple[int, float, int]:
-        """Steps, highest learning rate and seed: every student has the same first weights and the same crops."""
-        if arm.is_teacher:
-            return self.cfg.teacher_steps, self.cfg.teacher_lr, self.cfg.teacher_seed
-        return self.cfg.student_steps, self.cfg.student_lr, self.cfg.seed
-
     def all(self) -> dict[str, nn.Module]:
         """Every phase in turn; phases that an earlier process finished are read from their folders."""
         trained: dict[str, nn.Module] = {}
@@ -69,50 +63,57 @@ class Run:
         return trained
 
     def phase(self, arm: Arm, teacher: nn.Module | None) -> nn.Module:
-        cfg = self.cfg
+        """One network: read, if it is done, else trained and evaluated."""
+        cfg, folder = self.cfg, self.folder / arm.folder
         name = cfg.teacher if arm.is_teacher else cfg.student
         if arm.phase in self.results:
-            return models.finished(name, self.folder / arm.folder, self.classes, self.normalisation).to(self.device)
-        seed = self.budget(arm)[2]
+            return models.finished(name, folder, self.classes, self.normalisation).to(self.device)
+        seed = cfg.budget(arm)[2]
         seed_everything(seed)
         model = models.build(name, self.classes, arm.is_teacher, self.normalisation).to(self.device)
         started = time.perf_counter()
         if not arm.is_teacher or models.starts_afresh(name):  # a teacher loaded from a folder is ready
-            seed_everything(seed)
-            model = loop.train(self, arm, model, teacher if arm.taught else None)
+            seed_everything((seed + self.accelerator.process_index) % 2**32)  # dropout differs from process to process
+            with deterministic_or_refused(cfg):
+                model = loop.train(self, arm, model, teacher if arm.taught else None)
         self.finish(arm, model, time.perf_counter() - started)
         return model
 
     def finish(self, arm: Arm, model: nn.Module, seconds: float) -> None:
-        phase, result = arm.phase, self.scores(model)
-        state = model.state_dict().values()
-        result["diverged"] = phase in self.log.diverged or not all(
-            v.isfinite().all() for v in state if v.is_floating_point()
-        )
-        if result["diverged"]:  # what its NaNs were taken for says nothing
-            result.update(miou=None, iou=[None] * len(self.classes), accuracy=None)
-            rate = "--teacher-lr" if arm.is_teacher else "--student-lr"
-            why = "its loss or weights are not finite, so it has no score"
-            self.log.warn(f"{phase} DIVERGED: {why}; try a lower {rate}")
-        elif result["miou"] is None:
-            why = "no validation pixel has a label; validate on other tiles (--val-tiles)"
-            self.log.warn(f"{phase} has NO SCORE: {why}")
-        result["parameters"], result["gflops"] = models.parameters(model), models.gflops(model, self.cfg.crop)
-        result["images_per_s"] = evaluate.images_per_second(model, self.cfg, self.device)
+        diverged = arm.phase in self.log.diverged
+        result, warning = evaluate.final(arm, self.scores(model), model, self.cfg, self.device, diverged)
+        if warning:
+            self.log.warn(warning)
+        if self.cfg.eval_every:
+            result["best_miou"] = self.keep_best(arm, model, result["miou"])
         result["train_seconds"] = round(seconds, 1)
         result |= self.teacher_cost
         self.teacher_cost = {}
-        self.results[phase] = result
+        self.results[arm.phase] = result
         if self.main:
             models.save(model, self.folder / arm.folder)
             write_json(self.folder / "results.json", self.results)
-            self.checkpoint.unlink(missing_ok=True)
+            checkpoint.remove(self.checkpoint)
         self.saved = None
         score = "no mIoU" if result["miou"] is None else f"mIoU {result['miou']:.3f}"
-        self.log.say(f"{phase}: {score} in {seconds:.0f} s")
+        self.log.say(f"{arm.phase}: {score} in {seconds:.0f} s")
 
     def scores(self, model: nn.Module) -> dict[str, Any]:
         return evaluate.scores(self.accelerator, model, self.val_pixels, self.cfg, len(self.classes))
+
+    def look(self, arm: Arm, step: int, model: nn.Module) -> None:
+        """Evaluate a network on the way."""
+        miou = self.scores(model)["miou"]
+        self.log.record(arm.phase, step, {"miou": miou})
+        self.keep_best(arm, model, miou)
+
+    def keep_best(self, arm: Arm, model: nn.Module, miou: float | None) -> float | None:
+        """The best mIoU of the phase so far; the network it belongs to lies in PHASE-best."""
+        if miou is not None and (self.best is None or miou > self.best):
+            self.best = miou
+            if self.main:
+                models.save(model, self.folder / f"{arm.folder}-best")
+        return self.best
 
     def predict(self, model: nn.Module, i: int) -> torch.Tensor:
         """Class map of a whole validation tile, uint8."""
@@ -120,36 +121,32 @@ class Run:
         return torch.cat([classes.byte() for _, classes in strips])
 
     def save(self, arm: Arm, step: int, training: Training, sums: torch.Tensor) -> None:
-        """Everything the next step depends on."""
+        """Everything the next step depends on, of every process, in one file."""
+        state = {"phase": arm.phase, "step": step, "sums": sums, "best": self.best, **training.state()}
+        state["rng"] = gather_object([checkpoint.rng_state()])
         if self.main:
-            own = {"phase": arm.phase, "step": step, "sums": sums, "metrics_bytes": self.log.size()}
-            checkpoint.write(self.checkpoint, {**training.state(), **own, "rng": checkpoint.rng_state()})
+            state["metrics_bytes"] = self.log.size()
+            checkpoint.write(self.checkpoint, state, self.kept, self.cfg.keep)
+        self.kept = step
 
     def restore(self, arm: Arm, training: Training) -> tuple[int, torch.Tensor]:
         """Step to start at and the loss sums of an unfinished log line."""
         saved = self.saved if self.saved and self.saved["phase"] == arm.phase else None
         sums = loop.no_sums(self.device)
+        if saved is None and self.main:
+            checkpoint.remove(self.checkpoint)  # a kill may have left those of the phase before
         if saved is not None:
             with checkpoint.must_fit(self.checkpoint):
                 training.load(saved)
                 sums = saved["sums"].to(self.device).reshape(sums.shape)
-                checkpoint.set_rng_state(saved["rng"])
-        step, logged = (saved["step"], saved["metrics_bytes"]) if saved else (0, None)
-        self.log.start(arm, step, self.budget(arm)[0], logged)
-        return step, sums
+                checkpoint.set_rng_state(saved["rng"][self.accelerator.process_index])
+        self.best = saved["best"] if saved else None
+        self.kept, logged = (saved["step"], saved["metrics_bytes"]) if saved else (0, None)
+        self.log.start(arm, self.kept, self.cfg.budget(arm)[0], logged)
+        return self.kept, sums
 
     def should_stop(self) -> bool:
+        """Whether any process was asked to."""
         if self.accelerator.num_processes == 1:
             return self.stop
-        flag = torch.tensor(float(self.stop), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    def stop_on_ctrl_c(self) -> None:
-        """The first Ctrl-C stops after the step under way; a second one kills at once."""
-
-        def handler(_signal: int, _frame: Any) -> None:
-            self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.log.say("stopping after this step, checkpoint follows (Ctrl-C again: stop at once)")
-
-        signal.signal(signal.SIGINT, handler)
+        return bool(self.accelerator.reduce(torch.tensor(float(self.stop), device=self.device), "sum") > 0)

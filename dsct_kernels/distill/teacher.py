@@ -192,7 +192,8 @@ class Teacher:
         """As a run sets it up, which says what is compared."""
         cfg, acc = run.cfg, run.accelerator
         images = torch.zeros(1, len(run.normalisation.mean), cfg.crop, cfg.crop, device=acc.device)
-        how: dict[str, Any] = {"dtype": cfg.teacher_dtype, "compiled": cfg.compile_teacher, "autocast": acc.autocast}
+        how: dict[str, Any] = {"dtype": cfg.teacher_dtype, "compiled": cfg.compile_teacher, "autocast": acc.autocast,
+                               "calls": cfg.accumulate}  # fmt: skip
         found = cls(network, student, images, loss.compared, loss.tapped, **how)
         for line in found.says:
             run.log.say(line)

@@ -167,7 +167,7 @@ class Lessons:
 
 def crops_of(cfg: Config, pixels: data.Pixels, seed: int, labelled: bool = True) -> data.Crops:
     """Those of unlabelled images are drawn with other random numbers."""
-    return data.Crops(pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, rank=int(not labelled))
+    return data.Crops(pixels, cfg.crop, cfg.batch, seed, cfg.scale_jitter, cfg.colour_jitter, stream=int(not labelled))
 
 
 def loss_of(

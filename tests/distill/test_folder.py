@@ -309,7 +309,7 @@ def test_a_hostile_checkpoint_runs_nothing_and_is_named(capsys, folder, tmp_path
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Hostile(ran)))
     elif kind == "inside":
-        torch.save({**state, "rng": {**state["rng"], "python": Hostile(ran)}}, path)
+        torch.save({**state, "rng": [{**state["rng"][0], "python": Hostile(ran)}]}, path)
     else:
         with open(path, "wb") as file:
             np.save(file, np.array([Hostile(ran)], object), allow_pickle=True)
