@@ -64,6 +64,8 @@ SHARED_FIXTURES = {
     "out": "a comparison",
     "finished": "a run",
     "in_the_student": "a run cut",
+    "reported": "a report",
+    "exported": "an export",
 }
 
 

@@ -47,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         prog="dsct-distill",
         description="Train a teacher, a student alone and the student with DSCT, and compare the three.",
         epilog="Also: dsct-distill data (the table of data sets), dsct-distill check DATA --root DIR (what of it is "
-        "on disk), dsct-distill compare (losses against each other); each has --help.",
+        "on disk), dsct-distill compare (losses against each other), dsct-distill predict (a whole raster), "
+        "dsct-distill export (a network to ship), dsct-distill report (the page of a run); each has --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="students to train: alone, cafd, jaccard, tnkd, dsct, dsct:temperature=4:beta=1",
     )
-    p.add_argument("--no-pictures", dest="pictures", action="store_false", help="skip the PNGs")
+    p.add_argument("--no-pictures", dest="pictures", action="store_false", help="skip the PNGs and report.html")
     p.add_argument("--compile-teacher", action="store_true", help="run the teacher through torch.compile")
     p.add_argument(
         "--deterministic", action="store_true", help="refuse operations whose results may differ from call to call"
@@ -139,6 +140,18 @@ def main(argv: list[str] | None = None) -> int:
         from . import compare
 
         return compare.main(typed[1:])
+    if typed[:1] == ["predict"]:
+        from . import predict
+
+        return predict.main(typed[1:])
+    if typed[:1] == ["export"]:
+        from . import export
+
+        return export.main(typed[1:])
+    if typed[:1] == ["report"]:
+        from . import report
+
+        return report.main(typed[1:])
     if typed[:1] == ["data"] or typed[:1] == ["check"]:
         from .datasets import check as data_check
 
@@ -228,13 +241,11 @@ def run(cfg: Config, folder: Path) -> int:
                     f"{cfg.data}: {len(train)} tiles to train on, {len(val)} to validate on "
                     f"({', '.join(sorted({t.group for t in val}))}); {this.device}, {this.accelerator.mixed_precision}"
                 )
-                trained = this.all()
+                this.all()
             if this.main:
                 this.log.close()
                 if cfg.pictures:
-                    report.curves(folder)
-                    report.predictions(this, trained)
-                    report.attention(this, trained)
+                    this.log.warnings += report.of_run(folder, cfg.root, cfg.device)
                 console.print(report.table(this.results, this.classes, cfg.crop, cfg.batch))
                 console.print(f"run folder: {folder}", soft_wrap=True)
     except (DataError, OSError) as error:  # a full disk, a folder that may not be written

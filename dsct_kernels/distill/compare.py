@@ -271,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
 def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], command: str) -> int:
     """What is missing of folds x seeds x methods, then the table of all."""
     from .cli import INTERRUPTED
+    from .report import of_comparison
 
     file = own.out / "runs.jsonl"
     jobs = [
@@ -310,6 +311,7 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
             name += f"-labelled-{own.labelled:g}"
         replace_file(own.out / f"{name}.md", f"{text}\n`{command}`\n".encode())
         chart(own.out / f"{name}.png", rows, list(own.methods), own.against[0])
+        of_comparison(own.out)
         print(text)
     if len(rows) < len(jobs):
         print(f"{len(jobs) - len(rows)} runs to go; the same command goes on")

@@ -81,6 +81,7 @@ def scores(acc: Any, model: nn.Module, val: data.Pixels, cfg: Config, classes: i
         "miou": finite(float(iou.nanmean())),
         "iou": [finite(v) for v in iou.tolist()],
         "accuracy": finite(float(hit.sum() / matrix.sum())),
+        "confusion": matrix.long().tolist(),  # rows: labels, columns: what was said
     }
 
 

@@ -1,27 +1,20 @@
-"""What a run leaves to look at: the table, training curves, predictions side by side, and the attention maps."""
+"""What a run or a comparison leaves to read: the table on the console, pictures, and one page, report.html."""
 
-import io
-import math
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
-from dsct_kernels import channel_attention_map
+from . import card as cards
+from . import data, models, pictures
+from .config import Config, phase_folder
+from .datasets import dataset_of, tiles_of
+from .files import DataError, read_json, replace_file
+from .pictures import Seen, label
 
-from . import data, models
-from .config import arm_loss
-from .files import read_metrics, replace_file
-from .teacher import pair
-
-SHOWN = 2200  # pixels of a tile's longer side in a picture, at most
-PARTS_SHOWN = ("total", "ce", "matched", "jaccard", "tckd", "nckd", "cafd")
+FILE = "report.html"
 
 
 def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: int, batch: int) -> Table:
@@ -45,160 +38,76 @@ def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: in
     return out
 
 
-def label(phase: str) -> str:
-    if phase == "teacher":
-        return "teacher"
-    name, _, rest = phase.partition(":")
-    names = {"alone": "alone", "cafd": "+ CAFD", "jaccard": "+ Jaccard", "tnkd": "+ TNKD", "dsct": "+ DSCT"}
-    named = f"student {names[name]}"
-    return f"{named} ({rest})" if rest else named
+def seen_of(folder: Path, cfg: Config, results: dict[str, Any], device: str = "auto") -> Seen:
+    """The networks and validation tiles of a run. Raises DataError where either cannot be read."""
+    on = cards.device_of(device)
+    one = dataset_of(cfg)
+    _, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    networks = {phase: cards.open_model(folder / phase_folder(phase), on)[0] for phase in results}
+    first = next(iter(networks.values()))
+    maximum = float(first.get_buffer("pixel_maximum"))
+    shown = models.Normalisation((0.0,) * val[0].bands, (1.0,) * val[0].bands, maximum)  # each network has its own
+    return Seen(folder, cfg, one.classes, one.palette, data.Pixels(val, cfg.cache_mb, "cpu", shown), networks, on)
 
 
-def curves(folder: Path) -> None:
-    """training_curves.png: one panel per part of the loss, and validation mIoU where it was taken on the way."""
-    plt = pyplot()
-    series: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for _, row in read_metrics(folder / "metrics.jsonl"):
-        for key in (*PARTS_SHOWN, "miou"):
-            if key in row:
-                value = float("nan") if row[key] is None else row[key]  # a gap in the curve
-                series[key][row["phase"]].append((row["step"], value))
-    if "total" in series:  # plain cross-entropy is both the total and the cross-entropy of its phase
-        for phase, points in series["total"].items():
-            series["ce"].setdefault(phase, points)
-    keys = [k for k in (*PARTS_SHOWN, "miou") if any(v for points in series[k].values() for _, v in points)]
-    if not keys:
-        return
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.6 * len(keys), 3.2), squeeze=False, layout="constrained")
-    names = {
-        "total": "loss",
-        "ce": "cross-entropy",
-        "tckd": "TCKD",
-        "nckd": "NCKD",
-        "cafd": "CAFD",
-        "matched": "matched CAFD",
-        "jaccard": "Jaccard",
-        "miou": "mIoU",
-    }
-    for axis, key in zip(axes[0], keys, strict=True):
-        for k, phase in enumerate(series["total"]):
-            if phase in series[key]:
-                axis.plot(*np.array(series[key][phase]).T, label=label(phase), color=f"C{k}", linewidth=1.2)
-        axis.set_title(names[key])
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
-    save(figure, folder / "training_curves.png", 110)
+def of_run(folder: Path, root: str | None = None, device: str = "auto") -> list[str]:
+    """Writes training_curves.png, predictions.png, attention.png and report.html of a run; gives what it had to leave
+    out and why, where the images or networks are no longer there."""
+    from . import run_page
+
+    cfg = Config.load(folder / "config.json")
+    cfg = cfg if root is None else replace(cfg, root=root)
+    if not (folder / "results.json").is_file():
+        raise DataError(f"{folder}: no network of this run is finished, so there is nothing to report")
+    results = read_json(folder / "results.json")
+    missing, tiles, attention = [], [], []
+    seen = None
+    pictures.curves(folder)
+    try:
+        seen = seen_of(folder, cfg, results, device)
+        tiles = pictures.tiles_shown(seen)
+        attention = pictures.attention_maps(seen)
+        pictures.predictions(seen, tiles)
+        pictures.attention(seen, attention)
+    except DataError as error:
+        missing.append(f"no predictions and no attention maps: {error}")
+    versions = cards.read(folder / phase_folder(list(results)[-1]))
+    page = run_page.build(folder, cfg, results, seen, tiles, attention, versions, missing)
+    replace_file(folder / FILE, page)
+    return missing
 
 
-def predictions(run: Any, trained: dict[str, nn.Module], rows: int = 3) -> None:
-    """predictions.png: image, label and every network's class map on validation tiles."""
-    plt = pyplot()
-    from matplotlib.patches import Patch
+def of_comparison(folder: Path) -> list[Path]:
+    """Writes report.html: every method on every student and budget that the folder has runs of."""
+    from . import comparison_page
 
-    palette = np.array([*run.palette, (0, 0, 0)], np.uint8)
-    tiles = sample_tiles(run, rows)
-    titles = ["image", "label", *map(label, trained)]
-    figure, axes = plt.subplots(
-        len(tiles), len(titles), figsize=(2.9 * len(titles), 2.9 * len(tiles)), squeeze=False, layout="constrained"
-    )
-    for row, i in zip(axes, tiles, strict=True):
-        tile = run.val_pixels.tiles[i]
-        thin = math.ceil(max(tile.height, tile.width) / SHOWN)
-        pixels = thinned(run.val_pixels, i, thin)
-        truth = data.labels(pixels).numpy()
-        pictures = [data.picture(pixels, run.normalisation.maximum)]
-        pictures += [palette[np.where(truth == data.IGNORE, len(run.classes), truth)]]
-        pictures += [palette[run.predict(model, i)[::thin, ::thin].cpu().numpy()] for model in trained.values()]
-        for axis, picture, title in zip(row, pictures, titles, strict=True):
-            axis.imshow(picture)
-            axis.set_title(title if i == tiles[0] else "", fontsize=10)
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(tile.name, fontsize=8)
-    handles = [Patch(facecolor=palette[k] / 255, edgecolor="0.5", label=name) for k, name in enumerate(run.classes)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    save(figure, run.folder / "predictions.png", 90)
+    replace_file(folder / FILE, comparison_page.build(folder))
+    return [folder / FILE]
 
 
-@torch.no_grad()
-def attention(run: Any, trained: dict[str, nn.Module], rows: int = 2) -> None:
-    """attention.png: where the networks look, one column per network, one row per tile and stride that CAFD compares,
-    or for the logits, whose classes matched CAFD compares one by one.
+def main(argv: list[str]) -> int:
+    import sys
 
-    Colours are stretched per map, so each says how far it is from "everywhere alike": a teacher's map of 0.00 nats has
-    nothing to teach, and matching it only flattens the student (a lower spatial_temperature sharpens both).
-    """
-    plt = pyplot()
-    loss = arm_loss(list(trained)[-1], run.cfg.loss)
-    black = torch.zeros(1, len(run.normalisation.mean), run.cfg.crop, run.cfg.crop, device=run.device)
-    teacher, *students = trained.values()
-    pairs = [pair(student, teacher, black, loss.compared, loss.tapped) for student in students]
-    asked = [pairs[-1].teacher, *(one.student for one in pairs)]
-    grid = [(i, k) for i in sample_tiles(run, rows) for k in range(len(pairs[-1].labels) or 1)]
-    titles = ["image", *map(label, trained)]
-    figure, axes = plt.subplots(
-        len(grid), len(titles), figsize=(2.6 * len(titles), 2.6 * len(grid)), squeeze=False, layout="constrained"
-    )
-    for row, (i, k) in zip(axes, grid, strict=True):
-        size = run.cfg.window // 32 * 32
-        pixels = run.val_pixels.window(i, 0, 0, size, size)
-        h, w = (max(32, v // 32 * 32) for v in pixels.shape[:2])
-        pixels = pixels[:h, :w]
-        image = data.scaled(pixels.to(run.device), run.normalisation.maximum).permute(2, 0, 1)[None]
-        image = F.pad(image, (0, w - image.shape[3], 0, h - image.shape[2]), mode="replicate")  # a tile below 32
-        maps = []
-        for model, features in zip(trained.values(), asked, strict=True):
-            out = models.forward(model.eval(), image, features)
-            maps.append(
-                channel_attention_map(
-                    out.features[k] if out.features else out.logits,
-                    channel_temperature=loss.channel_temperature,
-                    spatial_temperature=loss.spatial_temperature if out.features else loss.matched_temperature,
-                )[0]
-                .float()
-                .cpu()
-            )
-        row[0].imshow(data.picture(pixels, run.normalisation.maximum))
-        row[0].set_ylabel(pairs[-1].labels[k] if pairs[-1].labels else "logits", fontsize=9)
-        for axis, values in zip(row[1:], maps, strict=True):
-            axis.imshow(values, cmap="magma")
-            nats = float(torch.special.xlogy(values, values * values.numel()).sum())  # KL(map || uniform)
-            axis.set_xlabel(f"{nats:.2f} nats from uniform", fontsize=8)
-        for axis, title in zip(row, titles, strict=True):
-            axis.set_title(title if (i, k) == grid[0] else "", fontsize=10)
-            axis.set_xticks([])
-            axis.set_yticks([])
-    save(figure, run.folder / "attention.png", 90)
-    for one in pairs:
-        one.remove()
+    from rich.console import Console
+    from transformers.utils import logging
 
+    from .cli import Parser, failed, one_line
 
-def thinned(pixels: data.Pixels, i: int, thin: int) -> torch.Tensor:
-    """Every `thin`-th row and column of a tile, read by strips."""
-    tile = pixels.tiles[i]
-    step = thin * 64
-    strips = [pixels.window(i, y, 0, step, tile.width)[::thin, ::thin] for y in range(0, tile.height, step)]
-    return torch.cat(strips)
-
-
-def sample_tiles(run: Any, count: int) -> list[int]:
-    tiles = len(run.val_pixels.tiles)
-    return sorted({round(k * (tiles - 1) / max(1, count - 1)) for k in range(count)})
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # a tile named $a$ is no formula
-    return plt
-
-
-def save(figure: Any, path: Path, dpi: int) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=dpi, format="png")
-    replace_file(path, buffer.getvalue())
-    pyplot().close(figure)
+    p = Parser(prog="dsct-distill report", description=__doc__, allow_abbrev=False)
+    p.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, or of dsct-distill compare")
+    p.add_argument("--root", metavar="DIR", help="folder of the data set, if it has moved")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    given = p.parse_args(argv)
+    logging.disable_progress_bar()
+    try:
+        if (given.folder / "runs.jsonl").is_file():
+            of_comparison(given.folder)
+        elif (given.folder / "config.json").is_file():
+            for what in of_run(given.folder, given.root, given.device):
+                print(f"WARNING: {one_line(what)}", file=sys.stderr)
+        else:
+            raise DataError(f"{given.folder}: neither a run (config.json) nor a comparison (runs.jsonl)")
+    except (DataError, ValueError, OSError) as error:
+        return failed(error)
+    Console(markup=False, emoji=False, highlight=False).print(f"report: {given.folder / FILE}", soft_wrap=True)
+    return 0

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from . import checkpoint, data, evaluate, loop, models
+from . import card, checkpoint, data, evaluate, loop, models
 from .config import Arm, Config
 from .engine import Training, deterministic_or_refused, make_accelerator, seed_everything
 from .files import write_json
@@ -92,6 +92,7 @@ class Run:
         self.results[arm.phase] = result
         if self.main:
             models.save(model, self.folder / arm.folder)
+            card.write(self.folder / arm.folder, card.of_run(self.cfg, self.val_pixels.tiles[0]))
             write_json(self.folder / "results.json", self.results)
             checkpoint.remove(self.checkpoint)
         self.saved = None

@@ -90,7 +90,7 @@ def table(rows: Rows, names: list[str], against: list[str], classes: tuple[str, 
 
 def chart(path: Path, rows: Rows, names: list[str], against: str) -> None:
     """Every paired difference as a point, its mean and twice its standard error as a bar."""
-    from .report import pyplot
+    from .pictures import pyplot
 
     plt = pyplot()
     shown = [(n, d) for n in names if n != against and (d := paired(rows, n, against, lambda r: r["miou"])).pairs]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, objective, report, scenes
+from dsct_kernels.distill import checkpoint, cli, data, files, loop, models, objective, pictures, report, scenes
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import dubai
 from dsct_kernels.distill.run import Run
@@ -115,7 +115,7 @@ def test_a_finished_run_whose_log_is_torn_still_draws_its_curves(folder):
     assert resume(folder) == 0
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"phase"')
-    report.curves(folder)
+    pictures.curves(folder)
     assert (folder / "training_curves.png").stat().st_size > 0
 
 

@@ -1,0 +1,163 @@
+"""report.html of `dsct-distill compare`: what every method gained, on which seeds, and what it cost."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import card, page
+from .compare import read_rows
+from .datasets import REGISTRY
+from .files import DataError
+from .methods import method
+from .pictures import pyplot
+from .table import Difference, Rows, paired
+
+
+def build(folder: Path) -> bytes:
+    rows = read_rows(folder / "runs.jsonl")
+    if not rows:
+        raise DataError(f"{folder / 'runs.jsonl'}: no run is finished, so there is nothing to report")
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        groups.setdefault(_same(row), []).append(row)
+    body = [f"<h1>{page.text(folder.resolve().name)}</h1>"]
+    body.append(
+        page.paragraph(
+            "Every method trained the same student from the same weights on the same crops for the same number of "
+            "steps. Differences are paired: same fold, same seed. They are given with their standard error; clear "
+            "means three pairs or more, and beyond twice the error."
+        )
+    )
+    for some in groups.values():
+        body += _group(some)
+    body.append(
+        page.section(
+            "Versions", page.paragraph("Of the process that wrote this page."), page.pairs(card.versions().items())
+        )
+    )
+    return page.document(f"{folder.resolve().name}: dsct-distill compare", body)
+
+
+def _same(row: dict[str, Any]) -> str:
+    """What two runs must have in common to be compared: all but the method, the teacher, the fold and the seed."""
+    free = ("parts", "balance", "seed", "strides", "val_tiles")
+    kept = {k: v for k, v in row["settings"].items() if k not in free and not k.startswith("teacher")}
+    return json.dumps({**kept, "student": row["student"], "steps": row["steps"]}, sort_keys=True)
+
+
+def _group(rows: Rows) -> Iterator[str]:
+    data, student, steps = rows[0]["settings"]["data"], rows[0]["student"], rows[0]["steps"]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    against = "alone" if "alone" in names else names[0]
+    classes = REGISTRY[data].classes if data in REGISTRY else ()
+    count = len(rows[0]["iou"])
+    classes = classes if len(classes) == count else tuple(f"class {k}" for k in range(count))
+    teachers = ", ".join(sorted({row["teacher"] for row in rows}))
+    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}')}</h2>"
+    best = max(names, key=lambda n: statistics.fmean(r["miou"] for r in rows if r["method"] == n))
+    gain = paired(rows, best, against, lambda r: r["miou"])
+    facts = [("teacher", teachers), ("runs", str(len(rows))), ("best on average", best)]
+    yield page.facts([*facts, (f"against {against}", _gain(gain))] if best != against else facts)
+    yield _methods(rows, names, against)
+    figure = _chart(rows, names, against)
+    if figure is not None:
+        yield page.plot(figure)
+    yield f"<h3>{page.text(f'IoU of every class, against {against}')}</h3>"
+    yield _per_class(rows, names, against, classes)
+    yield "<details><summary>Every run</summary>"
+    yield page.table(
+        ("method", "fold", "seed", "mIoU", "accuracy", "ms / step", "MiB kept"),
+        (
+            [
+                page.cell(r["method"]), page.cell(r["fold"]), page.cell(r["seed"]), page.cell(f"{r['miou']:.4f}"),
+                page.cell(f"{r['accuracy']:.4f}"), *(page.cell(r.get(k, "-")) for k in ("ms_per_step", "kept_mb")),
+            ]
+            for r in sorted(rows, key=lambda r: (names.index(r["method"]), r["fold"], r["seed"]))
+        ),
+    )  # fmt: skip
+    yield "</details><details><summary>Settings</summary>"
+    yield page.pairs(_settings(rows))
+    yield "</details>"
+
+
+def _gain(found: Difference) -> str:
+    if not found.pairs:
+        return "-"
+    return f"{found.mean:+.3f}" + (f" ± {found.error:.3f}" if len(found.pairs) > 1 else "")
+
+
+def _methods(rows: Rows, names: list[str], against: str) -> str:
+    lines = []
+    for name in names:
+        mine = [r for r in rows if r["method"] == name]
+        difference = paired(rows, name, against, lambda r: r["miou"])
+        cost = [[r[key] for r in mine if r.get(key) is not None] for key in ("ms_per_step", "kept_mb")]
+        sign = "up" if difference.pairs and difference.mean > 0 else "down"
+        lines.append([
+            page.cell(name), page.cell(len(mine)), page.cell(f"{statistics.fmean(r['miou'] for r in mine):.4f}"),
+            page.cell("-") if name == against else page.cell(_gain(difference), sign if difference.clear else ""),
+            page.cell("-" if name == against else "yes" if difference.clear else "no"),
+            *(page.cell(f"{statistics.median(v):.0f}" if v else "-") for v in cost),
+            page.cell("" if not _teaches(name) else "yes"),
+        ])  # fmt: skip
+    heads = (
+        "cross-entropy and",
+        "runs",
+        "mean mIoU",
+        f"against {against}",
+        "clear",
+        "ms / step",
+        "MiB kept",
+        "teacher",
+    )
+    return page.table(
+        heads, lines, "ms and MiB: medians; what the teacher says is computed once and kept, and is not in them"
+    )
+
+
+def _teaches(name: str) -> bool:
+    try:
+        return method(name).teacher
+    except ValueError:  # a method of another version
+        return True
+
+
+def _per_class(rows: Rows, names: list[str], against: str, classes: tuple[str, ...]) -> str:
+    lines = []
+    for name in names:
+        if name != against:
+            found = [paired(rows, name, against, lambda r, k=k: r["iou"][k]) for k in range(len(classes))]  # type: ignore[misc]
+            lines.append([page.cell(name), *(page.signed(d.mean if d.pairs else None) for d in found)])
+    base = [r for r in rows if r["method"] == against]
+    means = [[r["iou"][k] for r in base if r["iou"][k] is not None] for k in range(len(classes))]
+    first = [page.cell(f"{against}, itself"), *(page.cell(f"{statistics.fmean(v):.3f}" if v else "-") for v in means)]
+    return page.table(("", *classes), [first, *lines])
+
+
+def _chart(rows: Rows, names: list[str], against: str) -> Any:
+    """Every paired difference as a point, its mean and twice its standard error as a bar."""
+    shown = [(n, d) for n in names if n != against and (d := paired(rows, n, against, lambda r: r["miou"])).pairs]
+    if not shown:
+        return None
+    figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.36 * len(shown)), layout="constrained")
+    for y, (_, d) in enumerate(reversed(shown)):
+        axis.plot(d.pairs, [y] * len(d.pairs), "o", color="#8a8f98", markersize=3.5)
+        error = 2 * d.error if len(d.pairs) > 1 else 0
+        axis.errorbar([d.mean], [y], xerr=[error], fmt="s", color="#2f8fd0" if d.clear else "#d98a00", capsize=3)
+    axis.axvline(0, color=page.INK, linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [n for n, _ in reversed(shown)])
+    axis.set_xlabel(f"mIoU against {against}: each pair, the mean and twice its standard error (blue: clear)")
+    axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def _settings(rows: Rows) -> Iterator[tuple[object, object]]:
+    """Those of every run; where they differ, each value that there is."""
+    names = dict.fromkeys(
+        key for row in rows for key in row["settings"] if key not in ("parts", "balance", "seed", "strides")
+    )
+    for name in names:
+        values = dict.fromkeys(str(row["settings"][name]) for row in rows if name in row["settings"])
+        yield name, "; ".join(values)
