@@ -3,6 +3,7 @@
 # make compare DUBAI=DIR   what the losses are worth on the Dubai set; hours on 2 cores, and the same command goes on
 # make bench  the table of figures for this machine        make package  sdist and wheel, tested away from the repo
 # make abi    one wheel, built against one torch and tested under another
+# make wheel  that wheel and the sdist, in dist/
 # make docs   the documents as a site, in build/site; without the network once the tools are there
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo compare test lint bench docs package abi clean
+.PHONY: demo compare test lint bench docs wheel package abi clean
 
 demo: $(VENV)/.built
 	$(RUN) -m dsct_kernels.distill --data synthetic
@@ -27,7 +28,7 @@ test: lint
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	$(RUN) -m mypy
 
 compare: $(VENV)/.built
@@ -56,6 +57,9 @@ $(VENV)/.test: $(VENV)/.built
 	$(RUN) tools/extras.py bench test docs lint > $(VENV)/extras.txt
 	$(PIP) --requirement $(VENV)/extras.txt
 	touch $@
+
+wheel:
+	tools/build_wheel.sh $(PYTHON) "$(TORCH)" dist
 
 package:
 	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(TORCH)" $(PYTEST)

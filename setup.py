@@ -1,9 +1,11 @@
-"""Builds csrc/ into dsct_kernels._C: the CPU kernels where a compiler and torch are at hand, and the CUDA kernels where
-torch has CUDA and an nvcc is found. What cannot be built is left out, loudly: CUDA first, the CPU kernels last.
+"""Builds csrc/ into dsct_kernels._C: the CPU kernels, and the CUDA kernels where torch has CUDA and an nvcc is found.
 
-DSCT_KERNELS_BUILD=auto     the default: as above        DSCT_KERNELS_BUILD=python   build nothing
-DSCT_KERNELS_BUILD=native   fail rather than leave out: the CPU kernels, or the CUDA kernels where torch has CUDA and an
-                            nvcc is found (without an nvcc, the CPU kernels are all that is asked for)
+One binary serves every torch from 2.10 on (libtorch's stable ABI); there is one for each Python (pybind11).
+
+DSCT_KERNELS_BUILD=auto     the default: without the CPU kernels the build fails, in one line; CUDA kernels that cannot
+                            be built are left out, loudly
+DSCT_KERNELS_BUILD=native   the CUDA kernels are not left out either where torch has CUDA and an nvcc is found
+DSCT_KERNELS_BUILD=python   build nothing: the reference, in plain PyTorch, serves every call
 DSCT_KERNELS_DEBUG=1        keep symbols and debug information, ten times the size
 TORCH_CUDA_ARCH_LIST        as everywhere in torch, obeyed as it is given; default: those of CUDA_ARCHS that nvcc knows
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +36,7 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", ABI]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--prec-div=false", ABI]
 NOTE = "_left_out.txt"  # pip hides what a build prints: dsct_kernels/backends.py finds the reason here, and says it
 INSTALL = 'pip install torch pybind11 ninja "setuptools>=77" && pip install --no-build-isolation .'
-PURE = "installing WITHOUT native kernels, the slow pure-PyTorch reference serves every call"
+PURE = "DSCT_KERNELS_BUILD=python installs the reference alone, in plain PyTorch, many times slower"
 
 
 class CannotBuild(Exception):
@@ -165,65 +168,81 @@ def leave_note(command: Any, why: str | None) -> None:
         note.write_text(why + "\n")
 
 
-def pure_python(why: str) -> type[build_py]:
+def pure_python(why: str) -> dict[str, type]:
+    """The commands of a build that was asked to leave everything out."""
+
     class Build(build_py):
         def run(self) -> None:
             super().run()
             leave_note(self, why)
 
-    return Build
+    return {"build_py": Build}
 
 
-def native(archs: str, why_no_cuda: str | None, may_fall_back: bool) -> type:
-    """build_ext that tries the CUDA kernels if `archs`, the CPU kernels without them, and nothing at last."""
+def refused(why: str) -> dict[str, type]:
+    """The commands of a build that cannot be: whatever builds fails, while an sdist and metadata can still be had."""
+
+    class BuildPy(build_py):
+        def run(self) -> None:
+            raise SystemExit(why)
+
+    class BuildExt(build_ext):
+        def run(self) -> None:
+            raise SystemExit(why)
+
+    return {"build_py": BuildPy, "build_ext": BuildExt}
+
+
+def native(archs: str, why_no_cuda: str | None, cuda_may_be_left_out: bool) -> dict[str, type]:
+    """build_ext that tries the CUDA kernels if `archs`, and the CPU kernels without them."""
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
         def run(self) -> None:
             why = why_no_cuda
-            attempts = [archs, ""] if archs else [""]
+            attempts = [archs, ""] if archs and cuda_may_be_left_out else [archs]
             for attempt in attempts:
                 before = dict(vars(self))
                 try:
                     with overheard() as lines:
                         super().run()
                 except Exception as error:
-                    if not may_fall_back:
-                        raise
-                    vars(self).update(before)  # a build that failed half way has changed the command
                     why = f"the build {'with' if attempt else 'without'} CUDA failed: {cause(error, lines)}"
-                    if attempt:
-                        say(f"{why}; now WITHOUT the CUDA kernels, for the CPU alone")
-                        vars(self.extensions[0]).update(vars(extension("")))  # setuptools has its notes on this object
-                    else:
-                        self.give_up(why)
+                    if attempt == attempts[-1]:
+                        raise SystemExit(f"dsct_kernels: {why}; {PURE}") from error
+                    say(f"{why}; now WITHOUT the CUDA kernels, for the CPU alone")
+                    vars(self).update(before)  # a build that failed half way has changed the command
+                    vars(self.extensions[0]).update(vars(extension("")))  # setuptools has its notes on this object
                 else:
                     break
             leave_note(self, why)
+            for other in self.others():
+                other.unlink()
 
-        def give_up(self, why: str) -> None:
-            say(f"{PURE}: {why}")
-            for built in self.extensions:  # an earlier build's, which would be installed as this one's
-                Path(self.get_ext_fullpath(built.name)).unlink(missing_ok=True)
-                Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(built.name))).unlink(missing_ok=True)
-            self.extensions = []
+        def others(self) -> list[Path]:
+            """Binaries that an earlier build left beside the new one, by a name that Python may prefer."""
+            (name,) = (self.get_ext_filename(self.get_ext_fullname(built.name)) for built in self.extensions)
+            folders = [Path(self.build_lib, name).parent]
+            if self.editable_mode or self.inplace:
+                folders.append(HERE / Path(name).parent)
+            return [p for folder in folders for p in folder.glob("_C.*.so") if p.name != Path(name).name]
 
-    return Build.with_options(use_ninja=True)
+    return {"build_ext": Build.with_options(use_ninja=True)}
 
 
 def main() -> None:
     build = os.environ.get("DSCT_KERNELS_BUILD", "auto")
     if build not in ("auto", "python", "native"):
         raise SystemExit(f"DSCT_KERNELS_BUILD={build!r}: expected 'auto', 'python' or 'native'")
+    if build == "python":
+        why = "DSCT_KERNELS_BUILD=python was asked for"
+        say(f"installing WITHOUT native kernels: {why}; for the kernels: {INSTALL}")
+        setup(cmdclass=pure_python(why))
+        return
     try:
-        if build == "python":
-            raise CannotBuild("DSCT_KERNELS_BUILD=python was asked for")
         require_compiler()
     except CannotBuild as why:
-        if build == "native":
-            raise SystemExit(f"dsct_kernels: cannot build the native kernels: {why}; {INSTALL}") from None
-        say(f"{PURE}: {why}; for the kernels: {INSTALL}")
-        setup(cmdclass={"build_py": pure_python(str(why))})
+        setup(cmdclass=refused(f"dsct_kernels: cannot build the native kernels: {why}; type: {INSTALL} ({PURE})"))
         return
 
     import torch
@@ -236,7 +255,8 @@ def main() -> None:
             why_no_cuda = f"torch has CUDA {torch.version.cuda}, but no nvcc was found (CUDA_HOME is {CUDA_HOME})"
     except CannotBuild as why:
         if build == "native":
-            raise SystemExit(f"dsct_kernels: cannot build the CUDA kernels: {why}") from None
+            setup(cmdclass=refused(f"dsct_kernels: cannot build the CUDA kernels: {why}"))
+            return
         archs, why_no_cuda = "", str(why)
     if why_no_cuda is not None:
         say(f"building WITHOUT the CUDA kernels, for the CPU alone: {why_no_cuda}")
@@ -244,7 +264,7 @@ def main() -> None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     setup(
         ext_modules=[extension(archs)],
-        cmdclass={"build_ext": native(archs, why_no_cuda, may_fall_back=build == "auto")},
+        cmdclass=native(archs, why_no_cuda, cuda_may_be_left_out=build == "auto"),
     )
 
 

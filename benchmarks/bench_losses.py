@@ -278,6 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         progress = Console(stderr=True)
         result = run(options, lambda text: progress.print(text, markup=False, highlight=False, soft_wrap=True))
+        if not options.json:
+            progress.print("nothing is kept of this run: --json PATH writes all of it, for --read", markup=False)
     failed = result.get("failed", [])
     for failure in failed:
         console.print(f"failed: {failure['case']}: {failure['reason']}", style="bold red", markup=False)

@@ -11,16 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import cache_bytes
-
-
-def cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
+from dsct_kernels.__main__ import cpu_model
 
 
 def cpu_flags() -> list[str]:

@@ -31,7 +31,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: find benchmarks and tests
+if __package__ in (None, ""):  # run as a script: find benchmarks and tools
     sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
@@ -43,9 +43,9 @@ from dsct_kernels import triton_common
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.tnkd import triton as tnkd
 from dsct_kernels.tnkd.objective import Objective
-from tests import nvcc
-from tests.aot import Launch, recorded, report, source
-from tests.cuda_host import harness
+from tools.inspect import nvcc
+from tools.inspect.aot import Launch, recorded, report, source
+from tools.inspect.cuda_host import harness
 
 NOTE = "ESTIMATE, not a measurement: nothing was run on a GPU"
 BACKENDS = ("native", "triton")

@@ -1,7 +1,12 @@
-"""`python -m dsct_kernels`: what was built, what is usable on this machine, and why the rest is not."""
+"""`python -m dsct_kernels`: what was built, what is usable on this machine, and why the rest is not.
 
+`python -m dsct_kernels --check`: whether what is usable computes the right numbers here, in ten seconds or so.
+"""
+
+import argparse
 import os
 import platform
+import sys
 
 import torch
 
@@ -36,16 +41,27 @@ def how(backend: Backend, device: str) -> str:
     return f"{fused}; logits smaller than the labels are upsampled beforehand"
 
 
+def cpu_model() -> str:
+    """The CPU's name, as its maker spells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in fields.items()}
+        return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
 def devices() -> list[tuple[torch.device, str]]:
     """Every device of this machine that a backend may serve, with its name."""
-    found = [(torch.device("cpu"), platform.processor() or platform.machine())]
+    found = [(torch.device("cpu"), cpu_model())]
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         found.append((torch.device("cuda", i), f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"))
     return found
 
 
-def main() -> None:
+def versions() -> None:
     print(f"dsct_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     if backends.NATIVE_MISSING is None:
         info = backends.build_info()
@@ -55,6 +71,9 @@ def main() -> None:
         print(f"  CPU instruction sets built in: {', '.join(info['cpu_isas'])}; in use: {info['cpu_isa']}")  # type: ignore[arg-type]
     else:
         print(f"native build: none: {backends.NATIVE_MISSING}")
+
+
+def usable() -> None:
     if os.environ.get("DSCT_KERNELS_BACKEND"):
         print(f'DSCT_KERNELS_BACKEND={os.environ["DSCT_KERNELS_BACKEND"]} is what "auto" stands for')
     for device, name in devices():
@@ -82,5 +101,21 @@ def main() -> None:
     )
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsct_kernels", description="What is usable here, and why not.")
+    parser.add_argument("--check", action="store_true", help="hold every usable kernel against the reference: seconds")
+    options = parser.parse_args(arguments)
+    versions()
+    if not options.check:
+        usable()
+        return 0
+    from .selftest import check
+
+    here = devices()
+    for device, name in here:
+        print(f"{device}: {name}")
+    return 0 if check([device for device, _ in here]) else 1
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

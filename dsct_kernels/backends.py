@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import torch_private
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -122,7 +124,7 @@ def _why_not_arch(archs: str, have: tuple[int, int]) -> str | None:
 
 def transforming() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp, ...) is at work: its tensors have no data to look at."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and torch_private.transforms_active()
 
 
 def why_no_kernel(*tensors: Tensor) -> str | None:

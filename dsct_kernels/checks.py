@@ -1,6 +1,7 @@
 """Argument checks: every error names the argument, what was expected and what came."""
 
 import os
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from .values import DEFAULT_IGNORE_INDEX, Number, readable, weight
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+Reduction = Literal["none", "mean", "sum"]
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -108,14 +110,14 @@ def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None
         for have, want in zip(shape[2:], size):
             if have == want:
                 continue
+            got = f"got {tuple(shape)}"
             if have > want:
-                raise ValueError(f"{name}: larger than the label map: {tuple(shape)}, target {tuple(size)}")
+                raise ValueError(f"{name}: expected at most the size of target, {tuple(size)}, {got}")
+            where = f"{tuple(size)} of {'target' if target is not None else 'the larger network'}"
             if len(shape) != 4:
-                raise ValueError(
-                    f"{name}: only (N, K, H, W) logits are upsampled: {tuple(shape)}, output size {tuple(size)}"
-                )
+                raise ValueError(f"{name}: expected the size {where}, since only (N, K, H, W) is upsampled, {got}")
             if have == 0:
-                raise ValueError(f"{name}: an empty map cannot be upsampled: {tuple(shape)}, output size {tuple(size)}")
+                raise ValueError(f"{name}: expected at least one row and one column to upsample to {where}, {got}")
 
 
 def overlaid(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None, classes: int = 2) -> list[int]:

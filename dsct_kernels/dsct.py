@@ -3,7 +3,7 @@
 Cross-entropy shares TNKD's pass over the logits.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from . import backends, checks, values
 from .cafd.loss import Features, cafd_loss
 from .cafd.matched import BACKENDS as MATCHED_BACKENDS
 from .cafd.matched import of_maps as matched_of_maps
+from .dtypes import acc_dtype
 from .jaccard.loss import BACKENDS as JACCARD_BACKENDS
 from .jaccard.loss import of_maps as jaccard_of_maps
 from .pool import overlaid
@@ -19,6 +20,7 @@ from .tnkd.loss import logit_loss
 from .tnkd.objective import Objective
 from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 
+TotalReduction = Literal["mean", "sum"]
 NO_MAP = "reduction: expected 'mean' or 'sum', got 'none': a map and a vector do not add up"
 
 
@@ -36,6 +38,20 @@ class DSCTLosses(NamedTuple):
     cafd: Tensor
     matched: Tensor
     jaccard: Tensor
+
+    def log(self) -> dict[str, float]:
+        """The parts as plain numbers, without `total`, for a logger or JSON. Waits for the device, once."""
+        parts = self._asdict()
+        del parts["total"]
+        return dict(zip(parts, torch.stack(list(parts.values())).tolist(), strict=True))
+
+    def loss_dict(self) -> dict[str, Tensor]:
+        """For a loop that adds up whatever has "loss" in its name and logs the rest, as mmengine's `parse_losses`: only
+        `loss_dsct`, the total, counts. Of `_asdict()` such a loop finds nothing to add up, and with "loss" before every
+        name it counts the parts beside their total.
+        """
+        parts = self._asdict()
+        return {"loss_dsct": parts.pop("total"), **parts}
 
 
 def dsct_loss(
@@ -59,7 +75,7 @@ def dsct_loss(
     channel_temperature: Number = 1.0,
     spatial_temperature: Number = 1.0,
     align_corners: bool = False,
-    reduction: str = "mean",
+    reduction: TotalReduction = "mean",
     num_items: Number | None = None,
     backend: str = "auto",
 ) -> DSCTLosses:
@@ -122,8 +138,7 @@ def dsct_loss(
     checks.logits(student_logits, teacher_logits, target)
     if class_weight is not None:
         checks.class_weights(class_weight, student_logits)
-        acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
-        class_weight = class_weight.detach().to(acc).contiguous()
+        class_weight = class_weight.detach().to(acc_dtype(student_logits, teacher_logits)).contiguous()
         if class_weight.device.type != "cpu":  # where nobody looks at them, a negative one makes the loss NaN
             class_weight = torch.where(class_weight < 0, torch.nan, class_weight)
     objective = Objective(
@@ -217,7 +232,7 @@ class DSCTLoss(ValueModule):
         channel_temperature: Number = 1.0,
         spatial_temperature: Number = 1.0,
         align_corners: bool = False,
-        reduction: str = "mean",
+        reduction: TotalReduction = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -260,8 +275,11 @@ class DSCTLoss(ValueModule):
             backend=self.backend,
         )
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
-        shown = {name: getattr(self, name) for name in (*self.VALUES, "align_corners", "reduction", "backend")}
+        shown = {name: repr(getattr(self, name)) for name in (*self.VALUES, "align_corners", "reduction", "backend")}
         if self.class_weight is not None:
-            shown["class_weight"] = f"({len(self.class_weight)},)"
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+            shown["class_weight"] = f"Tensor({len(self.class_weight)},)"
+        return ", ".join(f"{name}={value}" for name, value in shown.items())

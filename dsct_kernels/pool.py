@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .autograd import LIBRARY
+from .dtypes import acc_dtype
 from .values import label_value, readable
 
 
@@ -26,7 +27,7 @@ def overlaid(
     ignored = label_value("ignore_index", ignore_index)
     size = checks.overlaid(student_logits, teacher_logits, target, classes)
     checks.ignore_index_is_no_class(ignore_index, student_logits.shape[1], target)
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    acc = acc_dtype(student_logits, teacher_logits)
     share = None if target is None or ignored is None else labelled(target, ignored, size, acc, backend)
     student = averaged(student_logits, size, acc, target, ignored, backend)
     return student, averaged(teacher_logits.detach(), size, acc, target, ignored, backend), share

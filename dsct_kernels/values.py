@@ -14,6 +14,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from . import torch_private
+
 Number = float | Tensor
 INF = float("inf")
 
@@ -36,9 +38,7 @@ DEFAULT_IGNORE_INDEX = cast(int, _Default.IGNORE_INDEX)
 def plain() -> bool:
     """Whether calls here run as they stand: nobody traces, transforms or intercepts them."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling() or torch_private.transforms_active() or torch_private.dispatch_intercepted()
     )
 
 
@@ -48,7 +48,7 @@ def readable(x: Tensor) -> bool:
         x.is_cpu
         and plain()
         and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of autograd.grad(is_grads_batched=True)
+        and not torch_private.batched(x)
     )
 
 
@@ -201,6 +201,14 @@ class ValueModule(nn.Module):
             self.__dict__.setdefault("_boxed", {})[name] = boxed
             value = 255 if value is DEFAULT_IGNORE_INDEX else value
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> "ValueModule":
+        """What torch.jit.script asks every module within its argument for."""
+        raise RuntimeError(
+            f"{type(self).__name__} cannot be compiled by torch.jit.script: TorchScript knows neither keyword-only "
+            "arguments nor values that are numbers or tensors; script the network alone and call the loss outside of "
+            "it, or torch.compile the step"
+        )
 
     def values(self) -> dict[str, Any]:
         """The keywords for the function: as they were set, or, for a compiled graph, as tensors."""

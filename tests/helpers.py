@@ -1,4 +1,4 @@
-"""What the test files share: the error rule, strided copies of a tensor, and the kernels' other instruction sets."""
+"""What the test files share beside the oracle: strided copies, forbidden pages, the kernels' other instruction sets."""
 
 import ctypes
 import itertools
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dsct_kernels import backends
-from dsct_kernels.cafd import reference as cafd_reference
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISAS = ("default", "avx2", "avx512")
@@ -73,82 +72,6 @@ def before_a_forbidden_page(x: Tensor) -> Tensor:
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
     flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - bytes)
     return flat.as_strided(x.shape, x.stride()).copy_(x)
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    """||got - truth|| / ||truth|| in float64 (the plain norm of the difference where truth is 0)."""
-    got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
-    scale = truth.norm().item()
-    return (got - truth).norm().item() / (scale if scale > 0 else 1.0)
-
-
-def assert_as_good_as_reference(
-    got: Tensor, reference: Tensor, truth: Tensor, what: str, extra: float = 1e-6, floor: float = 0.0
-) -> None:
-    """The rule of the spec: a kernel's error against float64 is at most twice the reference's own, plus 1e-6 relative.
-
-    got: the kernel's result. reference: the eager reference's, on the same inputs in their own dtype. truth: the
-    reference's on the same inputs taken to float64. A non-finite truth has to be matched exactly. floor: an absolute
-    error that is always allowed; for a loss that is a difference of terms of size 1 and may be 0.
-    """
-    assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-    finite = truth.isfinite()
-    if not finite.all():
-        same = got.double().cpu()[~finite.cpu()], truth.double().cpu()[~finite.cpu()]
-        assert torch.equal(*(x.nan_to_num(nan=123.0) for x in same)), f"{what}: {same[0]} where float64 has {same[1]}"
-        got, reference, truth = (torch.where(finite.to(x.device), x, 0) for x in (got, reference, truth))
-    error, allowed = relative_error(got, truth), 2 * relative_error(reference, truth) + extra
-    if floor and (got.double().cpu() - truth.double().cpu()).norm() <= floor:
-        return
-    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-def _cafd_terms(student: Tensor, teacher: Tensor, channel_t: float, spatial_t: float, reduction: int) -> Tensor:
-    """The size of the gradient's terms before they cancel, elementwise: what a rounding is relative to."""
-    f = student.double().flatten(2)
-    p = (f / spatial_t).softmax(-1)
-    g = f.abs().mean(-1)
-    mean = g.mean(-1, keepdim=True)
-    w = (torch.where(mean == 0, 1, g / mean) / channel_t).softmax(-1)
-    a = cafd_reference.attention_map(student.detach().double(), channel_t, spatial_t).requires_grad_()
-    loss = cafd_reference.map_loss(a, cafd_reference.attention_map(teacher.double(), channel_t, spatial_t)).sum()
-    d = torch.autograd.grad(loss, a)[0].flatten(1).unsqueeze(1).abs()
-    if student.shape[2:] != teacher.shape[2:]:
-        d = d + 1  # rescaling the pooled map takes away the mean of terms of about this size
-    if reduction == 1:
-        d = d / len(f)
-    rho = (p * d).sum(-1)
-    look = w.unsqueeze(-1) * p * (d + rho.unsqueeze(-1)) / spatial_t
-    speak = w * (rho + (w * rho).sum(-1, keepdim=True)) / channel_t / mean.clamp_min(1e-300) / f.shape[-1]
-    return look + torch.where(mean == 0, 0, speak).unsqueeze(-1)
-
-
-def assert_cafd_as_good_as_reference(
-    got: tuple[Tensor, Tensor],
-    reference: tuple[Tensor, Tensor],
-    truth: tuple[Tensor, Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    what: str,
-    channel_t: float = 1.0,
-    spatial_t: float = 1.0,
-    reduction: int = 1,
-    extra: float = 1e-6,
-) -> None:
-    """The error rule on CAFD's (loss, gradient).
-
-    The loss is a sum of a log(a / b), the gradient a difference of terms: where they cancel to something small, the
-    reference may hit it by luck. Eight roundings of what is added and taken away are always allowed. `extra` is what
-    the gradient's own dtype asks for.
-    """
-    acc = torch.finfo(got[0].dtype)
-    rounding = 8 * acc.eps * max(1.0, 0.1 / channel_t)
-    terms = _cafd_terms(student, teacher, channel_t, spatial_t, reduction).norm().item()
-    sizes = (("loss", 2.0 * len(student), 1e-6), ("gradient", terms, extra))
-    for (name, size, relative), *values in zip(sizes, got, reference, truth, strict=True):
-        norm = values[2].norm().item()
-        cancelled = (rounding * size + acc.tiny) / (norm or 1.0) if norm < float("inf") else 0.0
-        assert_as_good_as_reference(*values, f"{name} {what}", relative + cancelled)
 
 
 def strided_copy(x: Tensor, layout: str) -> Tensor:

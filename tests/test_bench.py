@@ -427,7 +427,9 @@ def test_a_tiny_run_from_end_to_end(tmp_path, capsys):
 
     bench_losses.main([*options, "--loss", "tnkd", "--dtype", "bf16", "--json", str(path), "--append"])
     assert len(json.loads(path.read_text())["measurements"]) > len(data["measurements"])
-    capsys.readouterr()
+    assert "--json PATH" not in done.stderr + capsys.readouterr().err
+    bench_losses.main(["--quick", "--only-shape", "2x3x4x4", "--loss", "cafd", "--budget", "0.01", "--one-process"])
+    assert "nothing is kept of this run: --json PATH" in capsys.readouterr().err
     assert bench_losses.main(["--read", str(path), "--markdown"]) == 0
     assert "| tnkd | 2 x 3 x 4 x 4 | contiguous | bf16 |" in capsys.readouterr().out
     assert bench_losses.main(["--read", str(path), "--markdown", "--dtype", "fp32", "--loss", "tnkd", "cafd"]) == 0

@@ -13,7 +13,8 @@ from dsct_kernels.tnkd import native as tnkd_native
 from dsct_kernels.tnkd import reference as tnkd_reference
 from dsct_kernels.tnkd import triton as tnkd_triton
 from dsct_kernels.tnkd.objective import Objective
-from tests.helpers import LAYOUTS, assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
+from tests.helpers import LAYOUTS, strided_copy
+from tests.oracle import assert_as_good_as_reference, assert_cafd_as_good_as_reference, learnt
 
 
 def why_skip() -> str | None:
@@ -36,19 +37,13 @@ def asked(weight: Tensor | None, ce: float | None, tckd: float, nckd: float, tem
 
 def run_tnkd(student: Tensor, teacher: Tensor, target: Tensor | None,
              *rest: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    leaf = student.detach().requires_grad_()
-    loss, parts = tnkd_native.tnkd(leaf, teacher, target, asked(*rest))
-    loss.sum().backward()
-    return loss.detach(), parts.detach(), leaf.grad
+    return learnt(lambda s: tnkd_native.tnkd(s, teacher, target, asked(*rest)), student)
 
 
 def tnkd_truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
                *rest: object) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    leaf = student.detach().to(dtype).requires_grad_()
-    weight = None if weight is None else weight.to(dtype)
-    loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), target, asked(weight, *rest))
-    loss.sum().backward()
-    return loss.detach(), parts.detach(), leaf.grad
+    objective = asked(None if weight is None else weight.to(dtype), *rest)
+    return learnt(lambda s: tnkd_reference.tnkd(s, teacher.to(dtype), target, objective), student.to(dtype))
 
 
 def check_tnkd(student: Tensor, teacher: Tensor, *rest: object) -> None:
@@ -151,17 +146,12 @@ def check_cafd(
     student: Tensor, teacher: Tensor, channel_t: float = 1.0, spatial_t: float = 1.0, reduction: int = 1
 ) -> None:
     def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaf = student.detach().to(dtype).requires_grad_()
-        loss = cafd_reference.cafd(leaf, teacher.to(dtype), channel_t, spatial_t, reduction)
-        loss.sum().backward()
-        return loss.detach(), leaf.grad
+        wide = teacher.to(dtype)
+        return learnt(lambda s: cafd_reference.cafd(s, wide, channel_t, spatial_t, reduction), student.to(dtype))
 
-    leaf = student.detach().requires_grad_()
-    loss = cafd_native.cafd(leaf, teacher, channel_t, spatial_t, reduction)
-    loss.sum().backward()
+    got = learnt(lambda s: cafd_native.cafd(s, teacher, channel_t, spatial_t, reduction), student)
     truth, own = reference(torch.float64), reference(torch.promote_types(student.dtype, torch.float32))
     what = f"{tuple(student.shape)} {student.dtype} {student.stride()} from {tuple(teacher.shape)}"
-    got = loss.detach(), leaf.grad
     own = own[0], own[1].to(student.dtype)
     extra = HALF_ULP.get(student.dtype, 1e-6)
     assert_cafd_as_good_as_reference(got, own, truth, student, teacher, what, channel_t, spatial_t, reduction, extra)

@@ -3,74 +3,12 @@
 import pytest
 import torch
 
-from dsct_kernels import cafd_loss, channel_attention_map, tnkd_loss
-from dsct_kernels.cafd import reference
-from tests.helpers import assert_as_good_as_reference, strided_copy
+from dsct_kernels import channel_attention_map
+from tests.helpers import strided_copy
+from tests.oracle import cafd, check_cafd, check_tnkd, features, problem, tnkd
 
 NAN, INF = float("nan"), float("inf")
-# A loss is a difference of terms of size 1 (TNKD: temperature^2); where it is near 0, a few roundings of these remain.
-ROUNDING = {torch.float32: 4 * 1.2e-7, torch.float64: 4 * 2.3e-16}
 LABEL_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
-
-
-def problem(device, shape=(2, 5, 3, 4), dtype=torch.float32, seed=0, scale=3.0):
-    g = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(shape, generator=g) * scale for _ in range(2))
-    target = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=g)
-    return student.to(device, dtype), teacher.to(device, dtype), target.to(device)
-
-
-def tnkd(student, teacher, target, backend, **kw):
-    """(loss, gradient) of a detached copy of the student's logits."""
-    student = student.detach().requires_grad_()
-    loss = tnkd_loss(student, teacher, target, backend=backend, **kw)
-    loss.sum().backward()
-    return loss.detach(), student.grad
-
-
-def check_tnkd(student, teacher, target, backend, **kw):
-    """The error rule: the backend and the reference in the inputs' dtype, both against float64."""
-    loss, grad = tnkd(student, teacher, target, backend, **kw)
-    ref_loss, ref_grad = tnkd(student, teacher, target, "reference", **kw)
-    true_loss, true_grad = tnkd(student.double(), teacher.double(), target, "reference", **kw)
-    assert grad.dtype == student.dtype and loss.dtype == ref_loss.dtype
-    # A pixel's loss is a difference of terms of size tau^2 (alpha + beta), its gradient one of size tau (alpha + beta).
-    tau, pixels = kw.get("temperature", 2.0), max(1, student.numel() // student.shape[1])
-    unit = ROUNDING[loss.dtype] * (kw.get("alpha", 1.0) + kw.get("beta", 2.0))
-    over_pixels = {"mean": 1.0, "sum": pixels, "none": pixels**0.5}[kw.get("reduction", "mean")]
-    assert_as_good_as_reference(loss, ref_loss, true_loss, "loss", floor=unit * max(1.0, tau**2) * over_pixels)
-    over_pixels = pixels**-0.5 if kw.get("reduction", "mean") == "mean" else pixels**0.5
-    assert_as_good_as_reference(grad, ref_grad, true_grad, "gradient", floor=unit * tau * over_pixels)
-    return loss, grad
-
-
-def cafd(student, teacher, backend, **kw):
-    student = student.detach().requires_grad_()
-    loss = cafd_loss(student, teacher, backend=backend, **kw)
-    loss.sum().backward()
-    return loss.detach(), student.grad
-
-
-def cancelling_terms(student, teacher, channel_temperature=1.0, spatial_temperature=1.0, **_):
-    """The size of the terms A_i D_i whose differences are CAFD's gradient: where attention is one-hot, D is 10^6 and
-    the gradient is what is left of them."""
-    both = [reference.attention_map(x, channel_temperature, spatial_temperature) for x in (student, teacher)]
-    attention = both[0].detach().requires_grad_()
-    (d,) = torch.autograd.grad(reference.map_loss(attention, both[1]).sum(), attention)
-    strength = student.abs().mean((1, 2, 3)).clamp(min=1e-30).min()
-    terms = (attention * d).norm() * (1 / spatial_temperature + 1 / (channel_temperature * strength))
-    return max(terms.item(), 1e-6)
-
-
-def check_cafd(student, teacher, backend, **kw):
-    loss, grad = cafd(student, teacher, backend, **kw)
-    ref_loss, ref_grad = cafd(student, teacher, "reference", **kw)
-    true_loss, true_grad = cafd(student.double(), teacher.double(), "reference", **kw)
-    assert grad.dtype == student.dtype and loss.dtype == ref_loss.dtype
-    assert_as_good_as_reference(loss, ref_loss, true_loss, "loss", floor=ROUNDING[loss.dtype])
-    floor = ROUNDING[loss.dtype] * cancelling_terms(student.double(), teacher.double(), **kw)
-    assert_as_good_as_reference(grad, ref_grad, true_grad, "gradient", floor=floor)
-    return loss, grad
 
 
 # --- TNKD ------------------------------------------------------------------------------------------------------------
@@ -240,11 +178,6 @@ def test_without_labels_the_teacher_decides_and_ties_go_to_the_smallest_index(de
 
 
 # --- CAFD ------------------------------------------------------------------------------------------------------------
-
-
-def features(device, shape=(2, 6, 5, 4), dtype=torch.float32, seed=0, scale=2.0):
-    g = torch.Generator().manual_seed(seed)
-    return tuple((torch.randn(shape, generator=g) * scale).to(device, dtype) for _ in range(2))
 
 
 def test_all_zero_features(device, backend):

@@ -3,6 +3,7 @@
 import doctest
 import gc
 import inspect
+import json
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import dsct_kernels
 from dsct_kernels import (
     CAFDLoss,
     DSCTLoss,
+    DSCTLosses,
     TNKDLoss,
     cafd_loss,
     channel_attention_map,
@@ -23,8 +25,8 @@ from dsct_kernels import (
     matched_cafd_loss,
     tnkd_loss,
 )
-from tests.helpers import LAYOUTS, assert_as_good_as_reference, relative_error, strided_copy
-from tests.test_edge_cases import check_cafd, check_tnkd, features, problem, tnkd
+from tests.helpers import LAYOUTS, strided_copy
+from tests.oracle import assert_as_good_as_reference, check_cafd, check_tnkd, features, problem, relative_error, tnkd
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Shapes with a story: one pixel; no spatial dimensions; odd sizes; K = 2; a block and a bit; more classes than pixels;
@@ -629,8 +631,24 @@ S, Y = torch.zeros(2, 5, 3, 4), torch.zeros(2, 3, 4, dtype=torch.long)
         ((S, S[:1], Y), {}, ValueError, "teacher_logits: expected the batch"),
         ((S, S, Y[0]), {}, ValueError, r"target: expected shape \(2, any, any\).*got \(3, 4\)"),
         ((S, S, Y[:1]), {}, ValueError, r"target: expected shape.*got \(1, 3, 4\)"),
-        ((S, S, Y[:, :2]), {}, ValueError, "student_logits: larger than the label map"),
-        ((S[..., 0], S[..., 0], torch.zeros(2, 9).long()), {}, ValueError, r"only \(N, K, H, W\) logits are upsampled"),
+        (
+            (S, S, Y[:, :2]),
+            {},
+            ValueError,
+            r"student_logits: expected at most the size of target, \(2, 4\), got \(2, 5, 3, 4\)",
+        ),
+        (
+            (S[..., 0], S[..., 0], torch.zeros(2, 9).long()),
+            {},
+            ValueError,
+            r"student_logits: expected the size \(9,\) of target, since only \(N, K, H, W\) is upsampled, got \(2, 5",
+        ),
+        (
+            (S[:, :, :0], S, None),
+            {},
+            ValueError,
+            r"student_logits: expected at least one row .* to \(3, 4\) of the larger network, got \(2, 5, 0, 4\)",
+        ),
         ((S, S, Y.float()), {}, TypeError, "target: expected dtype uint8, .*, got float32"),
         ((S, S.to("meta"), Y), {}, ValueError, "teacher_logits: expected the device of student_logits, cpu, got meta"),
         ((S, S, Y.to("meta")), {}, ValueError, "target: expected the device of student_logits, cpu, got meta"),
@@ -710,6 +728,59 @@ def test_modules_refuse_bad_keywords_at_once():
     ):
         with pytest.raises(ValueError, match=next(iter(keywords))):
             module(**keywords)
+
+
+def test_a_modules_repr_says_everything_that_it_was_given():
+    for module in (TNKDLoss, CAFDLoss, DSCTLoss, dsct_kernels.MatchedCAFDLoss, dsct_kernels.JaccardLoss):
+        for name, value in inspect.signature(module.__init__).parameters.items():
+            if name not in ("self", "class_weight"):
+                assert f"{name}={value.default!r}" in repr(module()), (module, name)
+    assert "class_weight" not in repr(DSCTLoss())
+    assert "class_weight=Tensor(6,)" in repr(DSCTLoss(class_weight=torch.ones(6)))
+
+
+def test_the_parts_for_the_log_are_numbers_and_leave_the_total_out():
+    student, teacher, target = problem("cpu")
+    features = student[:, :3], teacher.double()[:, :2]
+    losses = dsct_loss(student.requires_grad_(), teacher, target, *features, tnkd_weight=1)
+    log = losses.log()
+    assert list(log) == [name for name in DSCTLosses._fields if name != "total"]
+    assert json.loads(json.dumps(log)) == log
+    assert log == {name: getattr(losses, name).item() for name in log} and all(log.values())
+
+
+def parse_losses(losses):
+    """What a loop makes of a dict of losses that goes by their names, in mmengine's words."""
+    return sum(value.mean() for name, value in losses.items() if "loss" in name)
+
+
+@pytest.mark.parametrize("parse", [parse_losses, "mmengine"])
+def test_a_loop_that_adds_up_what_is_called_a_loss_finds_the_total_alone(parse):
+    if parse == "mmengine":
+        model = pytest.importorskip("mmengine.model", reason="the package mmengine is not installed").BaseModel
+        parse = lambda losses: model.parse_losses(None, losses)[0]  # noqa: E731
+    student, teacher, target = problem("cpu")
+    losses = dsct_loss(student.requires_grad_(), teacher, target)
+    assert parse(losses.loss_dict()) is not losses.total and torch.equal(parse(losses.loss_dict()), losses.total)
+    assert parse({f"decode.{name}": x for name, x in losses.loss_dict().items()}) == losses.total
+    assert set(losses.loss_dict()) == {"loss_dsct", *DSCTLosses._fields} - {"total"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_says_why_it_cannot_and_what_can():
+    class Step(torch.nn.Module):
+        def __init__(self, loss):
+            super().__init__()
+            self.loss = loss
+
+        def forward(self, x, y):
+            return self.loss(x, y)
+
+    for loss in (TNKDLoss(), CAFDLoss(), DSCTLoss(), dsct_kernels.MatchedCAFDLoss(), dsct_kernels.JaccardLoss()):
+        for module in (loss, Step(loss)):
+            name = type(loss).__name__
+            with pytest.raises(RuntimeError, match=rf"^{name} cannot be .* TorchScript .* torch.compile"):
+                torch.jit.script(module)
 
 
 def test_examples_in_the_docstrings_run():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import nvcc
+from tools.inspect import nvcc
 
 pytestmark = pytest.mark.skipif(nvcc.NVCC is None, reason="no nvcc on the PATH")
 

@@ -7,7 +7,7 @@ from dsct_kernels import backends
 from dsct_kernels.cafd import op as cafd_op
 from dsct_kernels.tnkd import op as tnkd_op
 from tests.helpers import pairs, strided_copy
-from tests.test_edge_cases import features, problem
+from tests.oracle import features, problem
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 VALUES = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)

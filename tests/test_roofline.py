@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from benchmarks import cases, roofline
-from tests import nvcc
-from tests.cuda_host import harness
+from tools.inspect import nvcc
+from tools.inspect.cuda_host import harness
 
 
 @pytest.mark.parametrize(

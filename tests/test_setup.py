@@ -1,7 +1,6 @@
 """setup.py: what it builds, what it leaves out, and what it says, with nvccs that are stand-ins.
 
-The builds are real, by the setup.py of the repository, in a folder whose kernels are empty files; where a failure is
-what the test is about, the module is one that compiles in a second instead of csrc/module.cpp.
+The builds are real, by the setup.py of the repository, in a folder whose kernels are empty files.
 """
 
 import importlib.machinery
@@ -11,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ import torch
 
 from dsct_kernels import __main__ as report
 from dsct_kernels import backends
-from tests.nvcc import FLAGS, NVCC
+from tools.inspect.nvcc import FLAGS, NVCC
 
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_12_4 = "sm_50 sm_52 sm_53 sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_90a"
 CUDA_12_8 = f"{CUDA_12_4} sm_100 sm_100a sm_101 sm_101a sm_120 sm_120a"
@@ -143,18 +144,6 @@ print(json.dumps(module.build_info()))
 """
 
 
-SHORT_MODULE = """
-#include <Python.h>
-static PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{ssssss}", "cuda_archs", DSCT_CUDA_ARCHS, "cuda", DSCT_CUDA_VERSION, "torch",
-                       DSCT_TORCH_VERSION);
-}
-static PyMethodDef methods[] = {{"build_info", build_info, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
-"""
-
-
 class Project:
     """The repository's setup.py and module.cpp with next to no kernels, in a folder of its own."""
 
@@ -167,9 +156,6 @@ class Project:
         for name in ("ops.cpp", "ops_cuda.cpp", "none/cpu/none.cpp", "none/cuda/none.cu"):
             self.write(f"csrc/{name}")
         self.package = self.folder / "lib" / "dsct_kernels"
-
-    def shorten(self) -> None:
-        self.write("csrc/module.cpp", SHORT_MODULE)
 
     def write(self, name: str, text: str = "") -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -215,9 +201,11 @@ def project(tmp_path):
 
 def test_a_cuda_build_that_fails_leaves_the_cpu_kernels_in_place_and_says_why(project):
     stand_in(project.home)
+    in_place = project.folder / "dsct_kernels"
+    project.write("dsct_kernels/_C" + importlib.machinery.EXTENSION_SUFFIXES[1], "the kernels of last week")
     done = project.build("build_ext", "--inplace")
     assert done.returncode == 0, done.stderr
-    in_place = project.folder / "dsct_kernels"
+    assert [path.name for path in project.built(in_place)] == [f"_C{SUFFIX}"]  # and nothing that Python might prefer
     info = project.info(in_place)
     assert (info["cuda"], info["cuda_archs"], info["torch"]) == ("", "", torch.__version__)
     for told in (done.stderr, project.note(in_place)):
@@ -239,7 +227,6 @@ def test_a_cuda_build_that_fails_leaves_the_cpu_kernels_in_place_and_says_why(pr
     ids=["another CUDA", "cannot list", "cannot link"],
 )
 def test_whatever_fails_about_cuda_the_cpu_kernels_are_installed(project, nvcc, said):
-    project.shorten()
     stand_in(project.home, **nvcc)
     done = project.build()
     assert done.returncode == 0, done.stderr
@@ -251,7 +238,6 @@ def test_whatever_fails_about_cuda_the_cpu_kernels_are_installed(project, nvcc, 
 
 @pytest.mark.parametrize("nvcc", [{}, {"lists": None}, {"lists": "sm_75"}], ids=["compile", "list", "too old"])
 def test_a_native_build_fails_rather_than_leave_the_cuda_kernels_out(project, nvcc):
-    project.shorten()
     stand_in(project.home, **nvcc)
     done = project.build(DSCT_KERNELS_BUILD="native")
     assert done.returncode != 0 and not project.built() and project.note() is None
@@ -273,37 +259,56 @@ def test_an_nvcc_that_works_is_asked_for_what_it_knows_and_the_build_says_so(pro
     assert project.note() is None and "WITHOUT" not in done.stderr
 
 
-def test_a_cpu_build_that_fails_installs_pure_python_and_nothing_of_an_earlier_build(project):
-    project.shorten()
-    stand_in(project.home)
+def test_a_cpu_build_that_fails_fails_the_install_and_ends_with_the_cause(project):
     project.write("csrc/none/cpu/none.cpp", '#error "no such luck"\n')
-    project.write("lib/dsct_kernels/_C" + importlib.machinery.EXTENSION_SUFFIXES[0], "the kernels of last week")
-    done = project.build(MAX_JOBS="1")
-    assert done.returncode == 0, done.stderr
-    assert not project.built() and (project.package / "__init__.py").exists()
-    for told in (done.stderr, project.note()):
-        assert "the build without CUDA failed" in told and "no such luck" in told
-    assert "installing WITHOUT native kernels" in done.stderr
-    refused = project.build(MAX_JOBS="1", cuda="", DSCT_KERNELS_BUILD="native")
-    assert refused.returncode != 0 and not project.built()
+    done = project.build(MAX_JOBS="1", cuda="")
+    assert done.returncode != 0 and not project.built() and project.note() is None
+    told = done.stderr.splitlines()[-1]
+    assert "the build without CUDA failed" in told and "no such luck" in told and "DSCT_KERNELS_BUILD=python" in told
 
 
 @pytest.mark.parametrize(
-    "environment,cause",
+    "command,environment,cause",
     [
-        ({"ISOLATED": "1"}, "torch in the environment of the build, which pip isolates"),
-        ({"CXX": "no-such-compiler -pthread"}, "no C++ compiler: 'no-such-compiler' is not on the PATH"),
-        ({"DSCT_KERNELS_BUILD": "python"}, "DSCT_KERNELS_BUILD=python was asked for"),
+        ("bdist_wheel", {"ISOLATED": "1"}, "no torch in the environment of the build, which pip isolates"),
+        ("editable_wheel", {"ISOLATED": "1"}, "no torch in the environment of the build, which pip isolates"),
+        ("build_ext --inplace", {"CXX": "no-such-c++ -pthread"}, "no C++ compiler: 'no-such-c++' is not on the PATH"),
     ],
-    ids=["isolated", "no compiler", "asked for"],
+    ids=["isolated", "isolated and editable", "no compiler"],
 )
-def test_a_pure_python_install_says_why_when_it_is_built_and_whenever_it_is_imported(project, environment, cause):
+def test_where_the_kernels_cannot_be_built_the_install_fails_and_says_in_one_line_what_to_type(
+    project, command, environment, cause
+):
+    done = project.build(*command.split(), cuda="", **environment)
+    assert done.returncode != 0 and not list(project.folder.rglob("*.whl"))
+    told = done.stderr.splitlines()[-1]
+    assert cause in told and backends.INSTALL in told and "DSCT_KERNELS_BUILD=python" in told
+
+
+def test_an_sdist_can_be_had_without_torch(project):
+    done = project.build("sdist", cuda="", ISOLATED="1")  # which builds nothing; pip asks for metadata likewise
+    assert done.returncode == 0, done.stderr
+    assert list((project.folder / "dist").glob("*.tar.gz"))
+
+
+def test_a_wheel_is_for_one_python_and_holds_one_binary(project):
+    done = project.build("bdist_wheel", cuda="")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (project.folder / "dist").iterdir()
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert f"-{python}-{python}-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as files:
+        assert [name for name in files.namelist() if name.endswith(".so")] == [f"dsct_kernels/_C{SUFFIX}"]
+
+
+def test_pure_python_has_to_be_asked_for_and_says_so_whenever_it_is_imported(project):
     shutil.copytree(Path(backends.__file__).parent, project.folder / "dsct_kernels", dirs_exist_ok=True,
                     ignore=shutil.ignore_patterns("*.so", "__pycache__", setup_py.NOTE))  # fmt: skip
-    done = project.build("build", "--build-base", "base", "--build-lib", "lib", cuda="", **environment)
+    asked = {"DSCT_KERNELS_BUILD": "python", "CXX": "no-such-compiler", "ISOLATED": "1"}
+    done = project.build("build", "--build-base", "base", "--build-lib", "lib", cuda="", **asked)
     assert done.returncode == 0, done.stderr
-    command = "pip install --no-build-isolation ."
-    assert cause in done.stderr and command in done.stderr and "the slow pure-PyTorch reference" in done.stderr
+    cause, command = "DSCT_KERNELS_BUILD=python was asked for", "pip install --no-build-isolation ."
+    assert cause in done.stderr and command in done.stderr and "WITHOUT native kernels" in done.stderr
     # An editable install of this repository would find its own binary for a package that has none.
     script = (
         "import sys; sys.path.insert(0, 'lib')\n"
@@ -314,11 +319,6 @@ def test_a_pure_python_install_says_why_when_it_is_built_and_whenever_it_is_impo
     assert str(Path("lib", "dsct_kernels")) in used.stdout, used.stderr
     assert "the native kernels are not built into this installation" in used.stderr
     assert cause in used.stderr and command in used.stderr
-    if "DSCT_KERNELS_BUILD" not in environment:
-        refused = project.build(DSCT_KERNELS_BUILD="native", **environment)
-        assert refused.returncode != 0
-        for told in ("cannot build the native kernels: ", cause, command):
-            assert told in refused.stderr
 
 
 def test_what_the_build_left_out_is_said_wherever_the_backends_are_asked_for(monkeypatch, capsys):
@@ -330,7 +330,7 @@ def test_what_the_build_left_out_is_said_wherever_the_backends_are_asked_for(mon
     monkeypatch.setattr(backends, "build_info", lambda: {
         "compiler": "gcc", "torch": "2.13.0", "cuda": "", "cuda_archs": "", "cpu_isas": ("",), "cpu_isa": ""
     })  # fmt: skip
-    report.main()
+    report.main([])
     assert "no CUDA (the build with CUDA failed: nvcc fatal)" in capsys.readouterr().out
     monkeypatch.setattr(backends, "left_out", lambda: None)
     assert "reinstall where torch has CUDA" in str(backends._why_not_arch("", (9, 0)))

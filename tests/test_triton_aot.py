@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from dsct_kernels import triton_common
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.tnkd import triton as tnkd
-from tests.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report, specialised
+from tools.inspect.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report, specialised
 
 pytestmark = pytest.mark.skipif(not (BIN / "nvdisasm").exists(), reason="this Triton brings no NVIDIA tools")
 # Thread instructions a pixel of 16 x K x 512 x 512, on 132 multiprocessors: bars, by classes, layout, dtype, with_ce.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the sdist, builds one wheel from it against TORCH_BUILD, installs that wheel in a new environment under
-# TORCH_RUN, and passes the tests of the sdist from a folder that is not the repository and holds no dsct_kernels.
+# Builds sdist and wheel against TORCH_BUILD (build_wheel.sh), installs that wheel in a new environment under TORCH_RUN,
+# and passes the tests of the sdist from a folder that is not the repository and holds no dsct_kernels.
 #   tools/test_package.sh PYTHON TORCH_BUILD TORCH_RUN [pytest arguments]
 set -euo pipefail
 python=$1 torch_build=$2 torch_run=$3
@@ -17,27 +17,18 @@ new_environment() { # NAME TORCH MORE...
     "$work/$1/bin/pip" install --quiet "${@:2}"
 }
 
-quietly() { # COMMAND...   what it printed is shown only where it fails
-    "$@" >"$work/log" 2>&1 || { cat "$work/log" && return 1; }
-}
-
-echo "== sdist and wheel, built against $torch_build"
-new_environment build "$torch_build" "setuptools>=77" wheel build pybind11 ninja
-quietly "$work/build/bin/python" -m build --sdist --no-isolation --outdir "$work/dist" "$repo"
+"$repo/tools/build_wheel.sh" "$python" "$torch_build" "$work/dist"
 sdist=("$work"/dist/*.tar.gz)
-DSCT_KERNELS_BUILD=native quietly "$work/build/bin/pip" wheel --no-build-isolation --no-deps --no-cache-dir \
-    --wheel-dir "$work/dist" "${sdist[0]}"
 wheel=("$work"/dist/*.whl)
-ls -sh "${sdist[0]}" "${wheel[0]}"
 
 echo "== the wheel alone under $torch_run: the losses need torch and nothing else"
-rm -rf "$work/build" # nothing of the build may be needed at run time
 new_environment run "$torch_run"
 "$work/run/bin/pip" install --quiet "${wheel[0]}"
 mkdir "$work/elsewhere"
 cd "$work/elsewhere"
 "$work/run/bin/pip" list 2>/dev/null | tail -n +3 | awk '{ printf "%s %s, ", $1, $2 } END { print "" }'
 "$work/run/bin/python" -m dsct_kernels
+"$work/run/bin/python" -m dsct_kernels --check
 "$work/run/bin/python" -W error::UserWarning:dsct_kernels - <<'PY'
 import torch
 

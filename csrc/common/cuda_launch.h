@@ -1,8 +1,8 @@
 // Launch helpers for the CUDA kernels.
 //
 // Kernels and their launch plans (tnkd/cuda, cafd/cuda) use only what this file and CUDA's built-ins
-// give them, so the very same source also compiles for the host: tests/cuda_host defines DSCT_HOST_SHIM, supplies
-// CUDA's words and its own `launch`, and runs every block as a group of threads.
+// give them, so the very same source also compiles for the host: tools/inspect/cuda_host defines DSCT_HOST_SHIM,
+// supplies CUDA's words and its own `launch`, and runs every block as a group of threads.
 #pragma once
 
 #include <cstdint>

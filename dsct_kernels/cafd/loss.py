@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from .. import backends, checks, values
+from ..checks import Reduction
 from ..values import Number, ValueModule, positive
 from . import native, reference, triton
 
@@ -32,7 +33,7 @@ def cafd_loss(
     *,
     channel_temperature: Number = 1.0,
     spatial_temperature: Number = 1.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
     r"""Channel-weighted attention-guided feature distillation.
@@ -191,7 +192,7 @@ class CAFDLoss(ValueModule):
         *,
         channel_temperature: Number = 1.0,
         spatial_temperature: Number = 1.0,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -208,6 +209,9 @@ class CAFDLoss(ValueModule):
             reduction=self.reduction,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from .. import backends, checks
+from ..checks import Reduction
 from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from . import matched_native, reference
@@ -35,7 +36,7 @@ def matched_cafd_loss(
     temperature: Number = 4.0,
     channel_temperature: Number | None = 1.0,
     ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
     r"""Channel-weighted distillation of maps whose channels correspond: logits, or features behind an adapter.
@@ -95,7 +96,7 @@ def of_maps(
     share: Tensor | None,
     temperature: Number,
     channel_temperature: Number | None,
-    reduction: str,
+    reduction: Reduction,
     backend: str,
 ) -> Tensor:
     """The loss of what `overlaid` returns; the numbers are checked already."""
@@ -133,7 +134,7 @@ class MatchedCAFDLoss(ValueModule):
         temperature: Number = 4.0,
         channel_temperature: Number | None = 1.0,
         ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -146,6 +147,9 @@ class MatchedCAFDLoss(ValueModule):
         """The loss; shapes as for `matched_cafd_loss`."""
         keywords = {**self.values(), "reduction": self.reduction, "backend": self.backend}
         return matched_cafd_loss(student_logits, teacher_logits, target, **keywords)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..autograd import first_derivative_only
 from ..backends import NATIVE_MISSING
+from ..dtypes import acc_dtype
+from ..torch_private import BelowAutograd
 
 if NATIVE_MISSING is None:
     _forward = torch.ops.dsct_kernels.matched_cafd.default
@@ -26,7 +28,7 @@ if NATIVE_MISSING is None:
         reduction: int,
     ) -> tuple[Tensor, Tensor]:
         n, c = student.shape[:2]
-        acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        acc = acc_dtype(student, teacher)
         loss = student.new_empty([n] if reduction == 0 else [], dtype=acc)
         return loss, student.new_empty([n, 5, c], dtype=torch.float64)  # MatchedStat in csrc/cafd/cpu/matched_args.h
 
@@ -74,7 +76,7 @@ class _Eager(torch.autograd.Function):
         uniform: bool,
         reduction: int,
     ) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():  # past the op's own autograd
+        with BelowAutograd():
             loss, stats = _forward(student, teacher, mask, temperatures, uniform, reduction)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, mask, stats, temperatures)

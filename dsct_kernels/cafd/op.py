@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..autograd import first_derivative_only
+from ..dtypes import acc_dtype
+from ..torch_private import BelowAutograd
 
 Op = Callable[..., Any]
 
@@ -34,24 +36,20 @@ class Results:
         self, student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         n, _, h, w = student.shape
-        loss = student.new_empty([n] if reduction == 0 else [], dtype=torch.promote_types(_acc(student), _acc(teacher)))
-        grad_map = student.new_empty([n, h, w] if needs_grad else [0], dtype=_acc(student))
+        loss = student.new_empty([n] if reduction == 0 else [], dtype=acc_dtype(student, teacher))
+        grad_map = student.new_empty([n, h, w] if needs_grad else [0], dtype=acc_dtype(student))
         return loss, grad_map, self._stats(student)
 
     def attention_map(self, features: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         n, _, h, w = features.shape
-        return features.new_empty([n, h, w], dtype=_acc(features)), self._stats(features)
+        return features.new_empty([n, h, w], dtype=acc_dtype(features)), self._stats(features)
 
     def attention_map_backward(self, features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor) -> Tensor:
         return torch.empty_like(features)
 
     def _stats(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
-        return x.new_empty([n, self.stats_row(c, h * w)], dtype=_acc(x))
-
-
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_empty([n, self.stats_row(c, h * w)], dtype=acc_dtype(x))
 
 
 def _cafd_backward(ctx: Any, backward_op: Op, grad_output: Tensor | None) -> Tensor | None:
@@ -84,7 +82,7 @@ class EagerCAFD(torch.autograd.Function):
         temperatures: Tensor,
         reduction: int,
     ) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():  # past the op's own autograd
+        with BelowAutograd():
             loss, grad_map, stats = op(student, teacher, temperatures, reduction, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, grad_map, stats, temperatures)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import values
+from ..dtypes import acc_dtype
 from ..pool import pool
 from ..values import Number
 
@@ -16,7 +17,7 @@ EPS = 1e-6
 def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
     """A, (N, H, W): where the channels look, each weighted by how strongly it speaks."""
     n, _, h, w = features.shape
-    f = features.to(torch.float64 if features.dtype == torch.float64 else torch.float32).flatten(2)
+    f = features.to(acc_dtype(features)).flatten(2)
     numbers = values.as_scalars((channel_temperature, spatial_temperature), f.device, f.dtype)
     channel_temperature, spatial_temperature = (values.sound(t, positive=True) for t in numbers)
     p = (f / spatial_temperature).softmax(-1)  # P_{c,i}
@@ -55,7 +56,7 @@ def cafd(
     """The CAFD loss of one stage: () for mean (1) and sum (2), (N,) for none (0); differentiable in the student."""
     student = attention_map(student_features, channel_temperature, spatial_temperature)
     teacher = attention_map(teacher_features.detach(), channel_temperature, spatial_temperature)
-    acc = torch.promote_types(student.dtype, teacher.dtype)
+    acc = acc_dtype(student, teacher)
     return reduced(map_loss(student.to(acc), teacher.to(acc)), reduction)
 
 
@@ -79,7 +80,7 @@ def matched_cafd(
     mask: (N, 1, H, W) bool, where anything counts; None: everywhere. channel_temperature None: every channel weighs
     1 / C.
     """
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    acc = acc_dtype(student, teacher)
     s, t = student.to(acc).flatten(2), teacher.detach().to(acc).flatten(2)
     if mask is not None:  # as where both networks have no mass
         s, t = (torch.where(mask.flatten(2), x, -torch.inf) for x in (s, t))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import values
+from ..dtypes import acc_dtype
 from ..pool import pooling
 from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
 from ..values import Number
@@ -110,7 +111,7 @@ class _Network:
         self.strides = (s_n, s_c, s_h, s_w)
         self.adjacent = self.flat and (s_w == 1 or self.positions == 1)
         self.config = config or choose(self.channels, self.positions, x.element_size(), self.adjacent)
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.dtype = acc_dtype(x)
         self.row = stats_row(self.channels, self.positions)
         # positions are split over programs until there are enough of them
         tile = self.config.stats

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -112,6 +112,9 @@ class JaccardLoss(ValueModule):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss; shapes as for `jaccard_loss`."""
         return jaccard_loss(student_logits, teacher_logits, target, **self.values(), backend=self.backend)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, ignore_index={self.ignore_index}, backend={self.backend!r}"

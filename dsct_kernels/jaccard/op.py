@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..autograd import first_derivative_only
 from ..backends import NATIVE_MISSING
+from ..dtypes import acc_dtype
+from ..torch_private import BelowAutograd
 
 
 def _student_grad(ctx: Any, grad_output: Tensor | None) -> Tensor | None:
@@ -24,7 +26,7 @@ class EagerJaccard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():  # past the op's own autograd
+        with BelowAutograd():
             loss, coefficients = _forward(student, teacher, share, temperature)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, share, temperature, coefficients)
@@ -41,7 +43,7 @@ if NATIVE_MISSING is None:
 
     @torch.library.register_fake("dsct_kernels::jaccard")
     def _(student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        acc = acc_dtype(student, teacher)
         return student.new_empty([], dtype=acc), student.new_empty([2, student.shape[1]], dtype=torch.float64)
 
     @torch.library.register_fake("dsct_kernels::jaccard_backward")

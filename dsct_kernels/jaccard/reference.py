@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import values
+from ..dtypes import acc_dtype
 from ..values import Number
 
 
 def jaccard(student_logits: Tensor, teacher_logits: Tensor, share: Tensor | None, temperature: Number) -> Tensor:
     """The loss of two maps of one shape, differentiable in the student. share: (N, *spatial), how much of each position
     counts; None: all of it."""
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    acc = acc_dtype(student_logits, teacher_logits)
     student, teacher = student_logits.to(acc), teacher_logits.detach().to(acc)
     (number,) = values.as_scalars((temperature,), student.device, acc)
     temperature = values.sound(number, positive=True)

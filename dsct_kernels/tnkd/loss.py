@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks, values
+from ..checks import Reduction
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
 from . import native, reference, triton
 from .objective import SUM, Objective
@@ -37,7 +38,7 @@ def tnkd_loss(
     temperature: Number = 1.0,
     ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
     align_corners: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: Number | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -157,7 +158,7 @@ class TNKDLoss(ValueModule):
         temperature: Number = 1.0,
         ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
         align_corners: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -185,6 +186,9 @@ class TNKDLoss(ValueModule):
             num_items=num_items,
             backend=self.backend,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return (

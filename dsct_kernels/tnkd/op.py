@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import checks, values
 from ..autograd import first_derivative_only
+from ..dtypes import acc_dtype
+from ..torch_private import BelowAutograd, graph_is_kept, saved_tensors_hooked
 from .objective import MEAN, NONE, Objective
 
 # As csrc/ops.cpp has it: tests/test_ops.py compares the two.
@@ -56,15 +58,14 @@ class EagerTNKD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Callable[..., Any], scale_: InPlaceScale, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():  # past the op's own autograd: a fifth of a small call
+        with BelowAutograd():
             loss, parts, grad, grad_scale = op(*args, True)
         anchor = grad.new_empty(0)  # an output, so that it leads to the student's graph, without keeping the student
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, grad_scale, anchor)
         ctx.per_pixel, ctx.scale_, ctx.others, ctx.coupled = loss.dim() > 0, scale_, len(args) - 1, args[TENSORS]
-        # Somebody's saved_tensors_hooks may hold on to what is saved here.
-        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.hooked = saved_tensors_hooked()
         return loss, parts, anchor
 
     @staticmethod
@@ -75,7 +76,7 @@ class EagerTNKD(torch.autograd.Function):
             if ctx.per_pixel or not (grad.is_cuda or values.readable(grad_output)):
                 grad = scaled(grad, grad_output * scale, ctx.per_pixel)
             else:
-                keep = ctx.hooked or torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
+                keep = ctx.hooked or graph_is_kept()
                 grad = handed_over(grad, scale, grad_output, ctx.scale_, keep)
             grad = first_derivative_only(grad, anchor, NAMES[ctx.coupled])
         return None, None, grad, *[None] * ctx.others
@@ -89,7 +90,7 @@ class EagerMap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Callable[..., Any], of_map: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             loss, parts, _, _ = op(*args, False)
         ctx.mark_non_differentiable(parts)
         ctx.set_materialize_grads(False)
@@ -145,7 +146,7 @@ def register(name: str, fake: Callable[..., Any], of_map: Callable[..., Tensor] 
 def _results(
     student_logits: Tensor, teacher_logits: Tensor, shape: list[Any], needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    acc = acc_dtype(student_logits, teacher_logits)
     return (
         student_logits.new_empty(shape, dtype=acc),
         student_logits.new_empty([3], dtype=acc),

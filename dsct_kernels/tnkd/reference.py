@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import values
+from ..dtypes import acc_dtype
 from ..values import Number
 from .objective import MEAN, NONE, Objective
 from .upsample import to_labels
@@ -52,7 +53,7 @@ def tnkd(
     Logits smaller than the labels are upsampled. The teacher None: the student itself, detached.
     """
     student, teacher = to_labels(student_logits, teacher_logits, target, objective.align_corners)
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    acc = acc_dtype(student, teacher)
     student, teacher = student.to(acc), teacher.detach().to(acc)
     class_weight, ignore_index, with_ce = objective.class_weight, objective.ignore_index, objective.may_have_ce()
     classes = student.shape[1]

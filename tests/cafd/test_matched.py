@@ -1,5 +1,6 @@
 """Matched CAFD: the kernels against the reference, both against the formula, and every edge from first principles."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import MatchedCAFDLoss, backends, matched_cafd_loss
+from dsct_kernels.dtypes import acc_dtype
 
-from ..helpers import assert_as_good_as_reference, before_a_forbidden_page, pairs, relative_error
+from ..helpers import before_a_forbidden_page, pairs
+from ..oracle import assert_as_good_as_reference, learnt, relative_error, three
 from .test_native import FLOATS, LAYOUTS, features, laid_out
 
 INF, NAN = float("inf"), float("nan")
@@ -23,12 +26,12 @@ needs_native = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=st
 two_layouts = pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 
 
-def run(student: Tensor, teacher: Tensor, upstream: Tensor | float = 1.0, **options: Any) -> tuple[Tensor, Tensor]:
+def run(
+    student: Tensor, teacher: Tensor, backend: str = "auto", upstream: Tensor | float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
     """(loss, gradient)."""
-    leaf = student.detach().requires_grad_()
-    loss = matched_cafd_loss(leaf, teacher, **options)
-    (grad,) = torch.autograd.grad((loss * upstream).sum(), leaf)
-    return loss.detach(), grad
+    loss_of = partial(matched_cafd_loss, teacher_logits=teacher, backend=backend, **options)
+    return learnt(loss_of, student, lambda loss: torch.ones_like(loss) * upstream)
 
 
 def compare(student: Tensor, teacher: Tensor, layout: str = "contiguous", **options: Any) -> None:
@@ -39,11 +42,9 @@ def compare(student: Tensor, teacher: Tensor, layout: str = "contiguous", **opti
     the channels' strength, which is a lot where the temperatures are small.
     """
     student, teacher = laid_out(student, layout), laid_out(teacher, layout)
-    got = run(student, teacher, backend="native", **options)
-    same = run(student, teacher, backend="reference", **options)
-    truth = run(student.double(), teacher.double(), backend="reference", **options)
+    got, same, truth = three(run, student, teacher, "native", **options)
     what = f"of {tuple(student.shape)} {student.dtype} {layout} {options}"
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    acc = acc_dtype(student, teacher)
     assert got[0].dtype == acc and got[1].dtype == student.dtype
     floor = 2 * torch.finfo(acc).eps * options.get("temperature", 4.0) ** 2
     if options.get("reduction") in ("sum", "none"):

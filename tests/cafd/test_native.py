@@ -10,8 +10,10 @@ from torch import Tensor
 
 from dsct_kernels import backends, values
 from dsct_kernels.cafd import reference
+from dsct_kernels.dtypes import acc_dtype
 
-from ..helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
+from ..helpers import strided_copy
+from ..oracle import assert_as_good_as_reference, assert_cafd_as_good_as_reference, learnt
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
@@ -60,10 +62,7 @@ def eager(
     student: Tensor, teacher: Tensor, channel_t: float = 1.0, spatial_t: float = 1.0, reduction: int = MEAN
 ) -> tuple[Tensor, Tensor]:
     """The same of the reference."""
-    student = student.detach().clone().requires_grad_()
-    loss = reference.cafd(student, teacher, channel_t, spatial_t, reduction)
-    (grad,) = torch.autograd.grad(loss.sum(), student)
-    return loss.detach(), grad
+    return learnt(lambda s: reference.cafd(s, teacher, channel_t, spatial_t, reduction), student)
 
 
 def compare(student: Tensor, teacher: Tensor, layout: str = "contiguous", **options: Any) -> None:
@@ -72,10 +71,9 @@ def compare(student: Tensor, teacher: Tensor, layout: str = "contiguous", **opti
     got = native(student, teacher, **options)
     same = eager(student, teacher, **options)
     truth = eager(student.double(), teacher.double(), **options)
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     what = f"of {tuple(student.shape)} {student.dtype} {layout} {options}"
     assert_cafd_as_good_as_reference(got, same, truth, student, teacher, what, **options)
-    assert got[1].dtype == student.dtype and got[0].dtype == acc
+    assert got[1].dtype == student.dtype and got[0].dtype == acc_dtype(student, teacher)
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Tensor:

@@ -14,8 +14,8 @@ from dsct_kernels import cafd_loss, channel_attention_map
 from dsct_kernels.cafd import reference, triton
 from dsct_kernels.cafd.triton import Config, Tile
 from tests.conftest import DEVICES
-from tests.helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
-from tests.test_edge_cases import check_cafd, features
+from tests.helpers import LAYOUTS, strided_copy
+from tests.oracle import assert_as_good_as_reference, check_cafd, features
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from dsct_kernels.cafd import reference as cafd_reference
+from dsct_kernels.dtypes import acc_dtype
 from dsct_kernels.tnkd import reference as tnkd_reference
 from dsct_kernels.tnkd.objective import Objective
-from tests.helpers import assert_as_good_as_reference, assert_cafd_as_good_as_reference, strided_copy
-
-from .harness import Case
+from tests.helpers import strided_copy
+from tests.oracle import assert_as_good_as_reference, assert_cafd_as_good_as_reference, learnt
+from tools.inspect.cuda_host.harness import Case
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def acc_of(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def offset_copy(x: Tensor, offset: int = 1) -> Tensor:
@@ -76,9 +73,9 @@ class TnkdCase:
         teacher = lay_out(teacher, self.teacher_layout or self.layout)
         if target is not None and self.label_layout != "contiguous":
             target = strided_copy(target, self.label_layout)
-        weight = torch.rand(k, dtype=acc_of(student, teacher)) + 0.5 if self.weighted else None
+        weight = torch.rand(k, dtype=acc_dtype(student, teacher)) + 0.5 if self.weighted else None
         if self.rare:
-            weight = torch.full((k,), 1e-6, dtype=acc_of(student, teacher))
+            weight = torch.full((k,), 1e-6, dtype=acc_dtype(student, teacher))
             weight[k - 1] = 40
         return student, teacher, target, self.objective(weight)
 
@@ -92,7 +89,7 @@ class TnkdCase:
         student, teacher, target, objective = self.args
         weight, values, _, coupled, reduction = objective.packed(target, torch.device("cpu"))
         ce, tckd, nckd, temperature = [0.0, *values.tolist()][-4:]
-        acc = acc_of(student, teacher)
+        acc = acc_dtype(student, teacher)
         tensors = {"student": student, "teacher": teacher}
         tensors |= {} if target is None else {"target": target}
         tensors |= {} if weight is None else {"class_weight": weight}
@@ -119,13 +116,11 @@ class TnkdCase:
         student, teacher, target, objective = self.args
 
         def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-            leaf = student.to(dtype).detach().requires_grad_()
             weight = objective.class_weight
             if dtype == torch.float64 and weight is not None:
                 weight = weight.to(dtype)
-            loss, parts = tnkd_reference.tnkd(leaf, teacher.to(dtype), target, self.objective(weight))
-            loss.sum().backward()
-            return loss.detach(), parts.detach(), leaf.grad
+            own = self.objective(weight)
+            return learnt(lambda s: tnkd_reference.tnkd(s, teacher.to(dtype), target, own), student.to(dtype))
 
         truth, own = reference(torch.float64), reference(torch.float32)
         loss = got["loss_map"] if "loss_map" in got else got["loss"]
@@ -397,7 +392,7 @@ class CafdCase:
         if self.on_device:  # and the numbers that the host would use are none
             more["temperatures"] = torch.tensor([*numbers.values()], dtype=torch.float64)
             numbers = dict.fromkeys(numbers, float("nan"))
-        acc = acc_of(self.student)
+        acc = acc_dtype(self.student)
         outputs = {"grad": torch.empty_like(self.student)}
         if self.teacher is None:
             self.map_grad = torch.randn(n, h, w, dtype=acc)
@@ -406,7 +401,7 @@ class CafdCase:
         self.teacher_features = make(self.teacher, self.teacher_dtype or self.dtype, self.teacher_layout or self.layout)
         if self.near is not None:
             self.teacher_features = (self.student + self.near * self.teacher_features).to(self.teacher_features.dtype)
-        acc_both = acc_of(self.student, self.teacher_features)
+        acc_both = acc_dtype(self.student, self.teacher_features)
         outputs["loss"] = torch.empty([n] if self.reduction == 0 else [], dtype=acc_both)
         outputs["grad_map"] = torch.empty(n, h, w, dtype=acc)
         numbers["reduction"] = self.reduction
@@ -417,14 +412,11 @@ class CafdCase:
         temperatures = self.channel_temperature, self.spatial_temperature
 
         def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            leaf = self.student.to(dtype).detach().requires_grad_()
+            student = self.student.to(dtype)
             if self.teacher is None:
-                result = cafd_reference.attention_map(leaf, *temperatures)
-                result.backward(self.map_grad.to(result.dtype))
-            else:
-                result = cafd_reference.cafd(leaf, self.teacher_features.to(dtype), *temperatures, self.reduction)
-                result.sum().backward()
-            return result.detach(), leaf.grad
+                return learnt(lambda s: cafd_reference.attention_map(s, *temperatures), student, self.map_grad.to)
+            teacher = self.teacher_features.to(dtype)
+            return learnt(lambda s: cafd_reference.cafd(s, teacher, *temperatures, self.reduction), student)
 
         truth, own = reference(torch.float64), reference(torch.float32 if self.dtype != torch.float64 else self.dtype)
         result = got["map"] if self.teacher is None else got["loss"]

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.inspect.cuda_host.harness import ROOT, Case, build, run, run_raw
+
 from .cases import (
     ANY,
     CAFD,
@@ -30,7 +32,6 @@ from .cases import (
     CafdCase,
     TnkdCase,
 )
-from .harness import ROOT, Case, build, run, run_raw
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 

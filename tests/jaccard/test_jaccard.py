@@ -10,9 +10,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import JaccardLoss, backends, jaccard_loss
+from dsct_kernels.dtypes import acc_dtype
 from dsct_kernels.pool import averaged
 
-from ..helpers import LAYOUTS, assert_as_good_as_reference, strided_copy
+from ..helpers import LAYOUTS, strided_copy
+from ..oracle import assert_as_good_as_reference, learnt, three
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,11 +37,11 @@ def labels(*shape: int, classes: int = 5, ignored: float = 0.3, seed: int = 1) -
     return y
 
 
-def run(student: Tensor, teacher: Tensor, target: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-    """The loss and the student's gradient."""
-    student = student.detach().requires_grad_()
-    loss = jaccard_loss(student, teacher, target, **options)
-    return loss.detach(), torch.autograd.grad(loss, student)[0]
+def run(
+    student: Tensor, teacher: Tensor, target: Tensor | None = None, backend: str = "auto", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(loss, gradient)."""
+    return learnt(lambda s: jaccard_loss(s, teacher, target, backend=backend, **options), student)
 
 
 def by_hand(student: Tensor, teacher: Tensor, share: Tensor | None = None, temperature: float = 1.0):
@@ -96,14 +98,11 @@ def compare(
     """The error rule, on loss and gradient."""
     arguments = dict(temperature=temperature, ignore_index=255)
     laid_out = [strided_copy(x, layout) for x in (student, teacher)]
-    got = run(*laid_out, target, backend="native", **arguments)
-    same = run(student, teacher, target, backend="reference", **arguments)
-    truth = run(student.double(), teacher.double(), target, backend="reference", **arguments)
+    got, same, truth = three(run, *laid_out, target, "native", **arguments)
     assert got[1].dtype == student.dtype
     assert layout == "sliced" or got[1].stride() == laid_out[0].stride()
     what = f"of {tuple(student.shape)} {student.dtype} {layout} {arguments}"
-    acc = torch.promote_types(student.dtype, teacher.dtype)
-    numbers = torch.finfo(torch.float64 if acc == torch.float64 else torch.float32)
+    numbers = torch.finfo(acc_dtype(student, teacher))
     rounding = numbers.eps
     # A handful of roundings of the sums, for where the reference hits a small loss by luck.
     assert_as_good_as_reference(got[0], same[0], truth[0], f"loss {what}", floor=4 * rounding)

@@ -14,18 +14,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import backends, dsct_loss, tnkd_loss
+from dsct_kernels.dtypes import acc_dtype
 from dsct_kernels.tnkd import native, reference, upsample
 from dsct_kernels.tnkd.objective import MEAN, NONE, SUM, Objective
 
-from ..helpers import (
-    LAYOUTS,
-    assert_as_good_as_reference,
-    before_a_forbidden_page,
-    pairs,
-    relative_error,
-    strided_copy,
-)
-from .test_native import DEFAULTS, FLOATS, LABELS, labels, logits, packed
+from ..helpers import LAYOUTS, before_a_forbidden_page, pairs, strided_copy
+from ..oracle import assert_as_good_as_reference, learnt, relative_error
+from .test_native import DEFAULTS, FLOATS, LABELS, labels, logits, packed, weighted_as
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
@@ -74,12 +69,13 @@ def walked(x: Tensor, size: list[int], align_corners: bool) -> Tensor:
 
 def eager(student: Tensor, teacher: Tensor, target: Tensor | None, align_corners: bool, up: Any, **options: Any):
     args = {**DEFAULTS, **options}
-    student = student.detach().clone().requires_grad_()
     size = [max(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])] if target is None else target.shape[1:]
-    full = [x if list(x.shape[2:]) == list(size) else up(x, list(size), align_corners) for x in (student, teacher)]
-    loss, parts = reference.tnkd(*full, target, Objective(**args))
-    (grad,) = torch.autograd.grad(loss, student, upstream(loss))
-    return loss.detach(), parts, grad
+
+    def full_size(student: Tensor) -> tuple[Tensor, Tensor]:
+        full = [x if list(x.shape[2:]) == list(size) else up(x, list(size), align_corners) for x in (student, teacher)]
+        return reference.tnkd(*full, target, Objective(**args))
+
+    return learnt(full_size, student, upstream)
 
 
 def interpolated(x: Tensor, size: list[int], align_corners: bool) -> Tensor:
@@ -97,10 +93,7 @@ def compare(
     **options: Any,
 ) -> None:
     """The error rule, on loss, parts and gradient."""
-    weight = options.pop("class_weight", None)
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    own = dict(options, class_weight=None if weight is None else weight.to(acc))
-    double = dict(options, class_weight=None if weight is None else weight.double())
+    acc, (own, double) = acc_dtype(student, teacher), weighted_as(options, student, teacher)
     got = low(strided_copy(student, layout), strided_copy(teacher, layout), target, align_corners, **own)
     same = eager(student, teacher, target, align_corners, up, **own)
     truth = eager(student.double(), teacher.double(), target, align_corners, up, **double)

@@ -12,16 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsct_kernels import backends
+from dsct_kernels.dtypes import acc_dtype
 from dsct_kernels.tnkd import reference
 from dsct_kernels.tnkd.objective import MEAN, NONE, SUM, Objective
 
-from ..helpers import (
-    LAYOUTS,
-    assert_as_good_as_reference,
-    before_a_forbidden_page,
-    relative_error,
-    strided_copy,
-)
+from ..helpers import LAYOUTS, before_a_forbidden_page, strided_copy
+from ..oracle import assert_as_good_as_reference, learnt, relative_error
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
 
@@ -55,20 +51,23 @@ def native(student: Tensor, teacher: Tensor, target: Tensor | None, needs_grad: 
 def eager(student: Tensor, teacher: Tensor, target: Tensor | None, **options: Any):
     """The same of the reference."""
     args = {**DEFAULTS, **options}
-    student = student.detach().clone().requires_grad_()
-    loss, parts = reference.tnkd(student, teacher, target, Objective(**args))
-    (grad,) = torch.autograd.grad(loss.sum(), student)
-    return loss.detach(), parts, grad
+    return learnt(lambda s: reference.tnkd(s, teacher, target, Objective(**args)), student)
+
+
+def weighted_as(options: dict[str, Any], *networks: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options with their class weights as a call of these networks takes them, and in float64."""
+    weight = options.pop("class_weight", None)
+    return tuple(
+        {**options, "class_weight": None if weight is None else weight.to(dtype)}
+        for dtype in (acc_dtype(*networks), torch.float64)
+    )
 
 
 def compare(
     student: Tensor, teacher: Tensor, target: Tensor | None, layout: str = "contiguous", **options: Any
 ) -> None:
     """The error rule, on loss, parts and gradient."""
-    weight = options.pop("class_weight", None)
-    acc = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    own = dict(options, class_weight=None if weight is None else weight.to(acc))
-    double = dict(options, class_weight=None if weight is None else weight.double())
+    acc, (own, double) = acc_dtype(student, teacher), weighted_as(options, student, teacher)
     got = native(strided_copy(student, layout), strided_copy(teacher, layout), target, **own)
     same = eager(student, teacher, target, **own)
     truth = eager(student.double(), teacher.double(), target, **double)

@@ -18,8 +18,8 @@ from dsct_kernels.tnkd import plan, reference, triton
 from dsct_kernels.tnkd.objective import Objective
 from dsct_kernels.tnkd.triton import Config
 from tests.conftest import DEVICES
-from tests.helpers import LAYOUTS, assert_as_good_as_reference, pairs, relative_error, strided_copy
-from tests.test_edge_cases import check_tnkd, problem
+from tests.helpers import LAYOUTS, pairs, strided_copy
+from tests.oracle import assert_as_good_as_reference, check_tnkd, learnt, problem, relative_error
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -49,11 +49,8 @@ def op(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor |
 def truth(dtype: torch.dtype, student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None,
           *rest: object):  # fmt: skip
     """(loss, parts, gradient) of the reference, computed in dtype."""
-    leaf = student.detach().to(dtype).requires_grad_()
-    weight = weight.to(dtype) if weight is not None else None
-    loss, parts = reference.tnkd(leaf, teacher.to(dtype), target, asked(weight, *rest))
-    loss.sum().backward()
-    return loss.detach(), parts, leaf.grad
+    objective = asked(None if weight is None else weight.to(dtype), *rest)
+    return learnt(lambda s: reference.tnkd(s, teacher.to(dtype), target, objective), student.to(dtype))
 
 
 def check(student: Tensor, teacher: Tensor, target: Tensor | None, weight: Tensor | None = None,

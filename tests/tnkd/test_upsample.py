@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dsct_kernels import tnkd_loss
 from dsct_kernels.tnkd import upsample
 from tests.conftest import DEVICES
-from tests.helpers import assert_as_good_as_reference, relative_error
+from tests.oracle import assert_as_good_as_reference, relative_error
 
 INF = float("inf")
 devices = pytest.mark.parametrize(

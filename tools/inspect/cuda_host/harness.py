@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 FLAGS = {
     # alignment: a GPU stops at a 16-byte access that does not start on 16 bytes, an x86 goes on
     "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"],
@@ -31,11 +32,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def build(folder: Path, check: str, csrc: Path = ROOT / "csrc", more: Sequence[str] = ()) -> Path:
     """The driver, compiled against the kernels in `csrc` with the sanitizer of `check`."""
     out = folder / f"driver_{check}"
-    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{csrc}", f"-I{ROOT / 'tests/cuda_host'}"]
+    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{csrc}", f"-I{HERE}"]
     command = ["g++", "-std=c++20", "-DDSCT_HOST_SHIM", "-pthread", "-w", *FLAGS[check], *more, *include]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/cuda_host/driver.cpp"), "-o", str(out)], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(HERE / "driver.cpp"), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 

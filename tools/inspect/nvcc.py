@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
 SOURCES = ("tnkd/cuda/tnkd.cu", "cafd/cuda/cafd.cu")
 
