@@ -23,28 +23,29 @@ from torch import nn
 from dsct_kernels.distill import check, cli, evaluate, loop, models, report, run, scenes  # noqa: F401
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import synthetic
+from dsct_kernels.distill.presets import Preset
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
 
-def micro(bands: int, **settings: Any) -> nn.Module:
+def micro(bands: int, labels: dict[str, Any], **settings: Any) -> nn.Module:
     """The smallest SegFormer, with dropout, stochastic depth and batch normalisation."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     sizes = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 1, 1]}
-    config = SegformerConfig(**sizes, decoder_hidden_size=8, num_channels=bands, **settings)
+    config = SegformerConfig(**sizes, decoder_hidden_size=8, num_channels=bands, **labels, **settings)
     return SegformerForSemanticSegmentation(config)
 
 
-def sober(bands: int, **labels: Any) -> nn.Module:
+def sober(bands: int, labels: dict[str, Any]) -> nn.Module:
     """The same without what depends on how a batch is divided, or on chance."""
-    network = micro(bands, drop_path_rate=0.0, classifier_dropout_prob=0.0, **labels)
+    network = micro(bands, labels, drop_path_rate=0.0, classifier_dropout_prob=0.0)
     network.decode_head.batch_norm = nn.GroupNorm(2, 8)
     return network
 
 
-models.PRESETS.update(micro=micro, sober=sober)
+models.PRESETS.update(micro=Preset("SegFormer", micro), sober=Preset("SegFormer", sober))
 TINY = ["--scenes=3", "--scene-size=64", "--crop=32", "--window=64", "--device=cpu", "--no-pictures"]
 for _batch in (1, 2):  # what is found out here, of a preset and by transformers, the children know
     _cfg = Config(batch=_batch, crop=32, window=64, teacher="micro", student="micro", device="cpu")
