@@ -12,6 +12,7 @@ import torch
 from . import data, models
 from .config import CHOICES, DEFAULTS, Config, Loss, arm_loss, flag, phase_folder
 from .datasets import check_choices, tiles_of
+from .datasets.unlabelled import unlabelled_tiles
 from .teacher import AUTO, pair
 
 # Smallest and largest value; the kind of number is that of the default.
@@ -29,6 +30,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema": (0, 1 - 2**-40),
     "distill_warmup": (0, 1),
     "accumulate": (1, 2**20),
+    "unlabelled_weight": (0, 1e30),
     "scale_jitter": (0, 4),
     "colour_jitter": (0, 4),
     "scenes": (2, 2**20),  # one to train on, one to validate on
@@ -50,7 +52,8 @@ def everything(cfg: Config) -> None:
     settings(cfg)
     device = make_accelerator(cfg).device
     losses(cfg, device)
-    _, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    train, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
+    unlabelled_tiles(cfg, train[0])
     networks(cfg, data.classes_of(cfg)[0], val)
 
 
@@ -74,7 +77,7 @@ def settings(cfg: Config) -> None:
         strings(name, texts)
     if cfg.val_tiles is not None:
         strings("val_tiles", cfg.val_tiles)
-    for name, text in (("bands", cfg.bands), ("labels", cfg.labels)):
+    for name, text in (("bands", cfg.bands), ("labels", cfg.labels), ("unlabelled", cfg.unlabelled)):
         if text is not None:
             strings(name, (text,))
     check_choices(cfg)
@@ -119,6 +122,8 @@ def arms(cfg: Config) -> None:
             raise ValueError(f"--arms: {one!r} and {arm!r} would share the folder {phase_folder(arm)}")
         if not loss.teaches and loss.ce_weight == 0:
             raise ValueError(f"--arms {arm}: every weight is 0, so there is nothing to learn from")
+    if cfg.unlabelled is not None and not any(arm_loss(arm, cfg.loss).teaches for arm in cfg.arms):
+        raise ValueError(f"--unlabelled {cfg.unlabelled}: expected an arm that learns from the teacher, got {cfg.arms}")
 
 
 def losses(cfg: Config, device: torch.device) -> None:

@@ -59,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--bands", help=BANDS_HELP)
     p.add_argument("--labels", help=LABELS_HELP)
+    p.add_argument(
+        "--unlabelled",
+        metavar="DIR",
+        help="more images, without labels: students with a teacher learn from as many crops of these again, "
+        "labelled by the teacher",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/DATE)")
     anew = ", ".join(map(flag_of, MAY_CHANGE))
     p.add_argument(
@@ -83,8 +89,20 @@ def parser() -> argparse.ArgumentParser:
     for f in fields(Loss):
         parse: Any = {"strides": strides, "taps": commas}.get(f.name, float)
         p.add_argument(flag(f.name), type=parse, help=f"loss (default {f.default}){LOSS_HELP.get(f.name, '')}")
-    own = {"data", "root", "val_tiles", "bands", "labels", "teacher", "student", "arms", "pictures", "loss"}
-    own |= {"compile_teacher", "deterministic"}
+    own = {
+        "data",
+        "root",
+        "val_tiles",
+        "bands",
+        "labels",
+        "unlabelled",
+        "teacher",
+        "student",
+        "arms",
+        "pictures",
+        "loss",
+    }
+    own |= {"compile_teacher", "deterministic", "unlabelled"}
     for f in fields(Config):
         if f.name not in own:
             kind = type(f.default)

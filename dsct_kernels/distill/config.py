@@ -56,6 +56,8 @@ class Config:
     val_tiles: tuple[str, ...] | None = None
     bands: str | None = None
     labels: str | None = None
+    unlabelled: str | None = None
+    unlabelled_weight: float = 1.0
     teacher: str = "segformer-tiny"
     student: str = "upernet-tiny"
     teacher_dtype: str = "auto"
@@ -134,6 +136,8 @@ def _same_keys(path: Path, prefix: str, saved: dict[str, Any], kind: type[Any]) 
 LATER = {
     "bands": None,
     "labels": None,
+    "unlabelled": None,
+    "unlabelled_weight": 1.0,
     "teacher_dtype": "auto",
     "compile_teacher": False,
     "schedule": "cosine",

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from .config import Config
 from .datasets import dataset_of, tiles_of
 from .datasets.tile import IGNORE, Tile, unlabelled
+from .datasets.unlabelled import unlabelled_tiles
 from .files import DataError
 from .models import IMAGENET, Normalisation
 
@@ -56,7 +57,7 @@ def share(tiles: list[Tile], labelled: float) -> tuple[list[Tile], list[Tile]]:
     )
 
 
-def taught(target: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def pseudo_labels(target: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Labels of unlabelled crops (N, H, W): what the teacher says, but for what lies outside of the images."""
     size = (target.shape[-2], target.shape[-1])
     logits = F.interpolate(teacher_logits.float(), size=size, mode="bilinear", align_corners=False)
@@ -201,6 +202,12 @@ def load_pixels(cfg: Config, device: torch.device) -> tuple[Pixels, Pixels]:
     train, val = split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
     normalisation = statistics(train) if dataset_of(cfg).own_statistics else IMAGENET
     return Pixels(train, cfg.cache_mb, device, normalisation), Pixels(val, cfg.cache_mb, "cpu", normalisation)
+
+
+def unlabelled_pixels(cfg: Config, train: Pixels, device: torch.device) -> Pixels | None:
+    """The images of --unlabelled, normalised as the training tiles are; None without it."""
+    tiles = unlabelled_tiles(cfg, train.tiles[0])
+    return Pixels(tiles, cfg.cache_mb, device, train.normalisation) if tiles else None
 
 
 # --------------------------------------------------------------------------------------------- random crops

@@ -9,7 +9,7 @@ from . import data, models
 from .config import Arm
 from .engine import Training
 from .log import PARTS
-from .objective import cross_entropy, distillation, labelled_pixels, schedule, taught
+from .objective import Lesson, cross_entropy, distilled, schedule, taught
 from .teacher import Teacher
 
 if TYPE_CHECKING:
@@ -25,26 +25,28 @@ def train(run: "Run", arm: Arm, model: nn.Module, teacher: nn.Module | None) -> 
     cfg, acc = run.cfg, run.accelerator
     steps, top_lr, seed = cfg.budget(arm)
     size, jitter = cfg.batch * cfg.accumulate, (cfg.scale_jitter, cfg.colour_jitter)
-    crops = data.Crops(run.train_pixels, cfg.crop, size, seed, *jitter, acc.process_index, acc.num_processes)
+    where = (acc.process_index, acc.num_processes)
+    sources = [run.train_pixels, *([run.unlabelled] if run.unlabelled and teacher is not None else [])]
+    crops = [data.Crops(one, cfg.crop, size, seed, *jitter, *where, stream=k) for k, one in enumerate(sources)]
     teaching = Teacher.of(run, arm.loss, teacher, model) if teacher is not None else None
     training = Training(cfg, acc, model, top_lr)
     start, sums = run.restore(arm, training)  # sums: of the parts of the loss, and how many steps they are of
     training.model.train()
 
-    for step, crop in enumerate(crops.loader(start, steps), start):
-        images, target = data.images(to_device(crop, acc.device), run.normalisation.maximum)
+    for step, found in enumerate(zip(*(one.loader(start, steps) for one in crops), strict=True), start):
+        lessons = [Lesson.of(acc, to_device(one, acc.device), run.normalisation.maximum, cfg) for one in found]
         lr = top_lr * schedule(step, steps, cfg.schedule, cfg.power)
         loss = arm.loss.warmed(taught(step, steps, cfg.distill_warmup))
         parts = torch.zeros(len(PARTS), device=acc.device)
-        items = labelled_pixels(acc, target, cfg.accumulate)
-        for image, label in zip(images.split(cfg.batch), target.split(cfg.batch), strict=True):
+        for batches in zip(*(one.batches(cfg.batch) for one in lessons), strict=True):
+            images = torch.cat([one.images for one in batches])
             with acc.accumulate(training.model):
                 with acc.autocast():
-                    student_out = models.forward(training.model, image, teaching.asks if teaching else ())
+                    student_out = models.forward(training.model, images, teaching.asks if teaching else ())
                 if teaching is not None:
-                    losses = tuple(distillation(student_out, teaching(image), label, loss, cfg.backend, items))
+                    losses = tuple(distilled(student_out, teaching(images), batches, loss, cfg))
                 else:
-                    losses = (cross_entropy(student_out, label, cfg.backend, items),)
+                    losses = (cross_entropy(student_out, batches[0].target, cfg.backend, batches[0].items),)
                 training.step(losses[0], lr)
                 parts[: len(losses)] += torch.stack([part.detach().float() for part in losses])
 

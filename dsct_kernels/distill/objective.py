@@ -1,7 +1,8 @@
 """What is minimised: `dsct_loss` with a run's settings, exactly averaged over a step; and how rates and weights go."""
 
 import math
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from dsct_kernels import DSCTLosses, dsct_loss
 
 from . import data, models
-from .config import Loss
+from .config import Config, Loss
 
 UNTAUGHT = Loss(matched_weight=0.0, jaccard_weight=0.0)
 
@@ -43,6 +44,45 @@ def distillation(
         num_items=items,
         backend=backend,
     )
+
+
+@dataclass
+class Lesson:
+    """Crops that a step learns from: with labels; or without, for the teacher to label, where every target is 0."""
+
+    images: torch.Tensor
+    target: torch.Tensor
+    items: torch.Tensor | None  # see `labelled_pixels`
+
+    @staticmethod
+    def of(acc: Any, crops: tuple[torch.Tensor, ...], maximum: float, cfg: Config) -> "Lesson":
+        images, target = data.images(crops, maximum)
+        return Lesson(images, target, labelled_pixels(acc, target, cfg.accumulate))
+
+    def batches(self, size: int) -> Iterator["Lesson"]:
+        for images, target in zip(self.images.split(size), self.target.split(size), strict=True):
+            yield Lesson(images, target, self.items)
+
+
+def distilled(
+    student: models.Output, teacher: models.Output, lessons: Sequence[Lesson], loss: Loss, cfg: Config
+) -> tuple[torch.Tensor, ...]:
+    """`distillation` of labelled crops, and of unlabelled ones, if any went through both networks behind them: the
+    total is of both, its parts are of the labelled."""
+
+    def part(out: models.Output, first: int, last: int | None) -> models.Output:
+        return models.Output(out.logits[first:last], [maps[first:last] for maps in out.features])
+
+    with_labels, *without = lessons
+    n = len(with_labels.images)
+    both = part(student, 0, n), part(teacher, 0, n)
+    found = distillation(*both, with_labels.target, loss, cfg.backend, with_labels.items)
+    if not without:
+        return tuple(found)
+    both = part(student, n, None), part(teacher, n, None)
+    target = data.pseudo_labels(without[0].target, both[1].logits)
+    more = distillation(*both, target, loss, cfg.backend, without[0].items)
+    return found.total + cfg.unlabelled_weight * more.total, *found[1:]
 
 
 def labelled_pixels(acc: Any, target: torch.Tensor, batches: int) -> torch.Tensor | None:

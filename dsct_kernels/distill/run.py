@@ -37,6 +37,7 @@ class Run:
         self.classes, self.palette = data.classes_of(cfg)
         self.train_pixels, self.val_pixels = pixels or data.load_pixels(cfg, self.device)
         self.normalisation = self.train_pixels.normalisation
+        self.unlabelled = data.unlabelled_pixels(cfg, self.train_pixels, self.device)
         self.teacher_cost: dict[str, float] = {}  # of the phase just trained
         self.stop = False  # set by Ctrl-C, looked at between two steps
         self.checkpoint = folder / "checkpoint.pt"

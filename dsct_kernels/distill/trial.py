@@ -190,7 +190,7 @@ def loss_of(
         part = models.Output(out.logits[first:last], [maps[first:last] for maps in out.features])
         said = lesson.answer(step) if lesson.answer else None
         if not lesson.labelled and said is not None:
-            target = data.taught(target, said.logits)
+            target = data.pseudo_labels(target, said.logits)
         total = total + lesson.weight * objective(part, said, target, done)
         first = last
     return total

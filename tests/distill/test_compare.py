@@ -120,7 +120,7 @@ def test_a_share_of_the_labels_is_every_so_manieth_image_and_the_rest_have_none(
 def test_unlabelled_crops_are_taught_by_the_teacher_alone_and_only_inside_of_the_image():
     target = torch.tensor([[[0, 0, 255], [0, 255, 0]]], dtype=torch.uint8)
     logits = torch.randn(1, 5, 2, 3)
-    taught = data.taught(target, logits)
+    taught = data.pseudo_labels(target, logits)
     assert taught.dtype == torch.uint8
     assert torch.equal(taught == 255, target == 255)
     assert torch.equal(taught[target != 255].long(), logits.argmax(1)[target != 255])
