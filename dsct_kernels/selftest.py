@@ -17,6 +17,7 @@ from .cafd import matched
 from .dsct import dsct_loss
 from .jaccard import loss as jaccard
 from .tnkd import loss as tnkd
+from .tnkd.kd import kd_loss
 
 UPSTREAM = 1024.0  # comes into every loss, as from a GradScaler: without it float16 holds too few of the digits
 
@@ -74,6 +75,8 @@ LOSSES = (
          lambda p, backend: tnkd.tnkd_loss(p.student, p.teacher, p.labels, temperature=2, backend=backend)),
     Loss("low-resolution", lambda: tnkd.BACKENDS,
          lambda p, backend: tnkd.tnkd_loss(p.student, p.teacher, p.large_labels, temperature=2, backend=backend)),
+    Loss("kd", lambda: tnkd.BACKENDS,
+         lambda p, backend: kd_loss(p.student, p.teacher, p.large_labels, temperature=2, backend=backend)),
     Loss("cafd", lambda: cafd.BACKENDS,
          lambda p, backend: cafd.cafd_loss(p.student_features, p.teacher_features, backend=backend),
          ("student_features",)),
