@@ -1,14 +1,15 @@
 """ESTIMATES, with no GPU, what one could at best do for each of the benchmark's GPU cases. No kernel is run or timed.
 
 Floor time is bytes / bandwidth: once for the bytes that must move, once for those a backend's kernels ask for, as if no
-cache served a second read. Issue time is what the instructions of Triton's TNKD take, loops by the number of their
-trips, where each of a multiprocessor's four schedulers issues one in every cycle. The tail is the one program that adds
-the partial sums, trip after trip. From these the share of a copy's bandwidth that is to be expected: each kernel takes
-as long as the root of two squares, since neither hides the other wholly: its bytes at COPY of the data sheet's
-bandwidth, its instructions at ISSUED of the schedulers' rate; and LAUNCH_US more. All of that is assumed. Occupancy is
-worked out from what ahead-of-time compilation (Triton's, and nvcc where there is one) says of registers and shared
-memory. Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing measured is how long Triton's
-compiler takes here, without its cache: a first call on a GPU waits as long.
+cache served a second read. Issue time is what the instructions of TNKD's kernel take, Triton's with loops by the number
+of their trips, CUDA's of planes (tools/inspect/nvcc.py), where each of a multiprocessor's four schedulers issues one in
+every cycle. At most: the share of the bandwidth that floor is of the longer of asked and issue. The tail is the one
+program that adds Triton's partial sums, trip after trip. From these the share of a copy's bandwidth that is to be
+expected of Triton: each kernel takes as long as the root of two squares, since neither hides the other wholly: its
+bytes at COPY of the data sheet's bandwidth, its instructions at ISSUED of the schedulers' rate; and LAUNCH_US more. All
+of that is assumed. Occupancy is worked out from what ahead-of-time compilation (Triton's, and nvcc where there is one)
+says of registers and shared memory. Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing
+measured is how long Triton's compiler takes here, without its cache: a first call on a GPU waits as long.
 
 Examples:
     python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
@@ -222,7 +223,7 @@ def native_cases(case: Case) -> list[harness.Case]:
         outputs = {"loss": number(), "parts": torch.empty(3, device="meta"), "grad_scale": number()}
         outputs |= {"grad": empty(case.logits, case)} if backward else {}
         numbers = {"ce_weight": float(with_ce), "tckd_weight": 1.0, "nckd_weight": 2.0, "temperature": 2.0}
-        numbers |= {"ignore_index": IGNORE_INDEX, "reduction": 1, "with_ce": with_ce}
+        numbers |= {"ignore_index": IGNORE_INDEX, "reduction": 1, "with_ce": with_ce, "coupled": False}
         tensors = {"student": empty(case.logits, case), "teacher": empty(case.logits, case), "target": target}
         cases.append(harness.Case("tnkd", tensors, outputs, numbers))
     if case.features:
@@ -239,11 +240,11 @@ def native_bytes_of(case: Case, name: str) -> int:
     """`name`: with its template arguments."""
     logits, labels, features = sizes_of(case)
     kernel = name.split("<")[0]
-    if kernel == "count_pixels":
-        return labels
-    if kernel in ("planes_whole", "staged"):  # each logit once
-        return (3 if case.phase == FORWARD_BACKWARD else 2) * logits + labels
-    assert kernel != "any_layout", "none of the benchmark's cases"
+    codes = labels // 8 * (1 if case.logits and case.logits[1] <= 20 else 2)
+    if kernel == "encode_labels":
+        return labels + codes
+    if kernel == "tnkd_kernel":  # each logit once
+        return (3 if case.phase == FORWARD_BACKWARD else 2) * logits + codes
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"row_stats": 2, "row_maps": 2, "column_stats": 2, "column_maps": 2, "row_backward": 2, "column_rho": 1,
              "column_backward": 2}  # fmt: skip
@@ -260,6 +261,7 @@ class Native:
         self.driver = harness.build(folder, "list")
         self.resources = {k: r for name in nvcc.SOURCES for k, r in nvcc.resources(name, arch, folder).items()}
         self.names = dict(zip(self.resources, nvcc.demangled(list(self.resources)), strict=True))
+        self.per_pixel = {ce: nvcc.instructions_per_pixel(arch, folder, ce) for ce in (False, True)}
 
     @staticmethod
     def why_not() -> str | None:
@@ -274,8 +276,18 @@ class Native:
                 r, name = self.resources[launch.kernel], self.names[launch.kernel]
                 asked = native_bytes_of(case, name)
                 shared = r.shared + launch.shared
-                found.append(Kernel(name, launch.blocks, launch.threads // 32, r.registers, r.in_memory, shared, asked))
+                found.append(Kernel(name, launch.blocks, launch.threads // 32, r.registers, r.in_memory, shared, asked,
+                                    instructions=self.instructions(case, name, launch)))  # fmt: skip
         return found
+
+    def instructions(self, case: Case, name: str, launch: harness.Launch) -> int | None:
+        """Of a warp of the launch, on average, where they are counted: in planes, forward and backward."""
+        key = case.logits and (case.logits[1], "bf16" if case.dtype == "fp16" else case.dtype)
+        counts = self.per_pixel[case.loss == "dsct"]
+        if not name.startswith("tnkd_kernel<Planes") or case.phase != FORWARD_BACKWARD or key not in counts:
+            return None
+        pixels = torch.Size(case.logits).numel() // case.logits[1]
+        return round(counts[key] * pixels / (launch.blocks * launch.threads))
 
 
 # ----------------------------------------------------------------------------------------------------------- estimates
@@ -307,7 +319,7 @@ def estimate(
         blocks, share, limit = occupancy(kernel.registers, kernel.shared, kernel.warps, arch)
         rows.append({**dataclasses.asdict(kernel), "blocks": blocks, "occupancy": share, "limit": limit})
     asked = sum(kernel.bytes for kernel in kernels)
-    expected = expected_us(kernels, bandwidth, per_us)
+    issue, expected = issue_us(kernels, per_us), expected_us(kernels, bandwidth, per_us)
     return {
         **dataclasses.asdict(case),
         "backend": backend,
@@ -315,7 +327,8 @@ def estimate(
         "floor_us": case.floor_bytes / bandwidth / 1e3,
         "asked_bytes": asked,
         "asked_us": asked / bandwidth / 1e3,
-        "issue_us": issue_us(kernels, per_us),
+        "issue_us": issue,
+        "share_at_most": case.floor_bytes / bandwidth / 1e3 / max(asked / bandwidth / 1e3, issue or 0),
         "tail_us": sum(kernel.trips for kernel in kernels) * TRIP_US,
         "expected_us": expected,
         "of_copy": case.floor_bytes / (COPY * bandwidth * 1e3) / expected if expected else None,
@@ -334,7 +347,9 @@ def print_estimates(result: dict[str, Any]) -> None:
     """Floor times of every case, then every kernel they launch, each once."""
     print(f"{NOTE}. {result['gpu']}, {result['bandwidth_gb_s']:g} GB/s, sm_{result['arch']}.")
     print("floor: bytes that must move; asked: bytes that the kernels ask for, some of which a cache will serve")
-    print("issue: the instructions of Triton's TNKD, none waiting for another; tail: the sum of its partial sums")
+    print("issue: the instructions of TNKD (of CUDA's in planes), none waiting for another")
+    print("at most: the share of the bandwidth that floor is of the longer of asked and issue")
+    print("tail: the sum of Triton's partial sums")
     print("expected: see --help; of copy: the bytes that must move, as a share of what a copy would move in that time")
     rows: list[list[str]] = []
     kernels: dict[tuple[str, ...], str] = {}
@@ -342,17 +357,16 @@ def print_estimates(result: dict[str, Any]) -> None:
         name = [case["loss"], case["shape"], case["layout"], case["dtype"], case["phase"]]
         amounts = [case["floor_bytes"] / 1e6, case["floor_us"], case["asked_bytes"] / 1e6, case["asked_us"]]
         known = [case["issue_us"], case["tail_us"] or None, case["expected_us"]]
-        known_cells = ["-" if amount is None else f"{amount:.1f}" for amount in known]
-        share = "-" if case["of_copy"] is None else f"{case['of_copy']:.0%}"
-        rows.append([*name, case["backend"], *(f"{amount:.1f}" for amount in amounts), *known_cells, share])
+        issue, tail, expected = ("-" if amount is None else f"{amount:.1f}" for amount in known)
+        most, share = f"{case['share_at_most']:.0%}", "-" if case["of_copy"] is None else f"{case['of_copy']:.0%}"
+        cells = [*(f"{amount:.1f}" for amount in amounts), issue, most, tail, expected, share]
+        rows.append([*name, case["backend"], *cells])
         for k in case["kernels"]:
             row = [k["name"], *(str(k[key]) for key in ("warps", "registers", "spills", "shared", "blocks"))]
             seconds = "-" if k["compile_s"] is None else f"{k['compile_s']:.1f}"
             kernels.setdefault((case["backend"], *row, f"{k['occupancy']:.0%}", k["limit"], seconds), " ".join(name))
-    head = (
-        "loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us|issue us|tail us|expected us|of copy"
-    )
-    print_table(head, rows)
+    head = "loss|shape|layout|dtype|phase|backend|floor MB|floor us|asked MB|asked us|issue us|at most|tail us"
+    print_table(f"{head}|expected us|of copy", rows)
     print(f"\n{NOTE}. Occupancy of every kernel above, of sm_{result['arch']}'s threads.")
     head = "backend|kernel|warps|registers|spilt B|shared B|blocks an SM|occupancy|limited by|compile s|for instance"
     print_table(head, sorted([*row, where] for row, where in kernels.items()))

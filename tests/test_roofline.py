@@ -105,12 +105,13 @@ def test_native_launches_are_the_plans_of_the_cuda_sources(tmp_path):
         return found
 
     size, labels = 2 * 4 * 6 * 512 * 512, 8 * 4 * 512 * 512
-    count, whole = listed("tnkd", "4x6x512x512", "contiguous", "bf16")
-    assert count[0] == "count_pixels" and count[-1] == labels
-    assert whole == ("planes_whole", 1024, 128, 96 * 8, 3 * size + labels)  # 4 images of 256 tiles of 128 threads x 8
+    encode, whole = listed("tnkd", "4x6x512x512", "contiguous", "bf16")
+    assert encode[0] == "encode_labels" and encode[-1] == labels + labels // 8
+    assert whole[:3] == ("tnkd_kernel", 132 * 4, 128) and whole[-1] == 3 * size + labels // 8
     size = 4 * 16 * 150 * 512 * 512  # 2.5 GB: nothing is allocated
-    _, staged = listed("tnkd", "16x150x512x512", "channels_last", "fp32")
-    assert staged[0] == "staged" and staged[1] == 132 * 8 and staged[-1] == 3 * size + 16 * labels // 4
+    _, split = listed("tnkd", "16x150x512x512", "channels_last", "fp32")  # 8 warps a pixel, 16 a multiprocessor
+    assert split[:3] == ("tnkd_kernel", 132 * 2, 256) and split[-1] == 3 * size + 2 * 16 * 512 * 512
+    assert split[3] > 2 * 32 * 600, "a tile of 32 pixels of either network"
     size = 4 * 4 * 512 * 64 * 64
     rows = {row[0]: row[-1] for row in listed("cafd", "4x512x64x64", "contiguous", "fp32")}
     assert rows == {"row_stats": 2 * size, "channel_weights": 0, "row_maps": 2 * size, "add_maps": 0, "compare_maps": 0,

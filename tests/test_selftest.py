@@ -91,3 +91,19 @@ def test_a_planted_mistake_in_the_fifth_digit_fails(name, module, field, mistake
     said = capsys.readouterr().out
     assert "FAILED" in said and "0 of 1 passed" in said
     assert {"raises": "no such instruction", "NaN": "nan"}.get(mistake, mistake) in said
+
+
+@needs_native
+def test_cases_that_a_backend_refuses_are_not_asked_of_it(monkeypatch, capsys):
+    """As the CUDA kernels of TNKD refuse float64."""
+    reference, native, *rest = tnkd.BACKENDS
+
+    def why_not(*tensors):
+        return "not float64" if any(x.dtype == torch.float64 for x in tensors) else native.why_not(*tensors)
+
+    monkeypatch.setattr(tnkd, "BACKENDS", (reference, dataclasses.replace(native, why_not=why_not), *rest))
+    monkeypatch.setattr(selftest, "LOSSES", [loss for loss in selftest.LOSSES if loss.name == "tnkd"])
+    wanted = [next(case for case in selftest.CASES if case[1] == dtype) for dtype in (torch.float32, torch.float64)]
+    monkeypatch.setattr(selftest, "CASES", wanted)
+    assert report.main(["--check"]) == 0
+    assert "1 of 1 passed" in capsys.readouterr().out

@@ -92,21 +92,6 @@ DSCT_DEVICE float number(const Pack<T>& pack, int index) {
   return static_cast<float>(pack.lane[index]);
 }
 
-// Zero, NaN or not, in the lanes that are not kept: by masks, two lanes at a time where they have 16 bits.
-template <typename T, int kCount>
-DSCT_DEVICE void keep_lanes(Pack<T> (&packs)[kCount], const bool (&keep)[Pack<T>::kSize]) {
-  constexpr int kLanes = Pack<T>::kSize / 4;  // of a 32-bit word
-  constexpr unsigned kLane = kLanes == 1 ? ~0u : 0xffffu;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    unsigned mask = 0;
-#pragma unroll
-    for (int l = 0; l < kLanes; ++l) mask |= keep[w * kLanes + l] ? kLane << (16 * l) : 0u;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) reinterpret_cast<unsigned*>(&packs[i])[w] &= mask;
-  }
-}
-
 // kCount numbers side by side, 16 bytes at a time where they come in such runs (which then start on 16 bytes).
 template <int kCount, typename A>
 DSCT_DEVICE void load_run(const A* from, A (&to)[kCount]) {
@@ -136,11 +121,6 @@ DSCT_DEVICE void store_run(A* to, const A (&from)[kCount]) {
       *reinterpret_cast<Pack<A>*>(to + i) = pack;
     }
   }
-}
-
-template <typename T>
-constexpr int pack_log2() {
-  return sizeof(T) == 4 ? 2 : 3;
 }
 
 // 16 bytes from device memory to shared memory, past the registers; there after wait_for_copies() and a barrier.

@@ -18,12 +18,12 @@ from .objective import SUM, Objective
 class TNKDBackend(backends.Backend):
     tnkd: Callable[[Tensor, Tensor | None, Tensor | None, Objective], tuple[Tensor, Tensor]]
     upsamples_on: tuple[str, ...] = ()  # devices where its kernels read logits smaller than the labels as they are
-    most_classes: int | None = None  # that its kernels serve; None: any number
+    most_classes: int | None = None  # that its kernels serve on a GPU; None: any number
 
 
 BACKENDS = (
     TNKDBackend("reference", backends.always, reference.tnkd),
-    TNKDBackend("native", native.why_not, native.tnkd, native.UPSAMPLES_ON),
+    TNKDBackend("native", native.why_not, native.tnkd, native.UPSAMPLES_ON, native.MOST_CLASSES_ON_CUDA),
     TNKDBackend("triton", triton.why_not, triton.tnkd, most_classes=triton.MOST_CLASSES),
 )
 
@@ -127,13 +127,13 @@ def logit_loss(
         summed = objective._replace(reduction=SUM) if half else objective.divided_by(items)
         loss, parts = logit_loss(student_logits, teacher_logits, target, summed, backend)
         return (loss / items).to(loss.dtype) if half else loss, parts / items
-    serving = backends.choose(backend, BACKENDS, student_logits)
+    teacher = None if teacher_logits is None else teacher_logits.detach()
+    serving = backends.choose(backend, BACKENDS, student_logits, *[] if teacher is None else [teacher])
     ignored = objective.ignore_index
     if target is not None and not isinstance(ignored, Tensor) and serving.name != "native" and values.readable(target):
         checks.labels(target, student_logits.shape[1], ignored)  # the native CPU kernel looks at every label anyway
     elif target is not None and target.is_cuda and values.plain() and checks.label_checks_asked_for():
         checks.labels(target, student_logits.shape[1], ignored)
-    teacher = None if teacher_logits is None else teacher_logits.detach()
     return serving.tnkd(student_logits, teacher, target, objective)
 
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backends import NATIVE_MISSING
-from ..backends import why_not_native as why_not
+from ..backends import NATIVE_MISSING, why_not_native
 from . import op
 from .objective import NONE, Objective
 from .upsample import smaller, to_labels
@@ -12,6 +11,23 @@ from .upsample import smaller, to_labels
 __all__ = ["UPSAMPLES_ON", "tnkd", "tnkd_upsampled", "why_not"]
 
 UPSAMPLES_ON = ("cpu",)  # where logits smaller than the labels are read as they are
+MOST_CLASSES_ON_CUDA = 320  # csrc/tnkd/cuda/kernel.cuh: 16 warps share out a pixel's classes, 20 each
+
+
+def why_not(*logits: Tensor) -> str | None:
+    """Why these kernels cannot serve a call with these logits, or None where they can."""
+    reason = why_not_native(*logits)
+    return why_not_cuda(*logits) if reason is None and logits[0].is_cuda else reason
+
+
+def why_not_cuda(*logits: Tensor) -> str | None:
+    """What of it lies in the logits and not in the machine."""
+    for x in logits:
+        if x.dtype == torch.float64:
+            return "the CUDA kernels read logits of 16 and 32 bits, not float64"
+        if x.dim() > 1 and x.shape[1] > MOST_CLASSES_ON_CUDA:
+            return f"the CUDA kernels take up to {MOST_CLASSES_ON_CUDA} classes, not {x.shape[1]}"
+    return None
 
 
 def _scale(grad: Tensor, factor: Tensor) -> None:
@@ -36,8 +52,6 @@ def tnkd(
     else:
         student, teacher = to_labels(student_logits, teacher_logits, target, objective.align_corners)
     packed = objective.packed(target, student.device)
-    if student.is_cuda:
-        target = op.labels(teacher, target, objective)
     return op.call(_op, _scale, student, teacher, target, *packed)
 
 

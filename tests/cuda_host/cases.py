@@ -25,7 +25,22 @@ def offset_copy(x: Tensor, offset: int = 1) -> Tensor:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "stepped":  # every second number of a larger buffer: pixels and classes still at one stride each
+        return torch.stack((torch.full_like(x, float("nan")), x), -1)[..., 1]
     return offset_copy(x) if layout == "offset" else strided_copy(x, layout)
+
+
+def walks(*logits: Tensor) -> int:
+    """How many dimensions of pixels are left where those that all of them step through alike are one."""
+    steps: list[int] = []
+    left = 0
+    for d in (0, *range(2, logits[0].dim())):
+        size = logits[0].shape[d]
+        if size == 1:
+            continue
+        left += steps != [x.stride(d) * size for x in logits]
+        steps = [x.stride(d) for x in logits]
+    return left
 
 
 @dataclass
@@ -87,11 +102,16 @@ class TnkdCase:
     def case(self) -> Case:
         self.args = self.arguments()
         student, teacher, target, objective = self.args
-        weight, values, _, coupled, reduction = objective.packed(target, torch.device("cpu"))
+        if target is None:  # as tnkd.cu does
+            target = teacher.argmax(1)
+        if walks(student, teacher) > 2:
+            student, teacher = student.contiguous(), teacher.contiguous()
+        target = target.contiguous()
+        weight, values, _, coupled, reduction = objective.packed(self.args[2], torch.device("cpu"))
         ce, tckd, nckd, temperature = [0.0, *values.tolist()][-4:]
         acc = acc_dtype(student, teacher)
         tensors = {"student": student, "teacher": teacher}
-        tensors |= {} if target is None else {"target": target}
+        tensors |= {"target": target}
         tensors |= {} if weight is None else {"class_weight": weight}
         shape = [student.shape[0], *student.shape[2:]]
         outputs = {"parts": torch.empty(3, dtype=acc), "grad_scale": torch.empty((), dtype=acc)}
@@ -106,13 +126,25 @@ class TnkdCase:
         if "values" in self.on_device:  # and the numbers that the host would use are none
             tensors["values"] = values
             numbers |= dict.fromkeys(("ce_weight", "tckd_weight", "nckd_weight", "temperature"), float("nan"))
-        if "ignore_index" in self.on_device:
+        if self.label is None:  # nothing is ignored then
+            numbers.pop("ignore_index", None)
+        elif "ignore_index" in self.on_device:
             tensors["ignore_index"] = torch.tensor(numbers.pop("ignore_index"))
         return Case("tnkd", tensors, outputs, numbers)
+
+    def addressing(self) -> tuple[Any, ...]:
+        """What a kernel's addresses depend on: cases that differ only in their numbers touch the same memory."""
+        own_exponentials = self.with_ce and self.temperature not in (1.0, 2.0)
+        labels = self.label, self.label_layout, self.logits in (all_ignored, bad_label)
+        outputs = self.needs_grad, self.reduction == 0, self.weighted or self.rare
+        layouts = self.layout, self.teacher_layout, self.dtype, self.teacher_dtype
+        return self.kernel, self.shape, *layouts, *labels, *outputs, own_exponentials, self.on_device, self.shared_bytes
 
     def check(self, kernel: str, got: dict[str, Tensor]) -> None:
         what = f"{self}"
         assert kernel == self.kernel, what
+        if kernel == NONE:
+            return
         student, teacher, target, objective = self.args
 
         def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,6 +202,21 @@ def one_class_left(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     student[:, 1:] = teacher[:, 1:] = -float("inf")
 
 
+def first_classes_absent(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    """All that one warp has, in the student, the teacher or both."""
+    target.view(-1)[:] = student.shape[1] - 1
+    student.flatten(2)[:, :16, ::2] = -float("inf")
+    teacher.flatten(2)[:, :16, ::2] = teacher.flatten(2)[:, :16, 1::4] = -float("inf")
+
+
+def far_apart(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    """Warps whose largest logits are thousands apart, with both signs."""
+    k = student.shape[1]
+    step = torch.linspace(-3e3, 3e3, k).view(1, k, *[1] * (student.dim() - 2))
+    student += step
+    teacher += step.roll(k // 3, 1)
+
+
 def certain_teacher(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
     """Its other classes are all absent, at most pixels, for which NCKD has nothing to say."""
     k = student.shape[1]
@@ -221,118 +268,137 @@ def ties(student: Tensor, teacher: Tensor, target: Tensor | None) -> None:
     teacher.round_()
 
 
-WHOLE, STAGED, ANY = "planes_whole", "staged", "any_layout"
+PLANES, PLANES_SPLIT, TILES, TILES_SPLIT, NONE = "planes", "planes_split", "tiles", "tiles_split", "none"
 LARGE = {torch.float32: 1e4, torch.float16: 2e4, torch.bfloat16: 1e4}
 
 TNKD = [
-    *(TnkdCase(WHOLE, (2, k, 6, 8), why="every class count of the whole kernel") for k in (2, 3, 4, 6, 8)),
-    *(TnkdCase(WHOLE, (1, 5, 100, 16), dtype, weighted=True, why="two blocks, weights") for dtype in DTYPES),
-    *(TnkdCase(WHOLE, (1, 6, 4, 8), dtype, reduction=r) for dtype in DTYPES for r in (0, 2)),
-    *(TnkdCase(WHOLE, (1, 6, 4, 8), label=label, ignore_index=i) for label, i in (
+    *(TnkdCase(PLANES, (2, k, 6, 8), why="every class count of the whole kernel") for k in (2, 3, 4, 6, 8)),
+    *(TnkdCase(PLANES, (1, 5, 100, 16), dtype, weighted=True, why="two blocks, weights") for dtype in DTYPES),
+    *(TnkdCase(PLANES, (1, 6, 4, 8), dtype, reduction=r) for dtype in DTYPES for r in (0, 2)),
+    *(TnkdCase(PLANES, (1, 6, 4, 8), label=label, ignore_index=i) for label, i in (
         (torch.uint8, 0), (torch.int8, -1), (torch.int16, -100), (torch.int32, 255), (torch.int64, -100),
         (torch.int64, None))),
-    TnkdCase(WHOLE, (2, 6, 4, 8), label=None, logits=ties, why="the teacher's argmax, ties"),
-    *(TnkdCase(WHOLE, (1, 7, 4, 8), dtype, temperature=t, why="cross-entropy's own exponentials")
+    TnkdCase(PLANES, (2, 6, 4, 8), label=None, logits=ties, why="the teacher's argmax, ties"),
+    *(TnkdCase(PLANES, (1, 7, 4, 8), dtype, temperature=t, why="cross-entropy's own exponentials")
       for dtype in DTYPES for t in (1.0, 3.0)),
-    TnkdCase(WHOLE, (1, 6, 4, 8), with_ce=False, needs_grad=False),
+    TnkdCase(PLANES, (1, 6, 4, 8), with_ce=False, needs_grad=False),
     *(TnkdCase(kernel, (2, 2, 6, 8), dtype, layout=layout, weights=(0.0, 0.0, 7.0), with_ce=False, scale=scale,
                temperature=1.5, why="two classes have no NCKD")
-      for kernel, layout in ((WHOLE, "contiguous"), (STAGED, "channels_last"), (ANY, "sliced")) for dtype in DTYPES
+      for kernel, layout in ((PLANES, "contiguous"), (TILES, "channels_last"), (TILES, "stepped")) for dtype in DTYPES
       for scale in (2.0, 1e4)),
     *(TnkdCase(kernel, (1, 2, 4, 8), layout=layout, logits=edit, needs_grad=edit is not student_lacks,
                why="and hide no NaN and no inf (whose gradient nothing defines)")
-      for kernel, layout in ((WHOLE, "contiguous"), (STAGED, "channels_last"), (ANY, "sliced"))
+      for kernel, layout in ((PLANES, "contiguous"), (TILES, "channels_last"), (TILES, "stepped"))
       for edit in (nan_at_valid, student_lacks, one_class_left)),
     *(TnkdCase(kernel, shape, dtype, scale=LARGE[dtype], temperature=t, why="magnitude")
-      for kernel, shape in ((WHOLE, (1, 6, 4, 8)), (STAGED, (1, 19, 4, 8)))
+      for kernel, shape in ((PLANES, (1, 6, 4, 8)), (PLANES, (1, 19, 4, 8)))
       for dtype in DTYPES for t in (2.0, 0.01)),
     *(TnkdCase(kernel, shape, logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)
-      for kernel, shape in ((WHOLE, (1, 6, 4, 8)), (STAGED, (1, 19, 4, 8)))),
+      for kernel, shape in ((PLANES, (1, 6, 4, 8)), (PLANES, (1, 19, 4, 8)))),
     *(TnkdCase(kernel, shape, layout=layout, logits=sure_of(away), weights=(0.0, 1.0, 0.0), temperature=1.0, scale=1.0,
                with_ce=False, why="a target term as small as exp(-|away|) has its digits")
-      for kernel, shape, layout in ((WHOLE, (1, 6, 8, 8), "contiguous"), (STAGED, (1, 150, 8, 8), "contiguous"),
-                                    (ANY, (1, 19, 8, 8), "sliced"))
+      for kernel, shape, layout in ((PLANES, (1, 6, 8, 8), "contiguous"), (PLANES_SPLIT, (1, 150, 8, 8), "contiguous"),
+                                    (TILES, (1, 19, 8, 8), "stepped"))
       for away in (-40.0, -20.0, -5.0, 0.0, 5.0, 20.0, 40.0)),
     *(TnkdCase(kernel, (2, k, 4, 8), dtype, layout=layout, label=label, logits=certain_teacher, temperature=t,
                reduction=r, with_ce=t != 1.5, why="a certain teacher")
-      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "contiguous"),
-                                (STAGED, 150, "contiguous"), (STAGED, 6, "channels_last"), (ANY, 2, "sliced"),
-                                (ANY, 6, "sliced"))
+      for kernel, k, layout in ((PLANES, 2, "contiguous"), (PLANES, 6, "contiguous"), (PLANES, 19, "contiguous"),
+                                (PLANES_SPLIT, 150, "contiguous"), (TILES, 6, "channels_last"), (TILES, 2, "stepped"),
+                                (TILES, 6, "stepped"))
       for dtype in DTYPES for label, t, r in ((torch.uint8, 2.0, 1), (None, 1.5, 2), (torch.int64, 1.0, 0))),
-    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, logits=certain_teacher),
     *(TnkdCase(kernel, (1, k, 4, 8), layout=layout, logits=edit, ignore_index=None, needs_grad=grad, with_ce=False,
                weights=weights)
-      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"),
-                                (ANY, 6, "sliced"))
+      for kernel, k, layout in ((PLANES, 2, "contiguous"), (PLANES, 6, "contiguous"), (TILES, 19, "channels_last"),
+                                (TILES, 6, "stepped"))
       for edit, grad in ((certain_teacher_lacks_the_target, True), (infinite_target(0), False),
                          (infinite_target(1), False))
       for weights in ((0.0, 1.0, 2.0), (0.0, 0.0, 1.0))),
-    *(TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", logits=edit) for edit in (
+    *(TnkdCase(TILES, (1, 6, 3, 7), layout="stepped", logits=edit) for edit in (
         nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label)),
     *(TnkdCase(kernel, (1, k, 4, 16), torch.float16, layout=layout, reduction=r, temperature=t, weights=weights,
                scale=scale, rare=rare, with_ce=with_ce, only_grad=True, why="small gradients, before a GradScaler")
-      for kernel, k, layout in ((WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"), (ANY, 5, "sliced"))
+      for kernel, k, layout in ((PLANES, 6, "contiguous"), (TILES, 19, "channels_last"), (TILES, 5, "stepped"))
       for r in (0, 1, 2) for t, scale in ((0.01, 1e-4), (20.0, 0.1), (1.0, 1e4))
       for weights, rare, with_ce in (((0.0, 1e-6, 2e-6), False, False), ((0.0, 0.5, 0.0), False, False),
                                      ((1e-3, 1.0, 2.0), True, True), ((1e4, 1.0, 2.0), True, True))),
     *(TnkdCase(kernel, (1, k, 4, 8), torch.float16, weights=(0.0, 0.0, 0.0), logits=edit, why="nothing to scale")
-      for kernel, k in ((WHOLE, 6), (STAGED, 19)) for edit in (None, all_ignored)),
-    TnkdCase(ANY, (2, 6, 4, 8), torch.float16, torch.float64, weights=(1e-3, 1e-6, 2e-6), rare=True),
-    *(TnkdCase(STAGED, (1, k, 4, 16), dtype) for k in (9, 19, 21) for dtype in DTYPES),
-    *(TnkdCase(STAGED, (2, 150, 3, 24), dtype, reduction=r) for dtype, r in (
+      for kernel, k in ((PLANES, 6), (PLANES, 19)) for edit in (None, all_ignored)),
+    TnkdCase(TILES, (2, 6, 4, 8), torch.float16, torch.float32, weights=(1e-3, 1e-6, 2e-6), rare=True),
+    *(TnkdCase(PLANES, (1, k, 4, 16), dtype) for k in (9, 13, 19, 20) for dtype in DTYPES),
+    *(TnkdCase(PLANES_SPLIT, (1, k, 4, 16), dtype) for k in (21, 40, 41) for dtype in DTYPES),
+    *(TnkdCase(PLANES_SPLIT, (2, 150, 3, 24), dtype, reduction=r) for dtype, r in (
         (torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 0))),
-    TnkdCase(STAGED, (1, 380, 2, 4), why="many groups"),
-    TnkdCase(STAGED, (1, 19, 10, 20), temperature=3.0, weighted=True, why="a tile that is not full"),
-    TnkdCase(STAGED, (1, 19, 4, 8), label=None, logits=ties),
+    TnkdCase(PLANES, (1, 19, 10, 20), temperature=3.0, weighted=True, why="a tile that is not full"),
+    TnkdCase(PLANES, (1, 19, 4, 8), label=None, logits=ties),
+    *(TnkdCase(kernel, (1, k, 6, 8), dtype, layout=layout, temperature=t, why="few classes a warp")
+      for kernel, k, layout in ((PLANES_SPLIT, 21, "contiguous"), (TILES_SPLIT, 24, "channels_last"))
+      for dtype in DTYPES for t in (1.0, 2.0, 0.5)),
+    *(TnkdCase(kernel, (1, k, 6, 8), layout=layout, logits=edit, needs_grad=edit is not student_lacks)
+      for kernel, k, layout in ((PLANES_SPLIT, 45, "contiguous"), (TILES_SPLIT, 45, "channels_last"))
+      for edit in (nan_where_ignored, nan_at_valid, class_absent, student_lacks, one_class_left, all_ignored, bad_label,
+                   first_classes_absent, far_apart)),
     *(TnkdCase(kernel, (1, k, 4, 8), layout=layout, label=None, logits=teacher_nan, why="a NaN is never hidden")
-      for kernel, k, layout in ((WHOLE, 6, "contiguous"), (STAGED, 19, "contiguous"), (STAGED, 150, "contiguous"),
-                                (ANY, 6, "sliced"))),
+      for kernel, k, layout in ((PLANES, 6, "contiguous"), (PLANES, 19, "contiguous"),
+                                (PLANES_SPLIT, 150, "contiguous"), (TILES, 6, "stepped"))),
     *(TnkdCase(kernel, (3, k, 5, 16), label=label, weighted=True, why="labels counted in packs")
-      for kernel, k in ((WHOLE, 6), (STAGED, 19)) for label in (torch.uint8, torch.int64)),
-    TnkdCase(ANY, (3, 6, 5, 16), label_layout="sliced", weighted=True, why="labels counted one by one"),
-    TnkdCase(STAGED, (1, 19, 4, 8), torch.float16, label=None, reduction=0),
-    *(TnkdCase(STAGED, (1, k, 2, 3), why="the most classes that are staged") for k in (700, 1024)),
-    TnkdCase(ANY, (1, 1025, 2, 3), why="and one more"),
-    *(TnkdCase(kernel, (1, k, 4, 6), dtype, layout=layout, shared_bytes=101_376, why="a GPU with less shared memory")
-      for kernel, k, dtype in ((STAGED, 600, torch.bfloat16), (STAGED, 700, torch.float32), (ANY, 1024, torch.bfloat16))
-      for layout in ("contiguous", "channels_last")),
-    *(TnkdCase(STAGED, (2, k, 7, 9), dtype, layout="channels_last", reduction=r, weighted=True)
-      for k, r in ((2, 0), (6, 1), (16, 1), (19, 2)) for dtype in DTYPES),
-    TnkdCase(STAGED, (2, 150, 3, 24), layout="channels_last", temperature=3.0),
-    TnkdCase(STAGED, (1, 6, 40, 50), torch.bfloat16, layout="channels_last", why="several tiles a block"),
-    TnkdCase(STAGED, (1, 11, 40, 50), why="several tiles a block"),
-    TnkdCase(STAGED, (2, 6, 12, 8), teacher_layout="channels_last", why="a transformer teaches a CNN"),
-    TnkdCase(STAGED, (2, 6, 12, 8), layout="channels_last", teacher_layout="contiguous", why="and the reverse"),
-    TnkdCase(STAGED, (2, 6, 5, 7), why="an odd size"),
-    TnkdCase(STAGED, (2, 6, 4, 8), layout="offset", why="not on 16 bytes"),
-    TnkdCase(STAGED, (2, 6, 5, 7), torch.float16, layout="channels_last", label=None, logits=ties),
-    TnkdCase(STAGED, (7, 5), why="no space at all"),
-    TnkdCase(STAGED, (1, 4, 1, 1), why="one pixel"),
-    *(TnkdCase(ANY, (2, 6, 5, 7), layout=layout) for layout in ("sliced", "transposed")),
-    TnkdCase(ANY, (2, 6, 4, 8), label_layout="transposed"),
-    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, temperature=0.5, weighted=True),
-    TnkdCase(ANY, (2, 6, 4, 8), torch.bfloat16, torch.float32, teacher_layout="channels_last"),
-    TnkdCase(ANY, (2, 6, 3, 4, 5), torch.float32, torch.float64, reduction=0, layout="transposed"),
-    TnkdCase(ANY, (0, 5, 2, 2), why="empty batch"),
+      for kernel, k in ((PLANES, 6), (PLANES, 19)) for label in (torch.uint8, torch.int64)),
+    TnkdCase(PLANES, (3, 6, 5, 16), label_layout="sliced", weighted=True, why="labels that are copied"),
+    TnkdCase(PLANES, (1, 19, 4, 8), torch.float16, label=None, reduction=0),
+    *(TnkdCase(kernel, (1, 320, 2, 4), dtype, layout=layout, shared_bytes=101_376, why="the most classes")
+      for kernel, layout in ((PLANES_SPLIT, "contiguous"), (TILES_SPLIT, "channels_last")) for dtype in DTYPES),
+    *(TnkdCase(NONE, (1, 321, 2, 4), layout=layout, why="and one more") for layout in ("contiguous", "channels_last")),
+    TnkdCase(NONE, (2, 6, 4, 8), torch.float64),
+    *(TnkdCase(TILES, (2, k, 7, 9), dtype, layout="channels_last", reduction=r, weighted=True)
+      for k, r in ((2, 0), (6, 1), (8, 2), (16, 1), (19, 2)) for dtype in DTYPES),
+    *(TnkdCase(TILES_SPLIT, (2, k, 3, 24), dtype, layout="channels_last", temperature=3.0)
+      for k in (24, 150, 152) for dtype in DTYPES),
+    TnkdCase(TILES, (1, 6, 40, 50), torch.bfloat16, layout="channels_last", why="several tiles a block"),
+    TnkdCase(TILES, (1, 8, 40, 51), torch.bfloat16, layout="channels_last", why="the same of padded rows"),
+    TnkdCase(TILES_SPLIT, (1, 24, 40, 51), layout="channels_last", why="and of split ones"),
+    TnkdCase(PLANES, (1, 11, 40, 50), why="several tiles a block"),
+    TnkdCase(PLANES_SPLIT, (3, 22, 10, 50), torch.float16, why="several tiles a block, several images"),
+    *(TnkdCase(kernel, (2, k, 12, 8), layout=layout, teacher_layout=teacher, why="a transformer teaches a CNN")
+      for kernel, k in ((TILES, 6), (TILES, 19), (TILES_SPLIT, 32))
+      for layout, teacher in (("contiguous", "channels_last"), ("channels_last", "contiguous"))),
+    *(TnkdCase(PLANES, (2, k, 4, 8), torch.float32, teacher, why="autocast") for k in (3, 6, 8, 19)
+      for teacher in (torch.bfloat16, torch.float16)),
+    *(TnkdCase(PLANES_SPLIT, (2, 40, 4, 8), torch.float32, teacher) for teacher in (torch.bfloat16, torch.float16)),
+    *(TnkdCase(kernel, (2, k, 4, 8), *dtypes, layout=layout, why="dtypes of every pair")
+      for kernel, k, layout, dtypes in (
+          (TILES, 6, "contiguous", (torch.bfloat16, torch.float32)), (TILES, 6, "channels_last", DTYPES[:2]),
+          (TILES, 16, "channels_last", DTYPES[1:]),
+          (TILES_SPLIT, 32, "channels_last", (torch.float32, torch.bfloat16)))),
+    *(TnkdCase(TILES, (2, k, 5, 7), dtype, why="an odd size") for k in (6, 19) for dtype in DTYPES[1:]),
+    TnkdCase(TILES, (2, 6, 5, 7), why="an odd size of which lanes take four"),
+    TnkdCase(PLANES, (2, 19, 5, 7), why="and one"),
+    TnkdCase(TILES, (2, 6, 4, 8), layout="offset", why="not on 16 bytes"),
+    TnkdCase(TILES, (2, 6, 5, 7), torch.float16, layout="channels_last", label=None, logits=ties),
+    TnkdCase(TILES, (7, 5), why="no space at all"),
+    TnkdCase(TILES, (1, 4, 1, 1), why="one pixel"),
+    *(TnkdCase(TILES, (2, 6, 5, 7), layout=layout, why="copied first") for layout in ("sliced", "transposed")),
+    TnkdCase(PLANES, (2, 6, 4, 8), label_layout="transposed"),
+    TnkdCase(PLANES, (2, 6, 3, 4, 5), reduction=0, layout="transposed", why="copied first"),
+    TnkdCase(PLANES, (0, 5, 2, 2), why="empty batch"),
     *(TnkdCase(kernel, (2, k, 4, 8), dtype, layout=layout, label=label, reduction=r, weights=(0.7, w, w), with_ce=ce,
                temperature=t, logits=edit, coupled=True, why="plain KD")
-      for kernel, k, layout in ((WHOLE, 2, "contiguous"), (WHOLE, 6, "contiguous"), (STAGED, 19, "channels_last"),
-                                (STAGED, 150, "contiguous"), (ANY, 2, "sliced"), (ANY, 6, "sliced"))
+      for kernel, k, layout in ((PLANES, 2, "contiguous"), (PLANES, 6, "contiguous"), (TILES, 19, "channels_last"),
+                                (PLANES_SPLIT, 150, "contiguous"), (TILES_SPLIT, 24, "channels_last"),
+                                (TILES, 2, "stepped"), (TILES, 6, "stepped"))
       for dtype, label, r, w, ce, t, edit in (
           (torch.float32, torch.uint8, 1, 1.0, False, 1.0, None), (torch.float16, None, 2, 0.5, False, 4.0, None),
           (torch.bfloat16, torch.int64, 0, 1.0, True, 3.0, None), (torch.float32, None, 1, 1.0, True, 2.0, ties),
           (torch.float32, torch.uint8, 0, 1.0, False, 2.0, certain_teacher),
           (torch.float32, torch.uint8, 0, 1.0, False, 2.0, student_lacks),
           (torch.float32, torch.uint8, 1, 1.0, False, 2.0, nan_at_valid))),
-    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, weights=(0.7, 1.0, 0.25), coupled=True, why="of unequal weights"),
-    TnkdCase(STAGED, (2, 19, 4, 8), weights=(0.7, 0.5, 2.0), coupled=True, why="of unequal weights"),
+    *(TnkdCase(kernel, (2, k, 4, 8), weights=(0.7, 0.5, 2.0), coupled=True, why="of unequal weights")
+      for kernel, k in ((PLANES, 19), (PLANES_SPLIT, 21))),
 ]  # fmt: skip
 
 
 # The numbers in device memory: every kernel and dtype, and what is compiled or chosen otherwise for numbers elsewhere.
-LAYOUTS_OF_KERNELS = ((WHOLE, (2, 6, 4, 8), "contiguous"), (STAGED, (2, 19, 5, 8), "contiguous"),
-                      (STAGED, (2, 6, 4, 8), "channels_last"), (ANY, (2, 6, 3, 7), "sliced"))  # fmt: skip
+LAYOUTS_OF_KERNELS = ((PLANES, (2, 6, 4, 8), "contiguous"), (PLANES_SPLIT, (2, 21, 4, 8), "contiguous"),
+                      (TILES, (2, 6, 4, 8), "channels_last"), (TILES_SPLIT, (1, 24, 3, 7), "stepped"))  # fmt: skip
 ON_DEVICE = [
     *(TnkdCase(kernel, shape, dtype, layout=layout, temperature=t, reduction=r, with_ce=ce, weighted=weighted,
                on_device=where)
@@ -343,14 +409,13 @@ ON_DEVICE = [
       for kernel, shape, layout in LAYOUTS_OF_KERNELS
       for label, i in ((torch.uint8, 0), (torch.int8, -1), (torch.int16, -100), (torch.int32, 255),
                        (torch.int64, -100))),
-    *(TnkdCase(WHOLE, (2, 6, 4, 8), label=torch.int64, ignore_index=i, on_device="ignore_index",
+    *(TnkdCase(PLANES, (2, 6, 4, 8), label=torch.int64, ignore_index=i, on_device="ignore_index",
                why="an index that no narrow label may hold") for i in (2**40, 2**32 + 1, -(2**40))),
-    TnkdCase(ANY, (2, 6, 4, 8), torch.float64, temperature=0.5, weighted=True, on_device="values ignore_index"),
     *(TnkdCase(kernel, shape, layout=layout, logits=student_lacks, weights=(0.0, 0.0, 0.0), needs_grad=False,
                reduction=r, on_device="values", why="weights that turn out 0 take no part: 0 * inf is 0")
       for kernel, shape, layout in LAYOUTS_OF_KERNELS for r in (0, 1)),
     *(TnkdCase(kernel, (2, 2, 4, 8), layout=layout, label=None, logits=ties, on_device="values")
-      for kernel, layout in ((WHOLE, "contiguous"), (STAGED, "channels_last"), (ANY, "sliced"))),
+      for kernel, layout in ((PLANES, "contiguous"), (TILES, "channels_last"), (TILES, "stepped"))),
 ]  # fmt: skip
 
 
@@ -487,14 +552,16 @@ CAFD_ON_DEVICE = [
 
 # For ThreadSanitizer, whose threads are slow: every kernel and every barrier once.
 SMALL_TNKD = [
-    TnkdCase(WHOLE, (2, 5, 4, 8), weighted=True),
-    TnkdCase(WHOLE, (2, 5, 4, 8), torch.float16, weighted=True, why="the largest class weight"),
-    TnkdCase(WHOLE, (1, 6, 50, 48), torch.bfloat16, why="several tiles a block"),
-    TnkdCase(STAGED, (1, 19, 10, 40), torch.bfloat16, why="several tiles a block"),
-    TnkdCase(STAGED, (1, 150, 10, 20), why="many threads a pixel"),
-    TnkdCase(STAGED, (1, 19, 5, 7), layout="channels_last", label=None, logits=ties),
-    TnkdCase(ANY, (1, 6, 3, 7), layout="sliced", reduction=0),
-    TnkdCase(STAGED, (1, 19, 5, 7), on_device="values ignore_index"),
+    TnkdCase(PLANES, (2, 5, 4, 8), weighted=True),
+    TnkdCase(PLANES, (2, 5, 4, 8), torch.float16, weighted=True, why="the largest class weight"),
+    TnkdCase(PLANES, (1, 6, 50, 48), torch.bfloat16, why="several tiles a block"),
+    TnkdCase(PLANES, (1, 19, 10, 40), torch.bfloat16, why="several tiles a block"),
+    TnkdCase(PLANES_SPLIT, (1, 60, 10, 30), torch.bfloat16, why="several tiles a block"),
+    TnkdCase(TILES, (1, 19, 5, 7), layout="channels_last", label=None, logits=ties),
+    TnkdCase(TILES, (1, 16, 20, 40), torch.float16, layout="channels_last", why="several tiles a block"),
+    TnkdCase(TILES_SPLIT, (1, 40, 10, 20), layout="channels_last", temperature=3.0, why="several tiles a block"),
+    TnkdCase(TILES, (1, 6, 3, 7), layout="stepped", reduction=0),
+    TnkdCase(PLANES, (1, 19, 5, 7), on_device="values ignore_index"),
 ]
 SMALL_CAFD = [
     CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),

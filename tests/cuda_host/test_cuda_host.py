@@ -20,14 +20,15 @@ import torch
 from tools.inspect.cuda_host.harness import ROOT, Case, build, run, run_raw
 
 from .cases import (
-    ANY,
     CAFD,
     CAFD_ON_DEVICE,
     LAYOUTS_OF_KERNELS,
     ON_DEVICE,
+    PLANES,
+    PLANES_SPLIT,
     SMALL_CAFD,
     SMALL_TNKD,
-    STAGED,
+    TILES,
     TNKD,
     CafdCase,
     TnkdCase,
@@ -136,9 +137,9 @@ def test_no_race(folder: Path) -> None:
 
 
 def test_no_overrun(folder: Path) -> None:
-    """AddressSanitizer over every case."""
+    """AddressSanitizer over every case, of those that touch the same memory one."""
     driver = build(folder, "address")
-    check_all(driver, folder / "overrun_tnkd", TNKD)
+    check_all(driver, folder / "overrun_tnkd", list({case.addressing(): case for case in TNKD}.values()))
     check_all(driver, folder / "overrun_on_device", ON_DEVICE)
     check_all(driver, folder / "overrun_cafd", CAFD)
     check_all(driver, folder / "overrun_cafd_on_device", [case() for case in CAFD_ON_DEVICE])
@@ -146,17 +147,25 @@ def test_no_overrun(folder: Path) -> None:
 
 # What is broken, and what is put in its place: the sanitizer has to find each of them.
 PLANTS = {
-    "staged: sums are judged before they are all there": (
+    "tnkd_kernel: the warps' sums are joined before they are all there": (
         "thread",
-        "tnkd/cuda/staged.cuh",
-        """    __syncthreads();
-
-    for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
-      const int y = y_tile[p];""",
-        """
-    for (int p = threadIdx.x; p < pixels; p += blockDim.x) {
-      const int y = y_tile[p];""",
-        TnkdCase(STAGED, (1, 19, 10, 20)),
+        "tnkd/cuda/kernel.cuh",
+        """    if constexpr (kSplit) {
+      __syncthreads();
+""",
+        """    if constexpr (kSplit) {
+""",
+        TnkdCase(PLANES_SPLIT, (1, 41, 10, 20)),
+    ),
+    "tiles: the gradient leaves before all of it is there": (
+        "thread",
+        "tnkd/cuda/tiles.cuh",
+        """unsigned char* tiles) {
+    __syncthreads();
+    by_size(in.grad""",
+        """unsigned char* tiles) {
+    by_size(in.grad""",
+        TnkdCase(TILES, (1, 19, 10, 20), layout="channels_last"),
     ),
     "row_backward: the warps' sums are read before they are all there": (
         "thread",
@@ -165,12 +174,19 @@ PLANTS = {
         "warps[warp] = rho;",
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
-    "any_layout: one pixel too many": (
+    "planes: lanes beyond the last pixel": (
         "address",
-        "tnkd/cuda/any_layout.cuh",
-        "pixel < in.pixels;",
-        "pixel <= in.pixels;",
-        TnkdCase(ANY, (1, 6, 3, 7), layout="sliced"),
+        "tnkd/cuda/logits.cuh",
+        "at = inside ? mine : 0;",
+        "at = mine;",
+        TnkdCase(PLANES, (1, 19, 3, 7)),
+    ),
+    "tiles: shared memory for the student alone": (
+        "address",
+        "tnkd/cuda/launch.cuh",
+        "(in.student.pitch + in.teacher.pitch) * tile",
+        "in.student.pitch * tile",
+        TnkdCase(TILES, (1, 6, 3, 7), layout="stepped"),
     ),
     "row_backward: shared memory for one warp too few": (
         "address",
@@ -178,6 +194,13 @@ PLANTS = {
         "kCafdWarps * sizeof(A), stream",
         "(kCafdWarps - 1) * sizeof(A), stream",
         CafdCase("rows rows", (1, 3, 32, 96)),
+    ),
+    "planes that start off 16 bytes": (
+        "plain",
+        "tnkd/cuda/launch.cuh",
+        "reinterpret_cast<uintptr_t>(net.data) % run == 0 && ",
+        "",
+        TnkdCase(PLANES, (1, 6, 4, 8), layout="offset"),
     ),
     "maps that start off 16 bytes": (
         "plain",

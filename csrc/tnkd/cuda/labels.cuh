@@ -1,4 +1,4 @@
-// Labels of any integer type, and where pixels lie.
+// encode_labels: labels of any integer type become codes of 8 or 16 bits, and are counted.
 #pragma once
 
 #include <type_traits>
@@ -7,114 +7,116 @@
 
 namespace dsct::cuda {
 
-constexpr int kIgnored = -1;  // what a label becomes where it is ignore_index
-constexpr int kBad = -2;      // and where it is no class at all
+constexpr int kIgnored = -1;  // the code of a label that is ignore_index
+constexpr int kBad = -2;      // and of one that is no class at all
 
-struct Labels {
-  const void* pointer;  // or nullptr: the teacher's argmax
-  LabelType type;
-  bool has_ignore, has_narrow_ignore;  // narrow: ignore_index as a label of 32 bits or fewer may hold it
-  int64_t ignore;
-  int narrow_ignore;
-  int classes;
-  bool packs;                   // runs of 8 labels lie side by side on 16 bytes (or on their own size, if less)
-  const int64_t* ignore_value;  // on the device: what `ignore` is to be read from, or nullptr
+// Where the workspace keeps what.
+struct Workspace {
+  unsigned* ticket;
+  double* largest_weight;  // of a class, 1 without class weights
+  double* counts;          // count_blocks
+  double* weights;         // count_blocks
+  double* partials;        // 3 sums a block of the main kernel
+  void* codes;             // a pixel each, up to a multiple of 8
+  int count_blocks;
 };
 
-DSCT_HOST_DEVICE void set_ignore(Labels& labels, int64_t ignore) {
-  labels.has_ignore = true;
-  labels.ignore = ignore;
-  labels.narrow_ignore = static_cast<int>(ignore);
-  labels.has_narrow_ignore = labels.narrow_ignore == ignore;
+constexpr int kCountThreads = 256, kCountPixels = 8;
+
+// The codes of neighbouring pixels.
+template <typename Code, int kCount>
+struct alignas(sizeof(Code) * kCount) Codes {
+  Code lane[kCount];
+};
+template <typename Code>
+DSCT_DEVICE void store_codes(void* codes, int64_t pixel, const int (&y)[kCountPixels]) {
+  Codes<Code, kCountPixels> run;
+#pragma unroll
+  for (int v = 0; v < kCountPixels; ++v) run.lane[v] = static_cast<Code>(y[v]);
+  *reinterpret_cast<Codes<Code, kCountPixels>*>(static_cast<Code*>(codes) + pixel) = run;
+}
+// kIgnored where there are none.
+template <bool kWide, int kPixels>
+DSCT_DEVICE void load_codes(const void* codes, int64_t pixel, bool inside, int (&y)[kPixels]) {
+  using Code = std::conditional_t<kWide, short, signed char>;
+  const auto run = *reinterpret_cast<const Codes<Code, kPixels>*>(static_cast<const Code*>(codes) + pixel);
+#pragma unroll
+  for (int v = 0; v < kPixels; ++v) y[v] = inside ? run.lane[v] : kIgnored;
 }
 
-DSCT_DEVICE void read_ignore(Labels& labels) {
-  if (labels.ignore_value != nullptr) set_ignore(labels, *labels.ignore_value);
-}
-
-// kIgnored, kBad or the class.
-template <typename L>
-DSCT_DEVICE int classify(L label, const Labels& labels) {
-  if constexpr (sizeof(L) == 8) {
-    if (labels.has_ignore && label == labels.ignore) return kIgnored;
-    return static_cast<uint64_t>(label) < static_cast<uint64_t>(labels.classes) ? static_cast<int>(label) : kBad;
-  } else {
-    const int narrow = label;
-    if (labels.has_narrow_ignore && narrow == labels.narrow_ignore) return kIgnored;
-    return static_cast<unsigned>(narrow) < static_cast<unsigned>(labels.classes) ? narrow : kBad;
-  }
-}
-
-// Calls body with a null pointer of the labels' type.
-template <typename Body>
-DSCT_DEVICE void with_label_type(LabelType type, const Body& body) {
+// Codes, partial counts of valid pixels and of their class weights, and the ticket set to zero for the main kernel.
+__global__ void __launch_bounds__(kCountThreads, 1)
+    encode_labels(const void* labels, LabelType type, bool aligned, bool has_ignore, int64_t ignore,
+                  const int64_t* ignore_value, int classes, int64_t pixels, const float* class_weight, bool wide,
+                  Workspace work) {
+  release_next();
+  DSCT_SHARED(shared);
+  if (ignore_value != nullptr) ignore = *ignore_value;
+  const auto code_of = [&](int64_t label) {
+    if (has_ignore && label == ignore) return kIgnored;
+    return static_cast<uint64_t>(label) < static_cast<uint64_t>(classes) ? static_cast<int>(label) : kBad;
+  };
+  int valid = 0;
+  double sums[2] = {0, 0};
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kCountPixels;
+  const auto encode = [&](auto null) {
+    using L = std::remove_pointer_t<decltype(null)>;
+    struct alignas(kCountPixels * sizeof(L) < 16 ? kCountPixels * sizeof(L) : 16) Run {
+      L lane[kCountPixels];
+    };
+    const L* from = static_cast<const L*>(labels);
+    for (int64_t p = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kCountPixels; p < pixels;
+         p += step) {
+      Run run;
+      const int count = pixels - p < kCountPixels ? static_cast<int>(pixels - p) : kCountPixels;
+      if (aligned && count == kCountPixels) {
+        run = *reinterpret_cast<const Run*>(from + p);
+      } else {
+#pragma unroll
+        for (int v = 0; v < kCountPixels; ++v) run.lane[v] = from[p + (v < count ? v : 0)];
+      }
+      int y[kCountPixels];
+#pragma unroll
+      for (int v = 0; v < kCountPixels; ++v) {
+        y[v] = code_of(run.lane[v]);
+        if (v >= count) continue;
+        valid += y[v] != kIgnored;
+        if (class_weight != nullptr && y[v] >= 0) sums[1] += class_weight[y[v]];
+      }
+      wide ? store_codes<short>(work.codes, p, y) : store_codes<signed char>(work.codes, p, y);
+    }
+  };
   switch (type) {
     case LabelType::kU8:
-      return body(static_cast<const uint8_t*>(nullptr));
+      encode(static_cast<uint8_t*>(nullptr));
+      break;
     case LabelType::kI8:
-      return body(static_cast<const int8_t*>(nullptr));
+      encode(static_cast<int8_t*>(nullptr));
+      break;
     case LabelType::kI16:
-      return body(static_cast<const int16_t*>(nullptr));
+      encode(static_cast<int16_t*>(nullptr));
+      break;
     case LabelType::kI32:
-      return body(static_cast<const int32_t*>(nullptr));
+      encode(static_cast<int32_t*>(nullptr));
+      break;
     default:
-      return body(static_cast<const int64_t*>(nullptr));
+      encode(static_cast<int64_t*>(nullptr));
   }
-}
-
-DSCT_DEVICE int load_label(const Labels& labels, int64_t offset) {
-  int y = 0;
-  with_label_type(labels.type,
-                  [&](auto null) { y = classify(static_cast<decltype(null)>(labels.pointer)[offset], labels); });
-  return y;
-}
-
-template <typename L, int kBytes>
-struct alignas(kBytes) LabelPack {
-  L lane[kBytes / sizeof(L)];
-};
-
-// kCount labels side by side, in loads of up to 16 bytes where `labels.packs` says that they are aligned.
-template <int kCount>
-DSCT_DEVICE void load_labels(const Labels& labels, int64_t offset, int (&y)[kCount]) {
-  with_label_type(labels.type, [&](auto null) {
-    using L = std::remove_const_t<std::remove_pointer_t<decltype(null)>>;
-    const L* from = static_cast<const L*>(labels.pointer) + offset;
-    if (labels.packs) {
-      constexpr int kBytes = kCount * sizeof(L) < 16 ? kCount * sizeof(L) : 16, kEach = kBytes / sizeof(L);
-#pragma unroll
-      for (int i = 0; i < kCount / kEach; ++i) {
-        const LabelPack<L, kBytes> pack = *reinterpret_cast<const LabelPack<L, kBytes>*>(from + i * kEach);
-#pragma unroll
-        for (int v = 0; v < kEach; ++v) y[i * kEach + v] = classify(pack.lane[v], labels);
-      }
-    } else {
-#pragma unroll
-      for (int v = 0; v < kCount; ++v) y[v] = classify(from[v], labels);
+  sums[0] = valid;
+  block_sum(sums, reinterpret_cast<double*>(shared));
+  if (threadIdx.x == 0) {
+    work.counts[blockIdx.x] = sums[0];
+    work.weights[blockIdx.x] = class_weight == nullptr ? sums[0] : sums[1];
+    if (blockIdx.x == 0) *work.ticket = 0;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < kWarp) {
+    float largest = class_weight == nullptr ? 1 : 0;
+    if (class_weight != nullptr) {
+      for (int k = threadIdx.x; k < classes; k += kWarp) largest = larger(largest, class_weight[k]);
+      largest = warp_max(largest);
     }
-  });
-}
-
-// The offset of pixel `index` (row-major over `size`) in a tensor with these strides.
-struct Space {
-  int dims;
-  int64_t size[kMaxDims];
-};
-
-DSCT_DEVICE int64_t offset_of(int64_t index, const Space& space, const int64_t (&stride)[kMaxDims]) {
-  int64_t offset = 0;
-#pragma unroll
-  for (int d = kMaxDims - 1; d > 0; --d) {  // unrolled: a run-time index would put the arrays on the stack
-    if (d >= space.dims) continue;
-    const int64_t rest = index / space.size[d];
-    offset += (index - rest * space.size[d]) * stride[d];
-    index = rest;
+    if (threadIdx.x == 0) *work.largest_weight = largest;
   }
-  return offset + index * stride[0];
 }
-
-struct PixelStride {
-  int64_t at[kMaxDims];
-};
 
 }  // namespace dsct::cuda

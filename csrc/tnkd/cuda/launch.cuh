@@ -1,194 +1,178 @@
-// TNKD and cross-entropy on the GPU: loss and gradient in one pass over the logits.
+// TNKD and cross-entropy on the GPU: which variant of the kernel serves a call, how large its launch is, and the
+// launch.
 //
-//   count_pixels   labels only: how many pixels are valid, and the sum of their class weights (block partials)
-//   planes_whole   classes in planes (NCHW), few of them: a thread holds all classes of 16 bytes of pixels in registers
-//   staged         more classes, channels_last, mixed layouts, odd sizes: tiles pass through shared memory, and
-//                  neighbouring threads share a pixel's classes
-//   any_layout     one thread per pixel, any strides, any K, any dtype: what the fast kernels cannot take
+//   encode_labels  labels become codes, and are counted: what a mean divides by has to be known before the first
+//   gradient tnkd_kernel    loss and gradient, every logit read once
 //
 // Every block writes its partial sums; the block that finishes last adds them up in block order, so the result does
 // not depend on timing. These sources also compile for the host (see cuda_launch.h).
 #pragma once
 
-#include "plan.cuh"
+#include <algorithm>
+#include <initializer_list>
+
+#include "kernel.cuh"
+#include "tiles.cuh"
 
 namespace dsct::cuda {
 
-template <typename A>
-Terms<A> terms_of(const TnkdArgs& args) {
-  Terms<A> terms{};
-  set_numbers(terms, args.ce_weight, args.tckd_weight, args.nckd_weight, args.temperature);
-  terms.with_ce = args.with_ce;
-  terms.two_classes = args.classes == 2;
-  terms.coupled = args.coupled;
-  terms.values = args.values;
-  return terms;
+constexpr int kMaxCountBlocks = 256;
+
+// The launch chosen for a call. Workspace and kernel sizes follow from it alone.
+struct TnkdPlan {
+  bool planes = false;
+  int classes = 0;  // of a thread; 0: no variant takes the call
+  int pixels = 1, warps = 1, unit = 1;
+  int64_t tiles_per_image = 1, tiles = 0, blocks = 1;
+  int count_blocks = 1;
+  size_t shared = kHeadBytes;
+};
+
+inline LogitMap map_of(const TnkdArgs& args, const void* data, FloatType type, const Strides& strides, bool runs) {
+  const int bytes = size_of(type), row = static_cast<int>(args.classes) * bytes;
+  LogitMap net{};
+  net.data = static_cast<unsigned char*>(const_cast<void*>(data)), net.type = type;
+  net.image = strides.image * bytes, net.klass = strides.klass * bytes, net.pixel = strides.pixel * bytes;
+  net.step = static_cast<unsigned>(net.klass);
+  net.runs = runs && row % 16 == 0, net.pitch = net.runs ? (row / 16 | 1) * 16 : row;
+  net.rows = strides.klass == 1 && (net.pixel == row || args.pixels == 1) && on_16_bytes(data) && net.image % 16 == 0;
+  return net;
 }
 
-template <typename A>
-Result<A> result_of(const TnkdArgs& args) {
-  return {static_cast<A*>(args.loss), static_cast<A*>(args.parts), static_cast<A*>(args.grad_scale), args.mean,
-          args.student_type == FloatType::kF16};
-}
-
-inline Workspace workspace_of(const TnkdArgs& args, const TnkdPlan& plan) {
-  char* base = static_cast<char*>(args.workspace) + 16;
-  Workspace work;
-  work.ticket = static_cast<unsigned*>(args.workspace);
-  work.largest_weight = static_cast<double*>(args.workspace) + 1;
-  work.counts = reinterpret_cast<double*>(base);
-  work.weights = reinterpret_cast<double*>(base + 8 * plan.count_blocks);
-  work.partials = reinterpret_cast<double*>(base + 16 * plan.count_blocks);
-  work.count_blocks = plan.count_blocks;
-  return work;
-}
-
-inline int64_t image_stride(const TnkdArgs& args, const Strides& strides) {
-  return args.dims == 1 ? 0 : strides.pixel[0];
-}
-
-inline bool on_device(const TnkdArgs& args) { return args.values != nullptr || args.ignore_index_value != nullptr; }
-
-// A temperature that the host does not know may be any.
-inline Ce cross_entropy(const TnkdArgs& args) {
-  if (!args.with_ce) return Ce::kNone;
-  return !on_device(args) && (args.temperature == 1 || args.temperature == 2) ? Ce::kPowers : Ce::kOwn;
-}
-
-template <typename T>
-void launch_whole(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                  const Device& device, cudaStream_t stream) {
-  Planes in;
-  in.student = args.student, in.teacher = args.teacher, in.grad = args.grad;
+inline Logits logits_of(const TnkdArgs& args, bool runs) {
+  Logits in{};
+  in.student = map_of(args, args.student, args.student_type, args.student_strides, runs);
+  in.teacher = map_of(args, args.teacher, args.teacher_type, args.teacher_strides, runs);
+  in.grad = map_of(args, args.grad, args.student_type, args.grad_strides, runs);
   in.loss_map = static_cast<float*>(args.loss_map), in.class_weight = static_cast<const float*>(args.class_weight);
-  in.student_image = image_stride(args, args.student_strides), in.student_class = args.student_strides.klass;
-  in.teacher_image = image_stride(args, args.teacher_strides), in.teacher_class = args.teacher_strides.klass;
-  in.grad_image = image_stride(args, args.grad_strides), in.grad_class = args.grad_strides.klass;
-  in.target_image = args.dims == 1 ? 0 : args.target_strides[0];
-  in.pixels_per_image = args.size[args.dims - 1];
-  in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
-  in.classes = static_cast<int>(args.classes);
-  const Ce ce = cross_entropy(args);
-  one_of(WholeClasses(), plan.classes_per_thread, [&](auto classes) {
-    constexpr int kClasses = decltype(classes)::value;
-    const auto kernel = on_device(args)     ? ce == Ce::kNone ? planes_whole<T, kClasses, Ce::kNone, true>
-                                                              : planes_whole<T, kClasses, Ce::kOwn, true>
-                        : ce == Ce::kNone   ? planes_whole<T, kClasses, Ce::kNone, false>
-                        : ce == Ce::kPowers ? planes_whole<T, kClasses, Ce::kPowers, false>
-                                            : planes_whole<T, kClasses, Ce::kOwn, false>;
-    launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
-                 terms_of<float>(args), work, result_of<float>(args));
-  });
+  in.pixels = args.pixels, in.classes = static_cast<int>(args.classes);
+  return in;
 }
 
-template <typename T>
-void launch_staged(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                   const Device& device, cudaStream_t stream) {
-  auto tensor = [&](const void* data, const Strides& strides) {
-    return TileTensor{data, image_stride(args, strides), strides.klass, shape_of(args, strides) == Shape::kRows,
-                      on_packs(args, data, strides, Pack<T>::kSize)};
+// Whether lanes can step through a network in planes, `pixels` at a time.
+inline bool in_planes(const TnkdArgs& args, const LogitMap& net, int pixels) {
+  const int64_t run = pixels * size_of(net.type);
+  return net.data == nullptr ||
+         (net.pixel == size_of(net.type) && args.pixels % pixels == 0 && net.klass < int64_t{1} << 32 &&
+          reinterpret_cast<uintptr_t>(net.data) % run == 0 && net.klass % run == 0 && net.image % run == 0);
+}
+
+// The dtypes that have variants for planes: one for both networks, or a float32 student of a 16-bit teacher.
+inline bool planes_take(FloatType student, FloatType teacher) {
+  return student == teacher || student == FloatType::kF32;
+}
+
+// Fewest warps that hold the classes, `unit` of which stay together.
+inline int warps_for(int64_t classes, int unit) {
+  int warps = 1;
+  while (ceil_div(classes / unit, warps) * unit > kMostClasses) ++warps;
+  return warps;
+}
+
+inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
+  TnkdPlan plan;
+  Logits in = logits_of(args, true);
+  plan.count_blocks = static_cast<int>(
+      std::clamp<int64_t>(ceil_div(args.images * args.pixels, kCountThreads * kCountPixels * 2), 1, kMaxCountBlocks));
+  auto all_in_planes = [&](int pixels) {
+    return planes_take(args.student_type, args.teacher_type) && in_planes(args, in.student, pixels) &&
+           in_planes(args, in.teacher, pixels) && in_planes(args, in.grad, pixels);
   };
-  Tiles in;
-  in.student = tensor(args.student, args.student_strides), in.teacher = tensor(args.teacher, args.teacher_strides);
-  in.grad = tensor(args.grad, args.grad_strides);
-  in.loss_map = static_cast<float*>(args.loss_map), in.class_weight = static_cast<const float*>(args.class_weight);
-  in.target_image = args.dims == 1 ? 0 : args.target_strides[0];
-  in.pixels_per_image = args.size[args.dims - 1];
-  in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
-  in.classes = static_cast<int>(args.classes);
-  in.groups_log2 = plan.groups_log2, in.pixels_log2 = plan.pixels_log2, in.tile_bytes = plan.tile_bytes;
-  one_of(StagedClasses(), plan.classes_per_thread, [&](auto classes) {
-    constexpr int kClasses = decltype(classes)::value;
-    const bool own = cross_entropy(args) == Ce::kOwn;
-    const auto kernel = on_device(args)
-                            ? own ? staged<T, kClasses, Ce::kOwn, true> : staged<T, kClasses, Ce::kPowers, true>
-                        : own ? staged<T, kClasses, Ce::kOwn, false>
-                              : staged<T, kClasses, Ce::kPowers, false>;
-    launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels,
-                 terms_of<float>(args), work, result_of<float>(args));
-  });
-}
-
-template <typename A>
-void launch_any(const TnkdPlan& plan, const TnkdArgs& args, const Labels& labels, const Workspace& work,
-                const Device& device, cudaStream_t stream) {
-  AnyLayout<A> in;
-  in.student = args.student, in.teacher = args.teacher, in.grad = args.grad;
-  in.loss_map = args.loss_map, in.class_weight = static_cast<const A*>(args.class_weight);
-  in.student_type = args.student_type, in.teacher_type = args.teacher_type;
-  in.student_class = args.student_strides.klass, in.teacher_class = args.teacher_strides.klass;
-  in.grad_class = args.grad_strides.klass, in.pixels = args.pixels, in.classes = static_cast<int>(args.classes);
-  in.space.dims = args.dims;
-  for (int d = 0; d < kMaxDims; ++d) {
-    in.space.size[d] = args.size[d];
-    in.student_stride.at[d] = args.student_strides.pixel[d];
-    in.teacher_stride.at[d] = args.teacher_strides.pixel[d];
-    in.grad_stride.at[d] = args.grad_strides.pixel[d];
-    in.target_stride.at[d] = args.target_strides[d];
+  const int pixels = args.classes <= 8 ? 4 : args.student_type == FloatType::kF32 ? 1 : 2;
+  plan.planes = all_in_planes(pixels);
+  if (plan.planes) {
+    plan.pixels = pixels;
+  } else {
+    for (const LogitMap& net : {in.student, in.teacher}) {
+      if (net.runs) plan.unit = std::max(plan.unit, 16 / size_of(net.type));
+    }
+    if (warps_for(args.classes, plan.unit) > kMostWarps) plan.unit = 1;  // at the price of bank conflicts
   }
-  const auto kernel = on_device(args) ? any_layout<A, true> : any_layout<A, false>;
-  launch_early("tnkd", device, kernel, plan.blocks, plan.threads, plan.shared, stream, in, labels, terms_of<A>(args),
-               work, result_of<A>(args));
+  plan.warps = warps_for(args.classes, plan.unit);
+  const bool split = plan.warps > 1;
+  const int tile = tile_pixels(split, plan.pixels);
+  plan.shared += exchange_bytes(plan.warps, tile);
+  if (!plan.planes) {
+    in = logits_of(args, plan.unit > 1);
+    plan.shared += (in.student.pitch + in.teacher.pitch) * tile;
+  }
+  plan.tiles_per_image = std::max<int64_t>(ceil_div(args.pixels, tile), 1);
+  plan.tiles = args.images * ceil_div(args.pixels, tile);
+  if (args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64 || plan.warps > kMostWarps ||
+      plan.shared > static_cast<size_t>(device.shared_bytes) || plan.tiles > std::numeric_limits<int32_t>::max()) {
+    return plan;
+  }
+  plan.classes = args.classes > 8 ? kMostClasses : plan.planes && args.classes <= 6 ? 6 : 8;
+  // As many blocks as are at work at once: 16 warps a multiprocessor.
+  const int resident = split ? std::max(1, kMostWarps / plan.warps) : kMostWarps * kWarp / kWholeThreads;
+  plan.blocks = std::clamp<int64_t>(plan.tiles, 1, device.multiprocessors * resident);
+  return plan;
 }
 
-inline Labels labels_of(const TnkdArgs& args) {
-  Labels labels{};
-  labels.pointer = args.target;
-  labels.type = args.target_type;
-  if (args.has_ignore) set_ignore(labels, args.ignore_index);
-  labels.ignore_value = args.ignore_index_value;
-  labels.classes = static_cast<int>(args.classes);
-  labels.packs = on_16_bytes(args.target) && args.target_strides[args.dims - 1] == 1 &&
-                 (args.dims == 1 || (args.dims == 2 && args.target_strides[0] % 8 == 0));
-  return labels;
+inline int64_t codes_offset(const TnkdPlan& plan) {
+  return ceil_div(16 + 16 * plan.count_blocks + 24 * plan.blocks, 16) * 16;
+}
+
+// 8 bytes for the ticket, 8 for the largest weight, then counts, weights, partials and codes.
+inline int64_t tnkd_workspace_bytes(const TnkdPlan& plan, const TnkdArgs& args) {
+  const int64_t codes = ceil_div(args.images * args.pixels, kCountPixels) * kCountPixels;
+  return codes_offset(plan) + (plan.warps > 1 ? 2 : 1) * codes;
+}
+
+// Calls body with the variant that the plan names.
+template <typename S, typename T, typename Body>
+void with_planes(const TnkdPlan& plan, const Body& body) {
+  constexpr int kFew = sizeof(S) == 4 ? 1 : 2;
+  if (plan.warps > 1) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, true>);
+  if (plan.classes == kMostClasses) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, false>);
+  if (plan.classes == 8) return body(tnkd_kernel<Planes<S, T, 4>, 8, false>);
+  return body(tnkd_kernel<Planes<S, T, 4>, 6, false>);
+}
+template <typename Body>
+void with_kernel(const TnkdPlan& plan, FloatType student, FloatType teacher, const Body& body) {
+  if (!plan.planes) {
+    if (plan.warps > 1) return body(tnkd_kernel<Tiles<true>, kMostClasses, true>);
+    if (plan.classes == kMostClasses) return body(tnkd_kernel<Tiles<false>, kMostClasses, false>);
+    return body(tnkd_kernel<Tiles<false>, 8, false>);
+  }
+  if (student == FloatType::kF16) return with_planes<Half, Half>(plan, body);
+  if (student == FloatType::kBF16) return with_planes<BFloat16, BFloat16>(plan, body);
+  if (teacher == FloatType::kF16) return with_planes<float, Half>(plan, body);
+  if (teacher == FloatType::kBF16) return with_planes<float, BFloat16>(plan, body);
+  return with_planes<float, float>(plan, body);
+}
+
+inline const char* kernel_name(const TnkdPlan& plan) {
+  return plan.planes ? plan.warps > 1 ? "planes_split" : "planes" : plan.warps > 1 ? "tiles_split" : "tiles";
 }
 
 // The whole op: two launches on `stream`, nothing else.
 inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& device, cudaStream_t stream) {
-  const bool wide = args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64;
-  const Workspace work = workspace_of(args, plan);
-  const Labels labels = labels_of(args);
-  // The labels by themselves: dimensions that the logits keep apart are one here, and then they are counted in packs.
-  Space space{};
-  PixelStride target_stride{};
-  for (int d = 0; d < args.dims; ++d) {
-    const int last = space.dims - 1;
-    if (last >= 0 && target_stride.at[last] == args.target_strides[d] * args.size[d]) {
-      space.size[last] *= args.size[d];
-    } else {
-      space.size[space.dims++] = args.size[d];
-    }
-    target_stride.at[space.dims - 1] = args.target_strides[d];
-  }
-  Labels counted = labels;
-  counted.packs = on_16_bytes(args.target) && space.dims == 1 && target_stride.at[0] == 1;
-  const bool count = args.mean && args.target != nullptr && (args.has_ignore || args.class_weight != nullptr);
-  const size_t shared = 2 * kWarp * sizeof(double);
-  const auto count_labels = [&](auto kernel, auto* class_weight) {
-    launch("tnkd", kernel, plan.count_blocks, kCountThreads, shared, stream, counted, space, target_stride, args.pixels,
-           class_weight, count, work);
-  };
-  if (wide) {
-    count_labels(on_device(args) ? count_pixels<double, true> : count_pixels<double, false>,
-                 static_cast<const double*>(args.class_weight));
-    return launch_any<double>(plan, args, labels, work, device, stream);
-  }
-  count_labels(on_device(args) ? count_pixels<float, true> : count_pixels<float, false>,
-               static_cast<const float*>(args.class_weight));
-  auto by_dtype = [&](auto type) {
-    using T = decltype(type);
-    if (plan.kernel == Kernel::kWhole) return launch_whole<T>(plan, args, labels, work, device, stream);
-    return launch_staged<T>(plan, args, labels, work, device, stream);
-  };
-  if (plan.kernel == Kernel::kAny) return launch_any<float>(plan, args, labels, work, device, stream);
-  switch (args.student_type) {
-    case FloatType::kF32:
-      return by_dtype(float());
-    case FloatType::kF16:
-      return by_dtype(Half());
-    default:
-      return by_dtype(BFloat16());
-  }
+  unsigned char* base = static_cast<unsigned char*>(args.workspace);
+  Workspace work{};
+  work.ticket = reinterpret_cast<unsigned*>(base);
+  work.largest_weight = reinterpret_cast<double*>(base) + 1;
+  work.counts = reinterpret_cast<double*>(base + 16), work.weights = work.counts + plan.count_blocks;
+  work.partials = work.weights + plan.count_blocks, work.codes = base + codes_offset(plan);
+  work.count_blocks = plan.count_blocks;
+  const float* class_weight = static_cast<const float*>(args.class_weight);
+  launch("tnkd", encode_labels, plan.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream, args.target,
+         args.target_type, on_16_bytes(args.target), args.has_ignore, args.ignore_index, args.ignore_index_value,
+         static_cast<int>(args.classes), args.images * args.pixels, class_weight, plan.warps > 1, work);
+
+  Terms<float> terms{};
+  set_numbers(terms, args.ce_weight, args.tckd_weight, args.nckd_weight, args.temperature);
+  terms.with_ce = args.with_ce, terms.two_classes = args.classes == 2, terms.coupled = args.coupled;
+  terms.values = args.values;
+  const Result<float> result = {static_cast<float*>(args.loss), static_cast<float*>(args.parts),
+                                static_cast<float*>(args.grad_scale), args.mean, args.student_type == FloatType::kF16};
+  Logits in = logits_of(args, plan.unit > 1);
+  in.codes = work.codes, in.unit = plan.unit;
+  in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
+  with_kernel(plan, args.student_type, args.teacher_type, [&](auto kernel) {
+    launch_early("tnkd", device, kernel, plan.blocks, plan.warps > 1 ? plan.warps * kWarp : kWholeThreads, plan.shared,
+                 stream, in, terms, work, result);
+  });
 }
 
 }  // namespace dsct::cuda

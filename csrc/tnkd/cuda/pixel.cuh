@@ -8,6 +8,8 @@
 
 namespace dsct::cuda {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 // The numbers every pixel needs, in the accumulation dtype.
 template <typename A>
 struct Terms {
@@ -16,6 +18,10 @@ struct Terms {
   bool with_ce;
   bool two_classes, coupled;
   const double* values;  // on the device: what the numbers are to be read from, or nullptr
+
+  // Cross-entropy is at temperature 1, where the student's exponentials serve it; at 2 their squares do.
+  DSCT_DEVICE bool squares() const { return with_ce && temperature == 2; }
+  DSCT_DEVICE bool own_exponentials() const { return with_ce && temperature != 1 && temperature != 2; }
 };
 
 // Divided in double, rounded once.
@@ -51,6 +57,17 @@ struct PixelSums {
   A ce_base, ce_sum;           // the same at temperature 1, for cross-entropy
   A student_target, teacher_target;  // z_y
 };
+
+// No sums yet, from the largest logits; -inf where there is none.
+DSCT_DEVICE PixelSums<float> from_bases(float max_s, float max_t, const Terms<float>& terms) {
+  PixelSums<float> z{};
+  if (max_s == -infinity<float>()) max_s = 0;
+  if (max_t == -infinity<float>()) max_t = 0;
+  z.student_base = max_s * terms.log2_scale, z.teacher_base = max_t * terms.log2_scale;
+  // An exact power of 2 times the student's where its exponentials serve.
+  z.ce_base = terms.own_exponentials() ? max_s * kLog2E : z.student_base * terms.temperature;
+  return z;
+}
 
 // d loss / d z_j = student * e^S_j + teacher * e^T_j + ce * e^CE_j for j != y, and `target` for j = y.
 template <typename A>

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "count.cuh"
 #include "pixel.cuh"
 
 namespace dsct::cuda {
@@ -17,13 +16,26 @@ struct Result {
   bool mean, float16;  // float16: of the gradient
 };
 
-constexpr int kScratch = 96;  // doubles at the front of shared memory, for block_sum
-
 // 1 / count and 1 / sum of weights of a mean, and the power of two, 2^outside, that a gradient is stored divided by.
 struct Norms {
   double kd = 1, ce = 1;
   int outside = 0;
 };
+
+// What a gradient is multiplied by before it is stored.
+template <typename A>
+struct Factors {
+  A kd, ce;
+};
+
+// What all blocks and pixels of a call need: made once a block, by one warp, at the front of shared memory.
+struct Call {
+  Terms<float> terms;
+  Factors<float> factors;
+  Norms norms;
+};
+constexpr int kScratch = 3 * kWarp;  // doubles behind it, for block_sum
+constexpr int kHeadBytes = (sizeof(Call) + 15) / 16 * 16 + kScratch * sizeof(double);
 
 // Mean: CE over the sum of the weights (F.cross_entropy's rule), TNKD over the valid pixels; over nothing it is 0.
 //
@@ -31,12 +43,11 @@ struct Norms {
 // smaller than 6e-5, as a mean over many pixels is, would lose them. So a power of two (which rounds once) is left to
 // grad_scale, such that no entry can reach 2^15; float16 ends at 65504. What bounds the entries lies on the device:
 // every block comes to the same power by itself, and the host is not asked.
-template <typename A>
-DSCT_DEVICE Norms norms_of(const Totals& totals, const Terms<A>& terms, const Workspace& work,
-                           const Result<A>& result) {
+DSCT_DEVICE Norms norms_of(double count, double weight, const Terms<float>& terms, const Workspace& work,
+                           const Result<float>& result) {
   Norms norms;
-  if (result.mean && totals.count > 0) norms.kd = 1 / totals.count;
-  if (result.mean && totals.weight != 0) norms.ce = 1 / totals.weight;
+  if (result.mean && count > 0) norms.kd = 1 / count;
+  if (result.mean && weight != 0) norms.ce = 1 / weight;
   if (result.float16) {
     double bound = static_cast<double>(terms.temperature) * (terms.tckd_weight + terms.nckd_weight) * norms.kd;
     if (terms.with_ce) bound += terms.ce_weight * *work.largest_weight * norms.ce;
@@ -45,12 +56,31 @@ DSCT_DEVICE Norms norms_of(const Totals& totals, const Terms<A>& terms, const Wo
   return norms;
 }
 
+DSCT_DEVICE const Call& set_up(unsigned char* shared, Terms<float> terms, const Workspace& work,
+                               const Result<float>& result) {
+  Call& call = *reinterpret_cast<Call*>(shared);
+  if (threadIdx.x < kWarp) {
+    double count = 0, weight = 0;
+    for (int i = threadIdx.x; i < work.count_blocks; i += kWarp) count += work.counts[i], weight += work.weights[i];
+    count = warp_sum(count), weight = warp_sum(weight);
+    if (threadIdx.x == 0) {
+      read_numbers(terms);
+      const Norms norms = norms_of(count, weight, terms, work, result);
+      call = {
+          terms,
+          {static_cast<float>(scalbn(norms.kd, -norms.outside)), static_cast<float>(scalbn(norms.ce, -norms.outside))},
+          norms};
+    }
+  }
+  __syncthreads();
+  return call;
+}
+
 // Adds this block's sums to the result; the last block to arrive reduces all of them in block order.
-template <typename A>
-DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, const Workspace& work,
-                              const Result<A>& result, double* scratch) {
+DSCT_DEVICE void finish_block(const PixelLoss<float>& total, const Call& call, const Workspace& work,
+                              const Result<float>& result) {
+  double* scratch = reinterpret_cast<double*>(reinterpret_cast<uintptr_t>(&call) + kHeadBytes) - kScratch;
   double sums[3] = {static_cast<double>(total.ce), static_cast<double>(total.tckd), static_cast<double>(total.nckd)};
-  __syncthreads();  // scratch may still be read
   block_sum(sums, scratch);
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -71,32 +101,22 @@ DSCT_DEVICE void finish_block(const PixelLoss<A>& total, const Terms<A>& terms, 
     sums[0] += load_from_l2(partial), sums[1] += load_from_l2(partial + 1), sums[2] += load_from_l2(partial + 2);
   }
   block_sum(sums, scratch);
-  __syncthreads();
-  const Totals totals = add_counts(work, scratch);
   if (threadIdx.x == 0) {
-    const Norms norms = norms_of(totals, terms, work, result);
+    const Terms<float>& terms = call.terms;
+    const Norms& norms = call.norms;
     const double squared = static_cast<double>(terms.temperature) * terms.temperature;
     const double part[3] = {sums[0] * norms.ce, sums[1] * norms.kd * squared, sums[2] * norms.kd * squared};
     const double weight[3] = {terms.ce_weight, terms.tckd_weight, terms.nckd_weight};
     double loss = 0;
     for (int i = 0; i < 3; ++i) {
-      result.parts[i] = static_cast<A>(i == 0 && weight[0] == 0 ? 0 : part[i]);  // CE that takes no part is reported 0
+      result.parts[i] =
+          static_cast<float>(i == 0 && weight[0] == 0 ? 0 : part[i]);  // CE that takes no part is reported 0
       // Weight 0 takes no part, 0 * inf would be NaN; but a NaN is never hidden.
       if (weight[i] != 0 || part[i] != part[i]) loss += weight[i] * part[i];
     }
-    if (result.loss != nullptr) *result.loss = static_cast<A>(loss);
-    *result.grad_scale = static_cast<A>(scalbn(1.0, norms.outside));
+    if (result.loss != nullptr) *result.loss = static_cast<float>(loss);
+    *result.grad_scale = static_cast<float>(scalbn(1.0, norms.outside));
   }
-}
-
-// What a gradient is multiplied by before it is stored.
-template <typename A>
-struct Factors {
-  A kd, ce;
-};
-template <typename A>
-DSCT_DEVICE Factors<A> factors_of(const Norms& norms) {
-  return {static_cast<A>(scalbn(norms.kd, -norms.outside)), static_cast<A>(scalbn(norms.ce, -norms.outside))};
 }
 
 }  // namespace dsct::cuda

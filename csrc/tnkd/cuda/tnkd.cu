@@ -8,6 +8,19 @@
 
 namespace dsct {
 
+namespace {
+
+// The teacher's argmax, (N, *spatial) in int64.
+Tensor argmax(const Tensor& logits) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(logits),
+                                    torch::stable::detail::from(std::optional<int64_t>(1)),
+                                    torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::argmax", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
                                                      const std::optional<Tensor>& target,
                                                      const std::optional<Tensor>& class_weight, const Tensor& values,
@@ -15,13 +28,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
                                                      int64_t reduction, bool needs_grad) {
   const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
   const cuda::Device device = cuda::device_of(student_logits.get_device_index());
-  cudaStream_t stream = cuda::stream_of(student_logits);
-
+  STD_TORCH_CHECK(teacher_logits.is_cuda() && (!target || target->is_cuda()),
+                  "teacher_logits, target: expected the device of student_logits");
   cuda::TnkdArgs args{};
   args.student_type = float_type("student_logits", student_logits);
   args.teacher_type = float_type("teacher_logits", teacher_logits);
-  const bool wide = args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64;
-  const ScalarType acc = wide ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(args.student_type != FloatType::kF64 && args.teacher_type != FloatType::kF64,
+                  "student_logits, teacher_logits: expected dtypes of 16 or 32 bits, got float64");
+
   // Without a weight for it there is no cross-entropy; a weight of 0 the host sees only on the CPU.
   const bool has_ce = values.dim() != 1 || values.size(0) != 3;
   const double* numbers = numbers_of<double>("values", values, has_ce ? 4 : 3, student_logits);
@@ -32,57 +46,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
     args.values = numbers;
   }
   args.with_ce = has_ce && (args.values != nullptr || args.ce_weight != 0);
+  args.has_ignore = target && ignore_index;
+  if (args.has_ignore) {
+    const int64_t* number = numbers_of<int64_t>("ignore_index", *ignore_index, std::nullopt, student_logits);
+    ignore_index->is_cpu() ? args.ignore_index = *number : (args.ignore_index_value = number, 0);
+  }
   if (class_weight) {
     STD_TORCH_CHECK(class_weight->is_cuda() && class_weight->dim() == 1 && class_weight->is_contiguous() &&
-                        class_weight->size(0) == student_logits.size(1) && class_weight->scalar_type() == acc,
-                    "class_weight: expected a contiguous (K,) tensor on the logits' device in the accumulation dtype");
-    // The mean needs the weights' sum before the first gradient, and the kernels find the argmax only on the way.
-    STD_TORCH_CHECK(target || !args.with_ce || reduction != 1,
-                    "target: expected labels (the teacher's argmax) where class weights are averaged over, got None");
+                        class_weight->size(0) == student_logits.size(1) &&
+                        class_weight->scalar_type() == ScalarType::Float,
+                    "class_weight: expected a contiguous (K,) tensor of float32 on the logits' device");
+    args.class_weight = class_weight->const_data_ptr();
   }
-  STD_TORCH_CHECK(teacher_logits.is_cuda() && (!target || target->is_cuda()),
-                  "teacher_logits, target: expected the device of student_logits");
+  args.mean = reduction == 1, args.coupled = coupled;
 
   std::vector<int64_t> pixels_shape;
   for (int64_t d = 0; d < student_logits.dim(); ++d) {
     if (d != 1) pixels_shape.push_back(student_logits.size(d));
   }
   const bool none = reduction == 0;
-  Tensor loss = none ? make_empty(student_logits, pixels_shape, acc) : make_empty(student_logits, {}, acc);
-  Tensor parts = make_empty(student_logits, {3}, acc);
-  Tensor grad_scale = make_empty(student_logits, {}, acc);
-  Tensor grad = needs_grad ? empty_like(student_logits) : make_empty(student_logits, {0});
-
-  args.student = student_logits.const_data_ptr();
-  args.teacher = teacher_logits.const_data_ptr();
-  args.target = target ? target->const_data_ptr() : nullptr;
-  args.class_weight = class_weight ? class_weight->const_data_ptr() : nullptr;
+  Tensor loss = none ? make_empty(student_logits, pixels_shape, ScalarType::Float)
+                     : make_empty(student_logits, {}, ScalarType::Float);
+  Tensor parts = make_empty(student_logits, {3}, ScalarType::Float);
+  Tensor grad_scale = make_empty(student_logits, {}, ScalarType::Float);
+  Tensor student = student_logits, teacher = teacher_logits;
+  Tensor grad = needs_grad ? empty_like(student) : make_empty(student, {0});
+  auto set_space = [&] {
+    return cuda::set_space(args, student.dim(), student.sizes().data(), student.strides().data(),
+                           teacher.strides().data(), needs_grad ? grad.strides().data() : nullptr);
+  };
+  const bool copied = !set_space();  // strides that no kernel steps through
+  if (copied) {
+    student = torch::stable::contiguous(student), teacher = torch::stable::contiguous(teacher);
+    if (needs_grad) grad = empty_like(student);
+    set_space();
+  }
+  const Tensor labels = target ? torch::stable::contiguous(*target) : argmax(teacher_logits);
+  args.student = student.const_data_ptr(), args.teacher = teacher.const_data_ptr();
+  args.target = labels.const_data_ptr(), args.target_type = label_type("target", labels);
   args.grad = needs_grad ? grad.mutable_data_ptr() : nullptr;
   args.loss_map = none ? loss.mutable_data_ptr() : nullptr;
   args.loss = none ? nullptr : loss.mutable_data_ptr();
-  args.parts = parts.mutable_data_ptr();
-  args.grad_scale = grad_scale.mutable_data_ptr();
-  if (target) args.target_type = label_type("target", *target);
-  cuda::set_space(args, student_logits.dim(), student_logits.sizes().data(), student_logits.strides().data(),
-                  teacher_logits.strides().data(), target ? target->strides().data() : nullptr,
-                  needs_grad ? grad.strides().data() : nullptr);
-  STD_TORCH_CHECK(args.classes <= std::numeric_limits<int32_t>::max(), "tnkd: too many classes");
-  args.has_ignore = ignore_index.has_value();
-  if (ignore_index) {
-    const int64_t* number = numbers_of<int64_t>("ignore_index", *ignore_index, std::nullopt, student_logits);
-    if (ignore_index->is_cpu()) {
-      args.ignore_index = *number;
-    } else {
-      args.ignore_index_value = number;
-    }
-  }
-  args.mean = reduction == 1;
-  args.coupled = coupled;
+  args.parts = parts.mutable_data_ptr(), args.grad_scale = grad_scale.mutable_data_ptr();
 
   const cuda::TnkdPlan plan = cuda::tnkd_plan(args, device);
-  const Tensor workspace = make_empty(student_logits, {cuda::tnkd_workspace_bytes(plan)}, ScalarType::Byte);
+  STD_TORCH_CHECK(plan.classes != 0, "student_logits: expected at most ", cuda::kMostWarps * cuda::kMostClasses,
+                  " classes, got ", args.classes);
+  const Tensor workspace = make_empty(student, {cuda::tnkd_workspace_bytes(plan, args)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
-  cuda::tnkd_run(args, plan, device, stream);
+  cuda::tnkd_run(args, plan, device, cuda::stream_of(student_logits));
+  if (copied && needs_grad) {
+    Tensor dense = empty_like(student_logits);  // with the strides that are promised
+    torch::stable::copy_(dense, grad);
+    grad = dense;
+  }
   return {loss, parts, grad, grad_scale};
 }
 

@@ -135,14 +135,19 @@ void run_tnkd(const Case& c) {
   if (args.ignore_index_value != nullptr) args.has_ignore = true;
   args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
   args.coupled = c.numbers.at("coupled") != 0;
-  set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
-            teacher.stride.data(), target == nullptr ? nullptr : target->stride.data(),
-            grad == nullptr ? nullptr : grad->stride.data());
+  if (!set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
+                 teacher.stride.data(), grad == nullptr ? nullptr : grad->stride.data())) {
+    throw std::invalid_argument("strides that tnkd.cu would copy");
+  }
   const TnkdPlan plan = tnkd_plan(args, device_of(c));
-  Buffer workspace(tnkd_workspace_bytes(plan));
+  if (plan.classes == 0) {
+    std::cout << "none\n";
+    return;
+  }
+  Buffer workspace(tnkd_workspace_bytes(plan, args));
   args.workspace = workspace.data;
   tnkd_run(args, plan, device_of(c), nullptr);
-  std::cout << kernel_name(plan.kernel) << "\n";
+  std::cout << kernel_name(plan) << "\n";
   for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
 }
 

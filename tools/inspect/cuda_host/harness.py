@@ -81,7 +81,8 @@ def run(driver: Path, cases: list[Case], folder: Path) -> list[tuple[str, dict[s
     assert output.returncode == 0, (output.stderr[-6000:], output.stdout[-1000:])
     names = output.stdout.splitlines()
     assert len(names) == len(cases)
-    return [(name, case.read(folder / str(i))) for i, (name, case) in enumerate(zip(names, cases))]
+    served = enumerate(zip(names, cases, strict=True))
+    return [(name, {} if name == "none" else case.read(folder / str(i))) for i, (name, case) in served]
 
 
 def run_raw(driver: Path, cases: list[Case], folder: Path) -> subprocess.CompletedProcess[str]:

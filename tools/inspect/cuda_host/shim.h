@@ -60,15 +60,22 @@ struct Index {
 
 inline thread_local Index thread_index;
 
+// Two barriers in turn: with one, ThreadSanitizer would take a thread that is slow to leave it for one that had waited
+// for all that faster threads do before they come to it again.
 class Barrier {
  public:
-  explicit Barrier(unsigned count) { pthread_barrier_init(&barrier_, nullptr, count); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  explicit Barrier(unsigned count) : turns_(count) {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_init(&barrier, nullptr, count);
+  }
+  ~Barrier() {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_destroy(&barrier);
+  }
   Barrier(const Barrier&) = delete;
-  void wait() { pthread_barrier_wait(&barrier_); }
+  void wait() { pthread_barrier_wait(&barriers_[turns_[thread_index.x % turns_.size()]++ % 2]); }
 
  private:
-  pthread_barrier_t barrier_;
+  pthread_barrier_t barriers_[2];
+  std::vector<unsigned> turns_;  // of each thread
 };
 
 // Runs body(t) for t in [0, threads), all of them alive at once.

@@ -1,0 +1,226 @@
+// tnkd_kernel: loss and gradient in one pass over the logits, which stay in registers.
+#pragma once
+
+#include "planes.cuh"
+#include "result.cuh"
+
+// What a build that only counts instructions knows of a call, so that its code has one path (tools/inspect/nvcc.py).
+#ifndef DSCT_KNOWN
+#define DSCT_KNOWN(in, terms, y, warps, inside)
+#endif
+
+namespace dsct::cuda {
+
+// Of pixel v, from a thread's classes: the largest logits, and exponentials from there, which the gradient needs again
+// and take the logits' place, and their sums. Classes that are absent, and the target, are -inf.
+template <int kClasses>
+DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)[kClasses], const Terms<float>& terms,
+                                              float& max_s, float& max_t) {
+  max_s = max_t = -infinity<float>();
+#pragma unroll
+  for (int i = 0; i < kClasses; ++i) max_s = larger(max_s, es[i]), max_t = larger(max_t, et[i]);
+  PixelSums<float> z = from_bases(max_s, max_t, terms);
+  if (terms.own_exponentials()) {
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) z.ce_sum += exp2_fast(fmaf(es[i], kLog2E, -z.ce_base));
+  }
+#pragma unroll
+  for (int i = 0; i < kClasses; ++i) {
+    const float ds = fmaf(es[i], terms.log2_scale, -z.student_base);
+    const float dt = fmaf(et[i], terms.log2_scale, -z.teacher_base);
+    es[i] = exp2_fast(ds), et[i] = exp2_fast(dt);
+    z.student_sum += es[i], z.teacher_sum += et[i];
+    if (et[i] != 0) z.cross = fmaf(et[i], dt - ds, z.cross);  // 0 * log 0 = 0
+  }
+  if (terms.squares()) {  // exp(d) = exp(d / 2)^2
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) z.ce_sum = fmaf(es[i], es[i], z.ce_sum);
+  } else if (!terms.own_exponentials()) {
+    z.ce_sum = z.student_sum;
+  }
+  return z;
+}
+
+// kSplit: what a warp leaves of a pixel for the one that judges it, its sums from its own largest logits; and what that
+// one answers: the largest logits of all, and the factors of the exponentials.
+enum Part { kMaxS, kMaxT, kSumS, kSumT, kCross, kSumCe, kParts };
+enum Verdict { kAllS, kAllT, kGradS, kGradT, kGradCe, kGradTarget, kVerdicts };
+
+// The sums over all warps' classes. `part(i, w)` is what warp w left.
+template <typename Left>
+DSCT_DEVICE PixelSums<float> join_warps(const Left& part, int warps, const Terms<float>& terms, float& max_s,
+                                        float& max_t) {
+  max_s = max_t = -infinity<float>();
+  for (int w = 0; w < warps; ++w) max_s = larger(max_s, part(kMaxS, w)), max_t = larger(max_t, part(kMaxT, w));
+  PixelSums<float> z = from_bases(max_s, max_t, terms);
+  for (int w = 0; w < warps; ++w) {
+    const PixelSums<float> mine = from_bases(part(kMaxS, w), part(kMaxT, w), terms);
+    const float up_s = mine.student_base - z.student_base, up_t = mine.teacher_base - z.teacher_base;
+    const float sum_s = part(kSumS, w), sum_t = part(kSumT, w);
+    if (sum_s != 0) {  // else none of its classes is there, and its base says nothing
+      z.student_sum = fmaf(sum_s, exp2_fast(up_s), z.student_sum);
+      if (terms.with_ce) z.ce_sum = fmaf(part(kSumCe, w), exp2_fast(mine.ce_base - z.ce_base), z.ce_sum);
+    }
+    if (sum_t != 0) {
+      const float scale = exp2_fast(up_t);
+      z.teacher_sum = fmaf(sum_t, scale, z.teacher_sum);
+      if (scale != 0) z.cross = fmaf(fmaf(up_t - up_s, sum_t, part(kCross, w)), scale, z.cross);
+    }
+  }
+  return z;
+}
+
+constexpr int kWholeThreads = 128, kMostWarps = 16, kMostClasses = 20;  // a thread's
+constexpr int tile_pixels(bool split, int pixels) { return (split ? kWarp : kWholeThreads) * pixels; }
+constexpr int exchange_bytes(int warps, int tile) { return warps == 1 ? 0 : (kParts * warps + kVerdicts) * tile * 4; }
+
+// The gradient takes the exponentials' place. up_s, up_t: from the base that they are from to the one that is meant.
+template <int kClasses>
+DSCT_DEVICE void differentiate(float (&es)[kClasses], const float (&et)[kClasses], const Terms<float>& terms,
+                               const PixelGrad<float>& grad, float up_s, float up_t) {
+  const float by_t = grad.teacher * up_t;
+  if (terms.squares()) {
+    const float once = grad.student * up_s, twice = grad.ce * up_s * up_s;
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) es[i] = fmaf(fmaf(twice, es[i], once), es[i], by_t * et[i]);
+  } else {  // at temperature 1 cross-entropy's exponentials are the student's
+    const float once = (grad.student + grad.ce) * up_s;
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) es[i] = fmaf(once, es[i], by_t * et[i]);
+  }
+}
+
+// The gradient of pixel v where cross-entropy needs exponentials of its own: from the logits again, one class after the
+// other.
+template <typename Source>
+DSCT_DEVICE void store_own(const Logits& in, const Place& p, unsigned char* tiles, const Terms<float>& terms, int v,
+                           int y, const PixelSums<float>& base, const PixelGrad<float>& grad) {
+  if (in.grad.data == nullptr || !p.inside) return;
+  for (int j = p.first; j < p.first + p.classes; ++j) {
+    const float zs = Source::student(in, p, tiles, v, j), zt = Source::teacher(in, p, tiles, v, j);
+    const float es = exp2_fast(fmaf(zs, terms.log2_scale, -base.student_base));
+    const float et = exp2_fast(fmaf(zt, terms.log2_scale, -base.teacher_base));
+    const float ec = exp2_fast(fmaf(zs, kLog2E, -base.ce_base));
+    const float g = fmaf(grad.ce, ec, fmaf(grad.student, es, grad.teacher * et));
+    Source::store_at(in, p, tiles, v, j, y == kIgnored ? 0 : j == y ? grad.target : g);
+  }
+}
+
+// A thread holds the classes of neighbouring pixels, both networks': all of them, or (kSplit) what is its warp's; the
+// warps of a block then meet twice, to hand in their sums and to read what came of them.
+template <typename Source, int kClasses, bool kSplit>
+__global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : 4)
+    tnkd_kernel(Logits in, Terms<float> given, Workspace work, Result<float> result) {
+  constexpr int kPixels = Source::kPixels, kTile = tile_pixels(kSplit, kPixels);
+  DSCT_SHARED(shared);
+  wait_for_previous();
+  const Call& call = set_up(shared, given, work, result);
+  Terms<float> terms = call.terms;
+  int warps = kSplit ? blockDim.x / kWarp : 1;
+  const int warp = kSplit ? threadIdx.x / kWarp : 0;
+  const int lane = kSplit ? threadIdx.x % kWarp : threadIdx.x;
+  float* parts = reinterpret_cast<float*>(shared + kHeadBytes);  // [kParts][warps][kTile], then [kVerdicts][kTile]
+  float* verdicts = parts + kParts * warps * kTile;
+  unsigned char* tiles = shared + kHeadBytes + (kSplit ? (kParts * warps + kVerdicts) * kTile * 4 : 0);
+
+  Place p(in, warp, warps);
+  PixelLoss<float> total{};
+  for (unsigned t = blockIdx.x; t < in.tiles; t += gridDim.x) {
+    p.enter(in, kTile, lane * kPixels);
+    Source::fetch(in, p, tiles);
+    int y[kPixels];
+    load_codes<kSplit>(in.codes, p.pixel(in), p.inside, y);
+    DSCT_KNOWN(in, terms, y, warps, p.inside)
+    float es[kPixels][kClasses], et[kPixels][kClasses];
+    Source::load(in, p, tiles, es, et);
+
+    auto judge = [&](int v, int label, PixelSums<float> z, PixelGrad<float>& grad) {
+      if (label >= 0) {
+        z.student_target = Source::student(in, p, tiles, v, label);
+        z.teacher_target = Source::teacher(in, p, tiles, v, label);
+      }
+      // The warps that do not judge need no weights: out of shared memory, they take no register all the way.
+      Terms<float> judged = kSplit ? call.terms : terms;
+      judged.with_ce = terms.with_ce, judged.two_classes = terms.two_classes, judged.coupled = terms.coupled;
+      judged.temperature = terms.temperature;
+      PixelLoss<float> loss;
+      judge_pixel(z, label, judged, in.class_weight, call.factors.kd, call.factors.ce, loss, grad);
+      total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
+      if (in.loss_map != nullptr && p.inside) in.loss_map[p.pixel(in) + v] = pixel_loss(loss, judged);
+    };
+    float max_s[kPixels], max_t[kPixels], target[kPixels];
+    repeat<kPixels>([&](auto index) {
+      constexpr int v = decltype(index)::value;
+      if (y[v] == kIgnored) {  // whatever stands there
+#pragma unroll
+        for (int i = 0; i < kClasses; ++i) es[v][i] = et[v][i] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kClasses; ++i) {
+        const bool target = i == y[v] - p.first;  // selects: a branch would become an index, and the arrays memory
+        es[v][i] = target ? -infinity<float>() : es[v][i], et[v][i] = target ? -infinity<float>() : et[v][i];
+      }
+      const PixelSums<float> z = sum_exponentials(es[v], et[v], terms, max_s[v], max_t[v]);
+      if constexpr (kSplit) {
+        const float mine[kParts] = {max_s[v], max_t[v], z.student_sum, z.teacher_sum, z.cross, z.ce_sum};
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) parts[(i * warps + warp) * kTile + v * kWarp + lane] = mine[i];
+      } else {
+        PixelGrad<float> grad;
+        judge(v, y[v], z, grad);
+        if (terms.own_exponentials()) {
+          store_own<Source>(in, p, tiles, terms, v, y[v], z, grad);
+        } else {
+          differentiate(es[v], et[v], terms, grad, 1, 1);
+        }
+        target[v] = grad.target;
+      }
+    });
+    if constexpr (kSplit) {
+      __syncthreads();
+      repeat<kPixels>([&](auto index) {
+        constexpr int v = decltype(index)::value;
+        if (warp != v) return;
+        auto part = [&](int i, int w) { return parts[(i * warps + w) * kTile + v * kWarp + lane]; };
+        float all_s, all_t;
+        const PixelSums<float> z = join_warps(part, warps, terms, all_s, all_t);
+        PixelGrad<float> g;
+        judge(v, y[v], z, g);
+        const float answer[kVerdicts] = {all_s, all_t, g.student, g.teacher, g.ce, g.target};
+#pragma unroll
+        for (int i = 0; i < kVerdicts; ++i) verdicts[i * kTile + v * kWarp + lane] = answer[i];
+      });
+      __syncthreads();
+      repeat<kPixels>([&](auto index) {
+        constexpr int v = decltype(index)::value;
+        auto answer = [&](int i) { return verdicts[i * kTile + v * kWarp + lane]; };
+        const PixelSums<float> all = from_bases(answer(kAllS), answer(kAllT), terms);
+        const PixelSums<float> mine = from_bases(max_s[v], max_t[v], terms);
+        // Where none of its classes is there, there is nothing to scale.
+        const float up_s = max_s[v] == -infinity<float>() ? 0 : exp2_fast(mine.student_base - all.student_base);
+        const float up_t = max_t[v] == -infinity<float>() ? 0 : exp2_fast(mine.teacher_base - all.teacher_base);
+        target[v] = answer(kGradTarget);
+        const PixelGrad<float> grad = {answer(kGradS), answer(kGradT), answer(kGradCe), target[v]};
+        if (terms.own_exponentials()) {
+          store_own<Source>(in, p, tiles, terms, v, y[v], all, grad);
+        } else {
+          differentiate(es[v], et[v], terms, grad, up_s, up_t);
+        }
+      });
+    }
+    if (in.grad.data != nullptr) {
+      if (p.inside && !terms.own_exponentials()) {
+        Source::store(in, p, tiles, es);
+#pragma unroll
+        for (int v = 0; v < kPixels; ++v) {  // over what was stored: no register is chosen by y
+          if (y[v] >= p.first && y[v] < p.first + p.classes) Source::store_at(in, p, tiles, v, y[v], target[v]);
+        }
+      }
+      Source::put_back(in, p, tiles);
+    }
+    p.next(in);
+  }
+  finish_block(total, call, work, result);
+}
+
+}  // namespace dsct::cuda

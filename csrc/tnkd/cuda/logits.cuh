@@ -1,0 +1,77 @@
+// One network's logits, and what of them a thread works on.
+#pragma once
+
+#include "args.cuh"
+
+namespace dsct::cuda {
+
+// Logits, or their gradient. All in bytes.
+struct LogitMap {
+  unsigned char* data;
+  int64_t image, klass, pixel;  // from one to the next
+  unsigned step;                // klass, of planes. Of each network its own, or the compiler shares products out
+  FloatType type;
+  // Where a tile of pixels passes through shared memory (tiles.cuh) the classes of a pixel lie side by side there, and
+  // pixels `pitch` apart. runs: they are runs of 16 bytes; an odd number of them is a pitch, so that lanes that each
+  // read a run of their own pixel meet different banks. rows: so they lie in device memory, on 16 bytes.
+  int pitch;
+  bool runs, rows;
+};
+
+struct Logits {
+  LogitMap student, teacher, grad;
+  const void* codes;  // of the labels: encode_labels'
+  float* loss_map;
+  const float* class_weight;
+  int64_t pixels;  // of an image
+  unsigned tiles_per_image, tiles;
+  int classes, unit;  // unit: classes that no two warps share out
+};
+
+// What a thread works on: its classes, and of the tile that its block has come to, its pixels.
+struct Place {
+  int first, classes;
+  unsigned image, tile, more_images, more_tiles;  // and from one tile of the block to its next
+  int64_t start;                                  // the tile's first pixel
+  int pixels;                                     // of the tile
+  int mine;                                       // the thread's first pixel of the tile,
+  bool inside;                                    // which is there
+  int at;                                         // and if it is not, one that is
+
+  DSCT_DEVICE Place(const Logits& in, int warp, int warps) {
+    first = in.classes / in.unit * warp / warps * in.unit;
+    classes = in.classes / in.unit * (warp + 1) / warps * in.unit - first;
+    image = blockIdx.x / in.tiles_per_image, tile = blockIdx.x % in.tiles_per_image;
+    more_images = gridDim.x / in.tiles_per_image, more_tiles = gridDim.x % in.tiles_per_image;
+  }
+  DSCT_DEVICE void enter(const Logits& in, int tile_pixels, int first_pixel) {
+    start = static_cast<int64_t>(tile) * tile_pixels;
+    pixels = in.pixels - start < tile_pixels ? static_cast<int>(in.pixels - start) : tile_pixels;
+    mine = first_pixel, inside = mine < pixels, at = inside ? mine : 0;
+  }
+  DSCT_DEVICE void next(const Logits& in) {
+    image += more_images, tile += more_tiles;
+    if (tile >= in.tiles_per_image) tile -= in.tiles_per_image, ++image;
+  }
+  // Of the thread's first pixel, among all.
+  DSCT_DEVICE int64_t pixel(const Logits& in) const { return image * in.pixels + start + at; }
+};
+
+// So many of a thread's classes are there whatever K: the plan takes the smallest variant that will do.
+constexpr int sure_classes(int classes) { return classes > 8 ? 8 : 2; }
+
+// -inf, in a word or in either half of one.
+template <typename E>
+DSCT_DEVICE constexpr unsigned absent_word() {
+  return sizeof(E) == 4 ? 0xff800000u : std::is_same_v<E, Half> ? 0xfc00fc00u : 0xff80ff80u;
+}
+
+// The number that is a word, or its lower or upper half.
+template <typename E>
+DSCT_DEVICE float number_in(unsigned word, int half) {
+  if constexpr (sizeof(E) == 4) return std::bit_cast<float>(word);
+  if constexpr (std::is_same_v<E, BFloat16>) return std::bit_cast<float>(half ? word & 0xffff0000u : word << 16);
+  return Half(static_cast<unsigned short>(word >> (16 * half)), Half::from_bits());
+}
+
+}  // namespace dsct::cuda

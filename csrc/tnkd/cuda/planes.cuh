@@ -1,0 +1,141 @@
+// Planes (NCHW): the pixels of a class side by side. Lanes read neighbouring pixels straight into registers.
+#pragma once
+
+#include <bit>
+#include <type_traits>
+
+#include "logits.cuh"
+
+namespace dsct::cuda {
+
+template <int kBytes>
+struct alignas(kBytes) Words {
+  unsigned word[kBytes / 4];
+};
+template <>
+struct Words<2> {
+  unsigned short word[1];
+};
+
+// Read once, written once: not to stay in L1.
+template <int kBytes>
+DSCT_DEVICE Words<kBytes> load_once(const void* from) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kBytes == 2) return {__ldcs(static_cast<const unsigned short*>(from))};
+  if constexpr (kBytes == 4) return {__ldcs(static_cast<const unsigned*>(from))};
+  if constexpr (kBytes == 8) return std::bit_cast<Words<8>>(__ldcs(static_cast<const uint2*>(from)));
+  if constexpr (kBytes == 16) return std::bit_cast<Words<16>>(__ldcs(static_cast<const uint4*>(from)));
+#else
+  return *static_cast<const Words<kBytes>*>(from);
+#endif
+}
+template <int kBytes>
+DSCT_DEVICE void store_once(void* to, const Words<kBytes>& words) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kBytes == 2) __stcs(static_cast<unsigned short*>(to), words.word[0]);
+  if constexpr (kBytes == 4) __stcs(static_cast<unsigned*>(to), words.word[0]);
+  if constexpr (kBytes == 8) __stcs(static_cast<uint2*>(to), std::bit_cast<uint2>(words));
+  if constexpr (kBytes == 16) __stcs(static_cast<uint4*>(to), std::bit_cast<uint4>(words));
+#else
+  *static_cast<Words<kBytes>*>(to) = words;
+#endif
+}
+
+// base + i * step, in one instruction: the compiler, left to itself, carries 64-bit sums from class to class.
+template <int i>
+DSCT_DEVICE unsigned char* stepped(unsigned char* base, unsigned step) {
+#ifdef __CUDA_ARCH__
+  unsigned char* at;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(step), "n"(i), "l"(base));
+  return at;
+#else
+  return base + static_cast<uint64_t>(step) * i;
+#endif
+}
+
+// Calls body(integral_constant<int, 0>) ... body(<kCount - 1>): a loop whose index is a constant.
+template <int kCount, int kFirst = 0, typename Body>
+DSCT_DEVICE void repeat(const Body& body) {
+  if constexpr (kFirst < kCount) {
+    body(std::integral_constant<int, kFirst>{});
+    repeat<kCount, kFirst + 1>(body);
+  }
+}
+
+// Where logits of S and T come from, kPixels a thread.
+template <typename S, typename T, int kPixels_>
+struct Planes {
+  static constexpr int kPixels = kPixels_;
+
+  static DSCT_DEVICE void fetch(const Logits&, const Place&, unsigned char*) {}
+  static DSCT_DEVICE void put_back(const Logits&, const Place&, unsigned char*) {}
+
+  template <typename E>
+  static DSCT_DEVICE unsigned char* first(const LogitMap& net, const Place& p) {
+    return net.data + p.image * net.image + p.first * static_cast<uint64_t>(net.step) + (p.start + p.at) * sizeof(E);
+  }
+
+  template <typename E, int kClasses>
+  static DSCT_DEVICE void load_one(const LogitMap& net, const Place& p, Words<sizeof(E) * kPixels> (&bits)[kClasses]) {
+    unsigned char* base = first<E>(net, p);
+    repeat<kClasses>([&](auto index) {
+      constexpr int i = decltype(index)::value;
+      for (auto& word : bits[i].word) word = static_cast<std::remove_reference_t<decltype(word)>>(absent_word<E>());
+      if (i < sure_classes(kClasses) || i < p.classes) {
+        bits[i] = load_once<sizeof(E) * kPixels>(stepped<i>(base, net.step));
+      }
+    });
+  }
+  template <typename E, int kClasses>
+  static DSCT_DEVICE void to_floats(const Words<sizeof(E) * kPixels> (&bits)[kClasses], float (&z)[kPixels][kClasses]) {
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) {
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) z[v][i] = number_in<E>(bits[i].word[v * sizeof(E) / 4], v % 2);
+    }
+  }
+  template <int kClasses>
+  static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char*, float (&s)[kPixels][kClasses],
+                               float (&t)[kPixels][kClasses]) {
+    Words<sizeof(S) * kPixels> bits_s[kClasses];
+    Words<sizeof(T) * kPixels> bits_t[kClasses];
+    load_one<S>(in.student, p, bits_s);
+    load_one<T>(in.teacher, p, bits_t);
+    to_floats<S>(bits_s, s);
+    to_floats<T>(bits_t, t);
+  }
+
+  template <int kClasses>
+  static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char*, const float (&g)[kPixels][kClasses]) {
+    unsigned char* base = first<S>(in.grad, p);
+    repeat<kClasses>([&](auto index) {
+      constexpr int i = decltype(index)::value;
+      struct alignas(sizeof(S) * kPixels) {
+        S lane[kPixels];
+      } run;
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) run.lane[v] = static_cast<S>(g[v][i]);
+      if (i < sure_classes(kClasses) || i < p.classes) {
+        store_once(stepped<i>(base, in.grad.step), std::bit_cast<Words<sizeof(S) * kPixels>>(run));
+      }
+    });
+  }
+
+  // Class j (of all) of the thread's pixel v.
+  template <typename E>
+  static DSCT_DEVICE E* at(const LogitMap& net, const Place& p, int v, int j) {
+    return reinterpret_cast<E*>(net.data + p.image * net.image + j * static_cast<uint64_t>(net.step)) + p.start + p.at +
+           v;
+  }
+  static DSCT_DEVICE float student(const Logits& in, const Place& p, unsigned char*, int v, int j) {
+    return static_cast<float>(*at<S>(in.student, p, v, j));
+  }
+  static DSCT_DEVICE float teacher(const Logits& in, const Place& p, unsigned char*, int v, int j) {
+    return static_cast<float>(*at<T>(in.teacher, p, v, j));
+  }
+  static DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char*, int v, int j, float g) {
+    *at<S>(in.grad, p, v, j) = static_cast<S>(g);
+  }
+};
+
+}  // namespace dsct::cuda
