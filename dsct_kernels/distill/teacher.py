@@ -108,6 +108,7 @@ def _words(feature: torch.Tensor, images: torch.Tensor) -> str:
 def nearest_strides(student: Sequence[int], teacher: Sequence[int]) -> tuple[int, int]:
     """The pair of strides whose ratio is nearest to 1, of several such the largest.
 
+    >>> from dsct_kernels.distill.teacher import nearest_strides
     >>> nearest_strides([4, 8, 16, 32], [2, 4, 8])
     (8, 8)
     >>> nearest_strides([4, 8, 16, 32], [14])
