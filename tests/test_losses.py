@@ -87,7 +87,7 @@ def test_layouts_give_the_same_numbers(device, backend, student_layout, teacher_
     student, teacher, target = problem(device, (3, 6, 5, 7))
     s, t = strided_copy(student, student_layout), strided_copy(teacher, teacher_layout)
     _, grad = check_tnkd(s, t, strided_copy(target, teacher_layout), backend)
-    if student_layout != "sliced":
+    if student_layout != "sliced" and backend != "reference":  # there it is autograd's own affair
         assert grad.stride() == torch.empty_like(s).stride()
     check_cafd(s, t, backend)
 
@@ -820,6 +820,7 @@ def test_there_is_one_set_of_defaults():
     for module, function in ((DSCTLoss, dsct_loss), (TNKDLoss, tnkd_loss), (CAFDLoss, cafd_loss),
                              (dsct_kernels.MatchedCAFDLoss, matched_cafd_loss),
                              (dsct_kernels.JaccardLoss, jaccard_loss)):  # fmt: skip
-        assert defaults(module.__init__) == defaults(function), module
-    trained = {f: v for f, v in vars(Loss()).items() if f != "strides"}
+        given = {**defaults(module.__init__), **defaults(module.forward)}  # num_items changes at every step
+        assert given == defaults(function), module
+    trained = {f: v for f, v in vars(Loss()).items() if f not in ("strides", "taps")}
     assert trained == {name: whole[name] for name in trained}

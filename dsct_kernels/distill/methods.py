@@ -128,8 +128,8 @@ class Method:
         return any(TERMS[part.term].teacher for part in self.parts)
 
 
-NOT_SETTINGS = ("ignore_index", "backend", "reduction", "align_corners", "ce_weight", "class_weight", "cafd_weight",
-                "spatial_temperature")  # fmt: skip
+NOT_SETTINGS = ("ignore_index", "num_items", "backend", "reduction", "align_corners", "ce_weight", "class_weight",
+                "cafd_weight", "spatial_temperature")  # fmt: skip
 
 
 def method_settings(name: str) -> dict[str, Any]:

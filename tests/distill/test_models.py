@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,7 @@ def counted(name: str, classes: int) -> int:
 
 # In millions: with ADE20k's 150 classes, as the papers print them; UPerNet's with the auxiliary head left out here
 # (a 3x3 convolution to 256 channels, a norm and the classes).
+SHIPPED = {name: one for name, one in models.PRESETS.items() if isinstance(one.builder, partial)}  # not another test's
 PAPERS = {
     "segformer-b0": 3.8, "segformer-b1": 13.7, "segformer-b2": 27.5, "segformer-b3": 47.3, "segformer-b4": 64.1,
     "segformer-b5": 84.7, "upernet-swin-tiny": 60, "upernet-swin-small": 81, "upernet-swin-base": 121,
@@ -125,7 +127,7 @@ def test_presets_have_as_many_parameters_as_their_papers_say(name):
 
 def test_the_table_in_the_docs_lists_every_preset_with_its_family_and_parameters():
     rows = re.findall(r"^\| `([\w.-]+)` \| ([^|]+) \| ([\d.]+) \|$", DOCS.read_text(), re.MULTILINE)
-    expected = [(name, one.family, f"{counted(name, 6) / 1e6:.1f}") for name, one in models.PRESETS.items()]
+    expected = [(name, one.family, f"{counted(name, 6) / 1e6:.1f}") for name, one in SHIPPED.items()]
     assert rows == expected, "\n".join(f"| `{name}` | {family} | {count} |" for name, family, count in expected)
 
 

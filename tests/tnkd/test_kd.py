@@ -359,10 +359,11 @@ def test_properties(data: st.DataObject) -> None:
 def test_gradcheck(device: str, backend: str) -> None:
     student, teacher = (logits(2, 4, 3, 2, dtype=torch.float64, seed=s).to(device) for s in (0, 2))
     student.requires_grad_()
-    interpreted = backend == "triton" and device == "cpu"  # which is slow
-    for size in ((3, 2),) if interpreted else ((3, 2), (5, 7)):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("minutes under the interpreter; its float64 gradients are compared with the reference's elsewhere")
+    for size in ((3, 2), (5, 7)):
         target = labels(2, *size, classes=4).to(device)
-        for reduction in REDUCTIONS[:1] if interpreted else REDUCTIONS:
+        for reduction in REDUCTIONS:
             options: dict[str, Any] = dict(temperature=1.5, reduction=reduction, backend=backend)
             assert torch.autograd.gradcheck(lambda x: kd_loss(x, teacher, target, **options), (student,))  # noqa: B023
             assert torch.autograd.gradcheck(lambda x: kd_loss(x, teacher, **options), (student,))  # noqa: B023
