@@ -279,7 +279,5 @@ class DSCTLoss(ValueModule):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        shown = {name: repr(getattr(self, name)) for name in (*self.VALUES, "align_corners", "reduction", "backend")}
-        if self.class_weight is not None:
-            shown["class_weight"] = f"Tensor({len(self.class_weight)},)"
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
+        weights = "" if self.class_weight is None else f", class_weight=Tensor({len(self.class_weight)},)"
+        return super().extra_repr() + weights

@@ -83,6 +83,7 @@ class FeatureTap:
         self.detach = detach
         self._layouts: dict[str, Layout] = _per_name("layout", layout, self.names, _is_layout, "NCHW, NHWC or NLC")
         self._sizes: dict[str, Size] = _per_name("size", size, self.names, _is_size, "(h, w), two whole numbers >= 1")
+        self._known: dict[Any, tuple[Layout, Size | None]] = {}  # how an output of this name and shape is read
         self._raw: dict[str, Any] = {}  # as emitted, of the last forward pass
         self._again: set[str] = set()
         self._images: Size | None = None
@@ -174,18 +175,23 @@ class FeatureTap:
     # -------------------------------------------------------------------------------------------------------- maps
 
     def _map(self, name: str, x: Tensor) -> Tensor:
-        layout = self._layouts.get(name) or declared_layout(self.model, name, x.shape)
-        if x.dim() != len(layout):
-            raise ValueError(f"layout: {name} emits {tuple(x.shape)}, which is not {layout}")
-        if layout == "NCHW":
-            return x
-        if layout == "NHWC":
-            return x.permute(0, 3, 1, 2)
-        size, tokens = self._sizes.get(name), x.shape[1]
+        key = (name, x.shape[1:], self._images)
+        if key not in self._known:  # found out by walking through the network, once and not at every step
+            layout = self._layouts.get(name) or declared_layout(self.model, name, x.shape)
+            if x.dim() != len(layout):
+                raise ValueError(f"layout: {name} emits {tuple(x.shape)}, which is not {layout}")
+            self._known[key] = layout, self._grid(name, x.shape[1]) if layout == "NLC" else None
+        layout, grid = self._known[key]
+        if grid is not None:
+            return tokens_as_map(x, grid)
+        return x if layout == "NCHW" else x.permute(0, 3, 1, 2)
+
+    def _grid(self, name: str, tokens: int) -> Size:
+        size = self._sizes.get(name)
         if size is not None:
             if not 0 <= tokens - size[0] * size[1] <= 8:
                 raise ValueError(f"size: {name} emits {tokens} tokens, which {size} does not fit")
-            return tokens_as_map(x, size)
+            return size
         extra = _nearest(self.model, name, "num_prefix_tokens", int)
         found = token_grid(tokens, self._images, () if extra is None else (extra,)) if self._images else None
         if found is None:
@@ -193,7 +199,7 @@ class FeatureTap:
                 f"{name} emits {tokens} tokens, which for images of {self._images} are no map at one stride that is "
                 "certain; give size=(h, w)"
             )
-        return tokens_as_map(x, found)
+        return found
 
 
 class _Take:

@@ -210,6 +210,10 @@ class ValueModule(nn.Module):
             "it, or torch.compile the step"
         )
 
+    def extra_repr(self) -> str:
+        shown = [name for name in (*self.VALUES, "align_corners", "reduction", "backend") if hasattr(self, name)]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
     def values(self) -> dict[str, Any]:
         """The keywords for the function: as they were set, or, for a compiled graph, as tensors."""
         compiled = torch.compiler.is_compiling()

@@ -515,3 +515,15 @@ def test_the_images_size_is_that_of_the_first_tensor_of_four_dimensions():
     tap = FeatureTap(net, ["mix"])
     net(torch.ones(2, 16, 24), pixel_values=IMAGES, target=SimpleNamespace())
     assert tap.pop()[0].shape == (2, 6, 4, 6)
+
+
+def test_how_a_module_emits_its_maps_is_found_out_once_for_each_shape(monkeypatch):
+    net = Net()
+    tap, walks = FeatureTap(net, ["stages.deep", "mix"]), []
+    original = nn.Module.named_modules
+    monkeypatch.setattr(nn.Module, "named_modules", lambda self, *a, **k: walks.append(self) or original(self, *a, **k))
+    for size, known in ((16, False), (16, True), (32, False), (16, True)):
+        walks.clear()
+        net(torch.rand(2, 3, size, 24))
+        assert [tuple(x.shape) for x in tap.pop()] == [(2, 6, size // 4, 6)] * 2
+        assert bool(walks) != known

@@ -212,9 +212,3 @@ class CAFDLoss(ValueModule):
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def extra_repr(self) -> str:
-        return (
-            f"channel_temperature={self.channel_temperature}, spatial_temperature={self.spatial_temperature}, "
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
-        )

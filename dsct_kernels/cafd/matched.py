@@ -150,9 +150,3 @@ class MatchedCAFDLoss(ValueModule):
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, channel_temperature={self.channel_temperature}, "
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, backend={self.backend!r}"
-        )

@@ -158,11 +158,3 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
             continue
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {**found, "device": device, "system": platform.platform(terse=True)}
-
-
-def device_of(name: str) -> torch.device:
-    """auto, cpu or cuda. Raises DataError for cuda where there is none."""
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise DataError("--device cuda: torch sees no CUDA device here")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")

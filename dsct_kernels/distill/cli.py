@@ -89,20 +89,8 @@ def parser() -> argparse.ArgumentParser:
     for f in fields(Loss):
         parse: Any = {"strides": strides, "taps": commas}.get(f.name, float)
         p.add_argument(flag(f.name), type=parse, help=f"loss (default {f.default}){LOSS_HELP.get(f.name, '')}")
-    own = {
-        "data",
-        "root",
-        "val_tiles",
-        "bands",
-        "labels",
-        "unlabelled",
-        "teacher",
-        "student",
-        "arms",
-        "pictures",
-        "loss",
-    }
-    own |= {"compile_teacher", "deterministic", "unlabelled"}
+    own = {"data", "root", "val_tiles", "bands", "labels", "unlabelled", "teacher", "student", "arms", "loss"}
+    own |= {"pictures", "compile_teacher", "deterministic"}
     for f in fields(Config):
         if f.name not in own:
             kind = type(f.default)

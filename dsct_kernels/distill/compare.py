@@ -30,6 +30,7 @@ from .data import classes_of
 from .datasets import tiles_of
 from .files import DataError, only_writer, replace_file
 from .methods import ANNEAL, TERMS, Objective, method, method_settings
+from .pictures import save
 from .table import Rows, chart, table
 from .trial import FOLDS, Job, ask_teacher, build, run, train_teacher
 
@@ -310,7 +311,9 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
         if own.labelled < 1:
             name += f"-labelled-{own.labelled:g}"
         replace_file(own.out / f"{name}.md", f"{text}\n`{command}`\n".encode())
-        chart(own.out / f"{name}.png", rows, list(own.methods), own.against[0])
+        figure = chart(rows, list(own.methods), own.against[0])
+        if figure is not None:
+            save(figure, own.out / f"{name}.png", 110)
         of_comparison(own.out)
         print(text)
     if len(rows) < len(jobs):

@@ -11,8 +11,7 @@ from .compare import read_rows
 from .datasets import REGISTRY
 from .files import DataError
 from .methods import method
-from .pictures import pyplot
-from .table import Difference, Rows, paired
+from .table import Difference, Rows, chart, paired
 
 
 def build(folder: Path) -> bytes:
@@ -40,9 +39,12 @@ def build(folder: Path) -> bytes:
     return page.document(f"{folder.resolve().name}: dsct-distill compare", body)
 
 
+OF_METHOD = ("parts", "balance", "strides", "unlabelled")  # settings
+
+
 def _same(row: dict[str, Any]) -> str:
     """What two runs must have in common to be compared: all but the method, the teacher, the fold and the seed."""
-    free = ("parts", "balance", "seed", "strides", "val_tiles")
+    free = (*OF_METHOD, "seed", "val_tiles")
     kept = {k: v for k, v in row["settings"].items() if k not in free and not k.startswith("teacher")}
     return json.dumps({**kept, "student": row["student"], "steps": row["steps"]}, sort_keys=True)
 
@@ -55,13 +57,15 @@ def _group(rows: Rows) -> Iterator[str]:
     count = len(rows[0]["iou"])
     classes = classes if len(classes) == count else tuple(f"class {k}" for k in range(count))
     teachers = ", ".join(sorted({row["teacher"] for row in rows}))
-    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}')}</h2>"
+    labelled = rows[0]["settings"].get("labelled", 1)
+    known = f", {labelled:.0%} of the labels" if labelled < 1 else ""
+    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}{known}')}</h2>"
     best = max(names, key=lambda n: statistics.fmean(r["miou"] for r in rows if r["method"] == n))
     gain = paired(rows, best, against, lambda r: r["miou"])
     facts = [("teacher", teachers), ("runs", str(len(rows))), ("best on average", best)]
     yield page.facts([*facts, (f"against {against}", _gain(gain))] if best != against else facts)
     yield _methods(rows, names, against)
-    figure = _chart(rows, names, against)
+    figure = chart(rows, names, against)
     if figure is not None:
         yield page.plot(figure)
     yield f"<h3>{page.text(f'IoU of every class, against {against}')}</h3>"
@@ -136,28 +140,9 @@ def _per_class(rows: Rows, names: list[str], against: str, classes: tuple[str, .
     return page.table(("", *classes), [first, *lines])
 
 
-def _chart(rows: Rows, names: list[str], against: str) -> Any:
-    """Every paired difference as a point, its mean and twice its standard error as a bar."""
-    shown = [(n, d) for n in names if n != against and (d := paired(rows, n, against, lambda r: r["miou"])).pairs]
-    if not shown:
-        return None
-    figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.36 * len(shown)), layout="constrained")
-    for y, (_, d) in enumerate(reversed(shown)):
-        axis.plot(d.pairs, [y] * len(d.pairs), "o", color="#8a8f98", markersize=3.5)
-        error = 2 * d.error if len(d.pairs) > 1 else 0
-        axis.errorbar([d.mean], [y], xerr=[error], fmt="s", color="#2f8fd0" if d.clear else "#d98a00", capsize=3)
-    axis.axvline(0, color=page.INK, linewidth=0.8)
-    axis.set_yticks(range(len(shown)), [n for n, _ in reversed(shown)])
-    axis.set_xlabel(f"mIoU against {against}: each pair, the mean and twice its standard error (blue: clear)")
-    axis.grid(axis="x", alpha=0.3)
-    return figure
-
-
 def _settings(rows: Rows) -> Iterator[tuple[object, object]]:
     """Those of every run; where they differ, each value that there is."""
-    names = dict.fromkeys(
-        key for row in rows for key in row["settings"] if key not in ("parts", "balance", "seed", "strides")
-    )
+    names = dict.fromkeys(key for row in rows for key in row["settings"] if key not in (*OF_METHOD, "seed"))
     for name in names:
         values = dict.fromkeys(str(row["settings"][name]) for row in rows if name in row["settings"])
         yield name, "; ".join(values)

@@ -18,13 +18,19 @@ WHOLE = sharded.StateDictOptions(full_state_dict=True)
 WHOLE_ON_THE_FIRST = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def device_of(name: str) -> torch.device:
+    """auto, cpu or cuda. Raises DataError for cuda where there is none."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise DataError("--device cuda: torch sees no CUDA device here")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
 def make_accelerator(cfg: Config) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
 
-    cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    if cfg.device == "cuda" and not cuda:
-        raise DataError("--device cuda: torch sees no CUDA device here")
+    cuda = device_of(cfg.device).type == "cuda"
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.backends.cudnn.benchmark = False

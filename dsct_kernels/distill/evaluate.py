@@ -13,11 +13,11 @@ from . import data, models
 from .config import Arm, Config
 
 
-def window_starts(length: int, size: int) -> list[int]:
-    """Evenly spread starts of windows that cover `length` and overlap by at least a quarter."""
+def window_starts(length: int, size: int, overlap: int | None = None) -> list[int]:
+    """Evenly spread starts of windows that cover `length` and overlap by so many pixels or more, or by a quarter."""
     if length <= size:
         return [0]
-    count = math.ceil((length - size) / (0.75 * size)) + 1
+    count = math.ceil((length - size) / (0.75 * size if overlap is None else size - overlap)) + 1
     return [round(k * (length - size) / (count - 1)) for k in range(count)]
 
 

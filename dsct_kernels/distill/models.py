@@ -245,6 +245,10 @@ class Output:
     logits: torch.Tensor  # (N, K, h, w), any resolution
     features: list[torch.Tensor]  # one (N, C, h, w) per stride asked for, or per name of a tap
 
+    def part(self, first: int, last: int | None) -> "Output":
+        """Of these samples."""
+        return Output(self.logits[first:last], [maps[first:last] for maps in self.features])
+
 
 def forward(model: nn.Module, images: torch.Tensor, features: Sequence[int] | FeatureTap = ()) -> Output:
     """images: (N, bands, H, W) in 0..1. The features are at these strides, or those of a tap on the network.

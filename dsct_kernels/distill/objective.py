@@ -69,17 +69,13 @@ def distilled(
 ) -> tuple[torch.Tensor, ...]:
     """`distillation` of labelled crops, and of unlabelled ones, if any went through both networks behind them: the
     total is of both, its parts are of the labelled."""
-
-    def part(out: models.Output, first: int, last: int | None) -> models.Output:
-        return models.Output(out.logits[first:last], [maps[first:last] for maps in out.features])
-
     with_labels, *without = lessons
     n = len(with_labels.images)
-    both = part(student, 0, n), part(teacher, 0, n)
+    both = student.part(0, n), teacher.part(0, n)
     found = distillation(*both, with_labels.target, loss, cfg.backend, with_labels.items)
     if not without:
         return tuple(found)
-    both = part(student, n, None), part(teacher, n, None)
+    both = student.part(n, None), teacher.part(n, None)
     target = data.pseudo_labels(without[0].target, both[1].logits)
     more = distillation(*both, target, loss, cfg.backend, without[0].items)
     return found.total + cfg.unlabelled_weight * more.total, *found[1:]

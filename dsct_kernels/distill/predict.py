@@ -7,7 +7,6 @@ that windows are still to come for.
 """
 
 import itertools
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from . import card as cards
 from . import models
 from .card import Card
 from .datasets.tile import IGNORE
+from .engine import device_of
+from .evaluate import window_starts
 from .files import DataError
 from .images import Shape, open_image, orientation, read_bands, read_rgb, read_valid, shape_of
 
@@ -30,14 +31,6 @@ BLOCK = 512  # side of a block of OUT.tif
 Network = Callable[[torch.Tensor], torch.Tensor]
 
 # --------------------------------------------------------------------------------------------- windows and weights
-
-
-def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where windows of `size` start, evenly spread so that they cover `length` and overlap by `overlap` or more."""
-    if length <= size:
-        return [0]
-    count = math.ceil((length - size) / (size - overlap)) + 1
-    return [round(k * (length - size) / (count - 1)) for k in range(count)]
 
 
 def shares(begins: list[int], size: int, length: int) -> list[np.ndarray]:
@@ -62,11 +55,11 @@ class Plan:
 
     @property
     def rows(self) -> list[int]:
-        return starts(self.height, self.window, self.overlap)
+        return window_starts(self.height, self.window, self.overlap)
 
     @property
     def columns(self) -> list[int]:
-        return starts(self.width, self.window, self.overlap)
+        return window_starts(self.width, self.window, self.overlap)
 
 
 Read = Callable[[int, int], tuple[np.ndarray, np.ndarray | None]]
@@ -300,7 +293,7 @@ def predict(
     Raises DataError or ValueError, and then, as on Ctrl-C, `out` is as it was before.
     """
     check_out(out, raster, force)
-    on = cards.device_of(device)
+    on = device_of(device)
     model, card, classes = cards.open_model(model_folder, on)
     if bands is not None:
         reads = models.bands_of(model)

@@ -11,6 +11,7 @@ from . import card as cards
 from . import data, models, pictures
 from .config import Config, phase_folder
 from .datasets import dataset_of, tiles_of
+from .engine import device_of
 from .files import DataError, read_json, replace_file
 from .pictures import Seen, label
 
@@ -40,7 +41,7 @@ def table(results: dict[str, dict[str, Any]], classes: tuple[str, ...], crop: in
 
 def seen_of(folder: Path, cfg: Config, results: dict[str, Any], device: str = "auto") -> Seen:
     """The networks and validation tiles of a run. Raises DataError where either cannot be read."""
-    on = cards.device_of(device)
+    on = device_of(device)
     one = dataset_of(cfg)
     _, val = data.split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
     networks = {phase: cards.open_model(folder / phase_folder(phase), on)[0] for phase in results}

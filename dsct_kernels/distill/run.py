@@ -92,8 +92,7 @@ class Run:
         self.teacher_cost = {}
         self.results[arm.phase] = result
         if self.main:
-            models.save(model, self.folder / arm.folder)
-            card.write(self.folder / arm.folder, card.of_run(self.cfg, self.val_pixels.tiles[0]))
+            self.keep(model, self.folder / arm.folder)
             write_json(self.folder / "results.json", self.results)
             checkpoint.remove(self.checkpoint)
         self.saved = None
@@ -114,8 +113,13 @@ class Run:
         if miou is not None and (self.best is None or miou > self.best):
             self.best = miou
             if self.main:
-                models.save(model, self.folder / f"{arm.folder}-best")
+                self.keep(model, self.folder / f"{arm.folder}-best")
         return self.best
+
+    def keep(self, model: nn.Module, folder: Path) -> None:
+        """A network, and what it has to be known by where it is used."""
+        models.save(model, folder)
+        card.write(folder, card.of_run(self.cfg, self.val_pixels.tiles[0]))
 
     def predict(self, model: nn.Module, i: int) -> torch.Tensor:
         """Class map of a whole validation tile, uint8."""

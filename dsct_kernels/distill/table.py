@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -88,22 +87,21 @@ def table(rows: Rows, names: list[str], against: list[str], classes: tuple[str, 
     return "\n".join(lines) + "\n"
 
 
-def chart(path: Path, rows: Rows, names: list[str], against: str) -> None:
-    """Every paired difference as a point, its mean and twice its standard error as a bar."""
+def chart(rows: Rows, names: list[str], against: str) -> Any:
+    """A figure with every paired difference as a point, its mean and twice its standard error as a bar; None without
+    any."""
     from .pictures import pyplot
 
-    plt = pyplot()
     shown = [(n, d) for n in names if n != against and (d := paired(rows, n, against, lambda r: r["miou"])).pairs]
-    figure, axis = plt.subplots(figsize=(7.5, 0.9 + 0.34 * len(shown)), layout="constrained")
+    if not shown:
+        return None
+    figure, axis = pyplot().subplots(figsize=(8, 1.1 + 0.36 * len(shown)), layout="constrained")
     for y, (_, d) in enumerate(reversed(shown)):
-        axis.plot(d.pairs, [y] * len(d.pairs), "o", color="0.65", markersize=3)
+        axis.plot(d.pairs, [y] * len(d.pairs), "o", color="#8a8f98", markersize=3.5)
         error = 2 * d.error if len(d.pairs) > 1 else 0
-        axis.errorbar([d.mean], [y], xerr=[error], fmt="s", color="C0" if d.clear else "C1", markersize=5, capsize=3)
+        axis.errorbar([d.mean], [y], xerr=[error], fmt="s", color="#2f8fd0" if d.clear else "#d98a00", capsize=3)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(shown)), [n for n, _ in reversed(shown)], fontsize=8)
-    axis.set_xlabel(
-        f"mIoU against {against}: each pair, the mean and twice its standard error (blue: clear)", fontsize=8
-    )
+    axis.set_yticks(range(len(shown)), [n for n, _ in reversed(shown)])
+    axis.set_xlabel(f"mIoU against {against}: each pair, the mean and twice its standard error (blue: clear)")
     axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure

@@ -19,7 +19,7 @@ from . import adapter, data, models
 from .config import Config
 from .data import classes_of, load_pixels
 from .datasets import identity
-from .engine import seed_everything
+from .engine import device_of, seed_everything
 from .evaluate import predicted
 from .methods import Objective, method
 from .objective import schedule
@@ -119,11 +119,6 @@ def frequency(train: data.Pixels, classes: int) -> torch.Tensor:
     return counts / counts.sum()
 
 
-def device_of(cfg: Config) -> torch.device:
-    cuda = torch.cuda.is_available() and cfg.device != "cpu"
-    return torch.device("cuda" if cuda else "cpu")
-
-
 def build(
     name: str, classes: tuple[str, ...], device: torch.device, normalisation: models.Normalisation = models.IMAGENET
 ) -> nn.Module:
@@ -187,7 +182,7 @@ def loss_of(
     first = 0
     for lesson, (images, target) in zip(lessons, given, strict=True):
         last = first + len(images)
-        part = models.Output(out.logits[first:last], [maps[first:last] for maps in out.features])
+        part = out.part(first, last)
         said = lesson.answer(step) if lesson.answer else None
         if not lesson.labelled and said is not None:
             target = data.pseudo_labels(target, said.logits)
@@ -227,7 +222,7 @@ def fit(
 
 
 def train_teacher(job: Job) -> dict[str, Any]:
-    cfg, device = job.cfg, device_of(job.cfg)
+    cfg, device = job.cfg, device_of(job.cfg.device)
     classes, _ = classes_of(cfg)
     train, val, _ = pixels(job)
     seed_everything(cfg.teacher_seed)
@@ -246,20 +241,18 @@ def train_teacher(job: Job) -> dict[str, Any]:
 @torch.no_grad()
 def ask_teacher(job: Job) -> None:
     """Logits and features of the teacher for every crop of this seed, in half precision."""
-    cfg, device = job.cfg, device_of(job.cfg)
+    cfg, device = job.cfg, device_of(job.cfg.device)
     classes, _ = classes_of(cfg)
     train, _, unlabelled = pixels(job)
     network = build(cfg.teacher, classes, device, train.normalisation)
     network.load_state_dict(torch.load(job.teacher_file, weights_only=True)["model"])
     network.eval()
-    for path in job.answers_files():
-        hidden = path == job.answers_file(unlabelled=True)
-        source = unlabelled if hidden and unlabelled is not None else train
-        if path.is_file():
+    for path, source, labelled in zip(job.answers_files(), (train, unlabelled), (True, False)):
+        if source is None or path.is_file():
             continue
         logits: list[torch.Tensor] = []
         features: list[list[torch.Tensor]] = [[] for _ in job.strides]
-        for batch in crops_of(cfg, source, cfg.seed, not hidden).loader(0, cfg.student_steps):
+        for batch in crops_of(cfg, source, cfg.seed, labelled).loader(0, cfg.student_steps):
             images, _ = inputs(batch, source, device)
             out = models.forward(network, images, job.strides)
             logits.append(out.logits.half().cpu())
@@ -294,7 +287,7 @@ def answers(path: Path, features: bool, device: torch.device) -> Callable[[int],
 
 def run(job: Job) -> dict[str, Any]:
     """One student: train with the method, evaluate on the held-out tiles."""
-    cfg, device = job.cfg, device_of(job.cfg)
+    cfg, device = job.cfg, device_of(job.cfg.device)
     chosen = method(job.method)
     classes, _ = classes_of(cfg)
     train, val, unlabelled = pixels(job)

@@ -115,6 +115,3 @@ class JaccardLoss(ValueModule):
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, ignore_index={self.ignore_index}, backend={self.backend!r}"

@@ -1,10 +1,11 @@
 """KD, plain knowledge distillation of logits, per pixel: the kernels of TNKD with coupled weights."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from .. import checks
+from ..checks import Reduction
 from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
 from .loss import logit_loss
 from .objective import Objective
@@ -18,7 +19,7 @@ def kd_loss(
     temperature: Number = 1.0,
     ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
     align_corners: bool = False,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     num_items: Number | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -90,7 +91,7 @@ class KDLoss(ValueModule):
         temperature: Number = 1.0,
         ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
         align_corners: bool = False,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -118,8 +119,5 @@ class KDLoss(ValueModule):
             backend=self.backend,
         )
 
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, ignore_index={self.ignore_index}, align_corners={self.align_corners}, "
-            f"reduction={self.reduction!r}, backend={self.backend!r}"
-        )
+    if TYPE_CHECKING:
+        __call__ = forward

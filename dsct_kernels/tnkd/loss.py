@@ -189,9 +189,3 @@ class TNKDLoss(ValueModule):
 
     if TYPE_CHECKING:
         __call__ = forward
-
-    def extra_repr(self) -> str:
-        return (
-            f"alpha={self.alpha}, beta={self.beta}, temperature={self.temperature}, ignore_index={self.ignore_index}, "
-            f"align_corners={self.align_corners}, reduction={self.reduction!r}, backend={self.backend!r}"
-        )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsct_kernels.distill import cli, compare, data, methods, models, rivals, table, trial
+from dsct_kernels.distill import cli, compare, data, methods, models, pictures, rivals, table, trial
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets.tile import UnlabelledTile
 from dsct_kernels.distill.files import DataError, only_writer
@@ -346,8 +346,9 @@ def test_a_run_without_its_partner_and_a_class_that_is_nowhere_take_no_part():
 
 def test_the_chart_is_drawn_even_of_one_pair(tmp_path):
     rows = [row("alone", 0, 0.4), row("cwd", 0, 0.5)]
-    table.chart(tmp_path / "c.png", rows, ["alone", "cwd", "kd"], "alone")
+    pictures.save(table.chart(rows, ["alone", "cwd", "kd"], "alone"), tmp_path / "c.png", 110)
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+    assert table.chart(rows, ["alone", "kd"], "alone") is None
 
 
 # ------------------------------------------------------------------------------------------------ the command

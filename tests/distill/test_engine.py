@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dsct_kernels.distill import checkpoint, cli, data, loop, models, objective, scenes
+from dsct_kernels.distill import card, checkpoint, cli, data, loop, models, objective, scenes
 from dsct_kernels.distill.config import LATER, Config, Loss
 from dsct_kernels.distill.datasets import dubai
 from dsct_kernels.distill.engine import Training, make_accelerator
@@ -176,6 +176,7 @@ def test_the_best_network_on_the_way_is_kept_with_its_score(tmp_path, monkeypatc
     assert [run.results[phase]["best_miou"] for phase in ("teacher", "alone")] == [0.5, 0.4]
     for folder, miou in (("teacher", 0.5), ("student-alone", 0.4)):
         best, last = (models.load(tmp_path / name, CLASSES).state_dict() for name in (f"{folder}-best", folder))
+        assert card.read(tmp_path / f"{folder}-best") == card.read(tmp_path / folder) is not None
         assert all(torch.equal(value, seen[miou][name]) for name, value in best.items())
         assert any((value != last[name]).any() for name, value in best.items())
 

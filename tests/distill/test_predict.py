@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from dsct_kernels.distill import card as cards
-from dsct_kernels.distill import cli, models, predict, scenes
+from dsct_kernels.distill import cli, evaluate, models, predict, scenes
 from dsct_kernels.distill.card import Card
 
 from .datasets.make import geotiff, potsdam_set
@@ -61,7 +61,7 @@ def assert_same_classes(found: np.ndarray, want: np.ndarray) -> None:
 @pytest.mark.parametrize(("length", "size", "overlap"), [(10, 32, 8), (32, 32, 8), (33, 32, 0), (1000, 64, 48),
                                                          (97, 32, 31), (500, 64, 16)])  # fmt: skip
 def test_windows_cover_overlap_and_share_every_pixel(length, size, overlap):
-    begins = predict.starts(length, size, overlap)
+    begins = evaluate.window_starts(length, size, overlap)
     assert begins[0] == 0 and begins[-1] + size >= length and begins == sorted(set(begins))
     assert all(a + size - b >= overlap for a, b in itertools.pairwise(begins))
     shares, total = predict.shares(begins, size, length), np.zeros(length)

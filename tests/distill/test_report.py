@@ -189,6 +189,18 @@ def test_a_comparison_has_a_page_of_its_own(tmp_path):
     assert this.text.count("<svg") == 1
 
 
+def test_methods_with_and_without_unlabelled_images_are_compared_and_shares_of_the_labels_are_not(tmp_path):
+    quarter = rows({"alone": [0.4], "unlabelled+dsct": [0.5]})
+    for row in quarter:
+        more = {"unlabelled": 1.0} if row["method"] != "alone" else {}
+        row["settings"] = {**row["settings"], "labelled": 0.25, **more}
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*quarter, *rows({"alone": [0.45]})]))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    this = Page(tmp_path / "report.html")
+    assert "+0.100" in this.words  # against alone with as many labels
+    assert this.text.count("<h2>upernet-tiny") == 2 and "25% of the labels" in this.words
+
+
 def test_what_has_no_report_is_refused(tmp_path, capsys, reported):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "neither a run" in capsys.readouterr().err
