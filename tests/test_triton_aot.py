@@ -104,7 +104,8 @@ def per_pixel(result: Report, launch: Launch) -> float:
 def check(result: Report) -> None:
     print(result.row())
     assert result.registers > 0 and result.loads and result.stores, "the machine code was not understood"
-    assert result.spills == 0 or (result.loops and not result.spilt_in_loops), "registers are spilt to memory"
+    once = 8 if result.loops and not result.spilt_in_loops else 0  # a number kept over a loop, written and read once
+    assert result.spills <= once, "registers are spilt to memory"
     assert result.shared <= SHARED_LIMIT[result.arch], "more shared memory than the chip has"
 
 

@@ -1,8 +1,8 @@
 // TNKD and cross-entropy on the GPU: which variant of the kernel serves a call, how large its launch is, and the
 // launch.
 //
-//   encode_labels  labels become codes, and are counted: what a mean divides by has to be known before the first
-//   gradient tnkd_kernel    loss and gradient, every logit read once
+//   encode_labels: labels become codes, and are counted; a mean has to know its divisor before the first gradient.
+//   tnkd_kernel: loss and gradient, every logit read once.
 //
 // Every block writes its partial sums; the block that finishes last adds them up in block order, so the result does
 // not depend on timing. These sources also compile for the host (see cuda_launch.h).
