@@ -197,7 +197,10 @@ def classes_of(cfg: Config) -> tuple[tuple[str, ...], tuple[tuple[int, int, int]
     return one.classes, one.palette
 
 
-def load_pixels(cfg: Config, device: torch.device) -> tuple[Pixels, Pixels]:
+TrainAndVal = tuple[Pixels, Pixels]
+
+
+def load_pixels(cfg: Config, device: torch.device) -> TrainAndVal:
     """Training tiles, on the device if they fit the cache, and validation tiles."""
     train, val = split(tiles_of(cfg), list(cfg.val_tiles) if cfg.val_tiles else None)
     normalisation = statistics(train) if dataset_of(cfg).own_statistics else IMAGENET

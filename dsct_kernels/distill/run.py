@@ -20,13 +20,11 @@ from .engine import Training, deterministic_or_refused, make_accelerator, seed_e
 from .files import write_json
 from .log import Log
 
-TrainAndVal = tuple[data.Pixels, data.Pixels]
-
 
 class Run:
-    """One run folder on one set of tiles."""
+    """One run folder on one set of tiles: training and validation `pixels`, read as `cfg` says where not given."""
 
-    def __init__(self, cfg: Config, folder: Path, progress: Any = None, pixels: TrainAndVal | None = None):
+    def __init__(self, cfg: Config, folder: Path, progress: Any = None, pixels: data.TrainAndVal | None = None):
         self.folder = folder
         self.accelerator = make_accelerator(cfg)
         # As it was decided: a run that goes on elsewhere keeps its precision.
@@ -69,8 +67,7 @@ class Run:
         name = cfg.teacher if arm.is_teacher else cfg.student
         if arm.phase in self.results:
             return models.finished(name, folder, self.classes, self.normalisation).to(self.device)
-        seed = cfg.budget(arm)[2]
-        seed_everything(seed)
+        seed_everything(seed := cfg.budget(arm)[2])
         model = models.build(name, self.classes, arm.is_teacher, self.normalisation).to(self.device)
         started = time.perf_counter()
         if not arm.is_teacher or models.starts_afresh(name):  # a teacher loaded from a folder is ready
@@ -87,8 +84,7 @@ class Run:
             self.log.warn(warning)
         if self.cfg.eval_every:
             result["best_miou"] = self.keep_best(arm, model, result["miou"])
-        result["train_seconds"] = round(seconds, 1)
-        result |= self.teacher_cost
+        result |= {"train_seconds": round(seconds, 1), **self.teacher_cost}
         self.teacher_cost = {}
         self.results[arm.phase] = result
         if self.main:
@@ -120,11 +116,6 @@ class Run:
         """A network, and what it has to be known by where it is used."""
         models.save(model, folder)
         card.write(folder, card.of_run(self.cfg, self.val_pixels.tiles[0]))
-
-    def predict(self, model: nn.Module, i: int) -> torch.Tensor:
-        """Class map of a whole validation tile, uint8."""
-        strips = evaluate.strips(self.accelerator, model, self.val_pixels, i, self.cfg, len(self.classes))
-        return torch.cat([classes.byte() for _, classes in strips])
 
     def save(self, arm: Arm, step: int, training: Training, sums: torch.Tensor) -> None:
         """Everything the next step depends on, of every process, in one file."""

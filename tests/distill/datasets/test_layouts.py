@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from dsct_kernels.distill import check, cli, data
+from dsct_kernels.distill import check, cli, data, evaluate
 from dsct_kernels.distill.config import Config
 from dsct_kernels.distill.datasets import REGISTRY, check_choices, dataset_of, gid, potsdam, tiles_of, vaihingen
 from dsct_kernels.distill.files import DataError
@@ -79,7 +80,8 @@ def test_one_run_trains_evaluates_and_predicts(tmp_path, data_set):
     assert set(run.results) == {"teacher", "dsct"}
     for result in run.results.values():
         assert 0 <= result["accuracy"] <= 1 and not result["diverged"]
-    classes = run.predict(trained["dsct"], 0)
+    whole = run.accelerator, trained["dsct"], run.val_pixels, 0, run.cfg, len(run.classes)
+    classes = torch.cat([found for _, found in evaluate.strips(*whole)])
     assert classes.shape == (make.SIDE, make.SIDE) and int(classes.max()) < len(run.classes)
     bands = 4 if data_set == "folder" else 3
     assert trained["dsct"].pixel_mean.shape == (bands, 1, 1)
