@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the runs of any students and steps, and of a table and a chart for each; again: it goes on",
+        help="folder of the runs of any teachers, students and steps, a table and a chart for each; again: it goes on",
     )
     p.add_argument(
         "--methods", type=commas, default=DEFAULT_METHODS, metavar="A,B", help=f"default {','.join(DEFAULT_METHODS)}"
@@ -307,7 +307,8 @@ def compare(own: argparse.Namespace, cfg: Config, folds: list[tuple[str, ...]], 
     rows = [{**row, "method": wanted[row["key"]].method} for row in read_rows(file) if row["key"] in wanted]
     if rows:
         text = table(rows, list(own.methods), list(own.against), classes_of(cfg)[0])
-        name = f"comparison-{re.sub(r'[^A-Za-z0-9.-]+', '-', cfg.student)}-{cfg.student_steps}"
+        parts = ("comparison", cfg.teacher, cfg.student, str(cfg.student_steps))
+        name = "-".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in parts)
         if own.labelled < 1:
             name += f"-labelled-{own.labelled:g}"
         replace_file(own.out / f"{name}.md", f"{text}\n`{command}`\n".encode())

@@ -4,7 +4,6 @@ import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from . import card, page
 from .compare import read_rows
@@ -18,9 +17,6 @@ def build(folder: Path) -> bytes:
     rows = read_rows(folder / "runs.jsonl")
     if not rows:
         raise DataError(f"{folder / 'runs.jsonl'}: no run is finished, so there is nothing to report")
-    groups: dict[str, Rows] = {}
-    for row in rows:
-        groups.setdefault(_same(row), []).append(row)
     body = [f"<h1>{page.text(folder.resolve().name)}</h1>"]
     body.append(
         page.paragraph(
@@ -29,7 +25,7 @@ def build(folder: Path) -> bytes:
             "means three pairs or more, and beyond twice the error."
         )
     )
-    for some in groups.values():
+    for some in _compared(rows):
         body += _group(some)
     body.append(
         page.section(
@@ -42,11 +38,19 @@ def build(folder: Path) -> bytes:
 OF_METHOD = ("parts", "balance", "strides", "unlabelled")  # settings
 
 
-def _same(row: dict[str, Any]) -> str:
-    """What two runs must have in common to be compared: all but the method, the teacher, the fold and the seed."""
-    free = (*OF_METHOD, "seed", "val_tiles")
-    kept = {k: v for k, v in row["settings"].items() if k not in free and not k.startswith("teacher")}
-    return json.dumps({**kept, "student": row["student"], "steps": row["steps"]}, sort_keys=True)
+def _compared(rows: Rows) -> Iterator[Rows]:
+    """Runs that differ in nothing but the method, the fold and the seed; those without a teacher stand beside those of
+    each."""
+    students: dict[str, dict[str, Rows]] = {}
+    for row in rows:
+        free = (*OF_METHOD, "seed", "val_tiles")
+        kept = {k: v for k, v in row["settings"].items() if k not in free and not k.startswith("teacher")}
+        teacher = {k: v for k, v in row["settings"].items() if k.startswith("teacher")}
+        student = json.dumps({**kept, "student": row["student"], "steps": row["steps"]}, sort_keys=True)
+        students.setdefault(student, {}).setdefault(json.dumps(teacher, sort_keys=True), []).append(row)
+    for by_teacher in students.values():
+        alone = by_teacher.pop(json.dumps({}), [])
+        yield from ([*alone, *taught] for taught in by_teacher.values() or [[]])
 
 
 def _group(rows: Rows) -> Iterator[str]:
@@ -56,13 +60,13 @@ def _group(rows: Rows) -> Iterator[str]:
     classes = REGISTRY[data].classes if data in REGISTRY else ()
     count = len(rows[0]["iou"])
     classes = classes if len(classes) == count else tuple(f"class {k}" for k in range(count))
-    teachers = ", ".join(sorted({row["teacher"] for row in rows}))
+    teacher = rows[-1]["teacher"]  # those without one come first
     labelled = rows[0]["settings"].get("labelled", 1)
     known = f", {labelled:.0%} of the labels" if labelled < 1 else ""
-    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}{known}')}</h2>"
+    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}{known}, taught by {teacher}')}</h2>"
     best = max(names, key=lambda n: statistics.fmean(r["miou"] for r in rows if r["method"] == n))
     gain = paired(rows, best, against, lambda r: r["miou"])
-    facts = [("teacher", teachers), ("runs", str(len(rows))), ("best on average", best)]
+    facts = [("teacher", teacher), ("runs", str(len(rows))), ("best on average", best)]
     yield page.facts([*facts, (f"against {against}", _gain(gain))] if best != against else facts)
     yield _methods(rows, names, against)
     figure = chart(rows, names, against)

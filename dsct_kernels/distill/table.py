@@ -38,9 +38,8 @@ Rows = list[dict[str, Any]]
 
 
 def paired(rows: Rows, mine: str, other: str, value: Callable[[dict[str, Any]], float | None]) -> Difference:
-    found: dict[tuple[str, Any], float | None] = {
-        (r["method"], (r["student"], r["teacher"], r["fold"], r["seed"], r["steps"])): value(r) for r in rows
-    }
+    """By fold and seed. The rows have one teacher, or none."""
+    found = {(r["method"], (r["student"], r["fold"], r["seed"], r["steps"])): value(r) for r in rows}
     pairs = []
     for (name, where), v in found.items():
         base = found.get((other, where))

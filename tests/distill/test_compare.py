@@ -360,7 +360,7 @@ def test_a_comparison_goes_on_where_it_was_and_an_unfinished_line_is_no_run(tmp_
     typed = ["compare", *TYPED, "--out", str(tmp_path), "--folds", "0", "--seeds", "0,1", "--methods", "alone,kd"]
     assert cli.main(typed) == 0
     assert ran == ["train_teacher", "ask_teacher", "ask_teacher", "run", "run", "run", "run"]
-    first = (tmp_path / "comparison-upernet-tiny-3.md").read_text()
+    first = (tmp_path / "comparison-segformer-tiny-upernet-tiny-3.md").read_text()
     lines = (tmp_path / "runs.jsonl").read_bytes().splitlines(True)
     assert len(lines) == 4
     (tmp_path / "runs.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:25])  # killed while it wrote the third
@@ -369,12 +369,12 @@ def test_a_comparison_goes_on_where_it_was_and_an_unfinished_line_is_no_run(tmp_
     assert ran == ["run", "run"]
     rows = compare.read_rows(tmp_path / "runs.jsonl")
     assert [r["miou"] for r in rows] == [json.loads(line)["miou"] for line in lines]
-    assert scores(first) == scores((tmp_path / "comparison-upernet-tiny-3.md").read_text())
+    assert scores(first) == scores((tmp_path / "comparison-segformer-tiny-upernet-tiny-3.md").read_text())
     ran.clear()
     assert cli.main([*typed[:-1], "alone,kd,cwd", "--against", "alone,kd"]) == 0  # a larger one: only what is new
     assert ran == ["run", "run"]
     assert "against kd" in capsys.readouterr().out
-    assert (tmp_path / "comparison-upernet-tiny-3.png").is_file()
+    assert (tmp_path / "comparison-segformer-tiny-upernet-tiny-3.png").is_file()
 
 
 def scores(text: str) -> list[list[str]]:

@@ -201,6 +201,18 @@ def test_methods_with_and_without_unlabelled_images_are_compared_and_shares_of_t
     assert this.text.count("<h2>upernet-tiny") == 2 and "25% of the labels" in this.words
 
 
+def test_what_two_teachers_taught_stands_apart_and_runs_without_a_teacher_beside_each(tmp_path):
+    found = rows({"alone": [0.4]})
+    for teacher, miou in (("a", 0.5), ("b", 0.7)):
+        (row,) = rows({"dsct": [miou]})
+        found.append({**row, "teacher": teacher, "settings": {**row["settings"], "teacher": teacher}})
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    this = Page(tmp_path / "report.html")
+    assert "taught by a" in this.words and "taught by b" in this.words
+    assert "+0.100" in this.words and "+0.300" in this.words and "+0.200" not in this.words
+
+
 def test_what_has_no_report_is_refused(tmp_path, capsys, reported):
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "neither a run" in capsys.readouterr().err
