@@ -1,6 +1,8 @@
 """The trainer needs the extra `[train]`; without it these tests skip and say so."""
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,16 @@ for name in ("transformers", "accelerate", "torchmetrics", "rasterio", "rich", "
 @pytest.fixture(autouse=True)
 def same_numbers_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def throughput_is_measured_once() -> Iterator[None]:
+    """One batch says images/s, where a run takes half a second for each of its networks."""
+    from dsct_kernels.distill import evaluate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "images_per_second", partial(evaluate.images_per_second, seconds=0))
+        yield
 
 
 @pytest.fixture(scope="session")
