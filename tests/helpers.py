@@ -39,17 +39,21 @@ def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     return chosen
 
 
-# Run by a process of its own: the tests of each file whose names hold what is chosen.
+# Run by a process of its own: half of the tests of each file whose names hold what is chosen, drawn by their names.
 RUN_CHOSEN = """
-import ast, sys, pytest
+import ast, sys, zlib, pytest
+class Half:
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % 2 == int(sys.argv[2])]
 for file, chosen in ast.literal_eval(sys.argv[1]).items():
-    if code := pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file]):
+    if code := pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file], [Half()]):
         sys.exit(code)
 """
 
 
 def run_again_with(isa: str, chosen: dict[str, str]) -> None:
-    """The tests of each file whose names hold what is chosen, in a process of their own, with the kernels of `isa`."""
+    """Half of the tests of each file whose names hold what is chosen, in a process of their own, with the kernels of
+    `isa`; the next set gets the other half: they are one source."""
     info = backends.build_info()
     if os.environ.get("DSCT_KERNELS_CPU"):
         pytest.skip("already in such a process")
@@ -57,7 +61,7 @@ def run_again_with(isa: str, chosen: dict[str, str]) -> None:
         pytest.skip(f"{isa} is not built in")
     if ISAS.index(isa) >= ISAS.index(str(info["cpu_isa"])):
         pytest.skip(f"this run is {info['cpu_isa']} already, or the machine has no {isa}")
-    command = [sys.executable, "-c", RUN_CHOSEN, repr(chosen)]
+    command = [sys.executable, "-c", RUN_CHOSEN, repr(chosen), str(ISAS.index(isa) % 2)]
     environment = {**os.environ, "DSCT_KERNELS_CPU": isa}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

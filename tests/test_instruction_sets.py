@@ -1,6 +1,6 @@
 """The native CPU kernels with the instruction sets that this run does not use.
 
-The tests of numbers again, in one process for each set where this machine has it.
+Half of the tests of numbers again, in one process for each set where this machine has it.
 """
 
 import pytest
