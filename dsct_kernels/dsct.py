@@ -3,7 +3,7 @@
 Cross-entropy shares TNKD's pass over the logits.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from .cafd.matched import of_maps as matched_of_maps
 from .dtypes import acc_dtype
 from .jaccard.loss import BACKENDS as JACCARD_BACKENDS
 from .jaccard.loss import of_maps as jaccard_of_maps
+from .module import LossModule, keywords_of
 from .pool import overlaid
 from .tnkd.loss import logit_loss
 from .tnkd.objective import Objective
-from .values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
+from .values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, Weight, label_value, positive, weight
 
 TotalReduction = Literal["mean", "sum"]
 NO_MAP = "reduction: expected 'mean' or 'sum', got 'none': a map and a vector do not add up"
@@ -61,19 +62,19 @@ def dsct_loss(
     student_features: Features | None = None,
     teacher_features: Features | None = None,
     *,
-    ce_weight: Number = 1.0,
-    matched_weight: Number = 3.0,
-    jaccard_weight: Number = 3.0,
-    tnkd_weight: Number = 0.0,
-    cafd_weight: Number = 1.0,
+    ce_weight: Weight = 1.0,
+    matched_weight: Weight = 3.0,
+    jaccard_weight: Weight = 3.0,
+    tnkd_weight: Weight = 0.0,
+    cafd_weight: Weight = 1.0,
     class_weight: Tensor | None = None,
-    matched_temperature: Number = 4.0,
-    alpha: Number = 1.0,
-    beta: Number = 0.5,
-    temperature: Number = 1.0,
-    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-    channel_temperature: Number = 1.0,
-    spatial_temperature: Number = 1.0,
+    matched_temperature: Temperature = 4.0,
+    alpha: Weight = 1.0,
+    beta: Weight = 0.5,
+    temperature: Temperature = 1.0,
+    ignore_index: IgnoreIndex = DEFAULT_IGNORE_INDEX,
+    channel_temperature: Temperature = 1.0,
+    spatial_temperature: Temperature = 1.0,
     align_corners: bool = False,
     reduction: TotalReduction = "mean",
     num_items: Number | None = None,
@@ -188,7 +189,7 @@ def _weighted(part_weight: Number, part: Tensor) -> Tensor:
     return values.weighted(values.sound(part_weight), part)
 
 
-class DSCTLoss(ValueModule):
+class DSCTLoss(LossModule):
     """`dsct_loss` as a module: the keywords are given once; `class_weight` is a buffer and moves with the module.
 
     Example:
@@ -200,51 +201,12 @@ class DSCTLoss(ValueModule):
     """
 
     class_weight: Tensor | None
-    VALUES: ClassVar = {
-        "ce_weight": weight,
-        "matched_weight": weight,
-        "jaccard_weight": weight,
-        "tnkd_weight": weight,
-        "cafd_weight": weight,
-        "matched_temperature": positive,
-        "alpha": weight,
-        "beta": weight,
-        "temperature": positive,
-        "ignore_index": label_value,
-        "channel_temperature": positive,
-        "spatial_temperature": positive,
-    }
 
-    def __init__(
-        self,
-        *,
-        ce_weight: Number = 1.0,
-        matched_weight: Number = 3.0,
-        jaccard_weight: Number = 3.0,
-        tnkd_weight: Number = 0.0,
-        cafd_weight: Number = 1.0,
-        class_weight: Tensor | None = None,
-        matched_temperature: Number = 4.0,
-        alpha: Number = 1.0,
-        beta: Number = 0.5,
-        temperature: Number = 1.0,
-        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-        channel_temperature: Number = 1.0,
-        spatial_temperature: Number = 1.0,
-        align_corners: bool = False,
-        reduction: TotalReduction = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.ce_weight, self.matched_weight, self.jaccard_weight = ce_weight, matched_weight, jaccard_weight
-        self.tnkd_weight, self.cafd_weight, self.matched_temperature = tnkd_weight, cafd_weight, matched_temperature
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.ignore_index = ignore_index
-        self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature
-        self.align_corners, self.reduction, self.backend = align_corners, reduction, backend
-        if checks.reduction(reduction) == 0:
+    @keywords_of(dsct_loss)
+    def __init__(self, *, class_weight: Tensor | None, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        if self.reduction == "none":
             raise ValueError(NO_MAP)
-        backends.known(backend)
         if class_weight is not None:
             checks.tensor("class_weight", class_weight, checks.FLOATS)
             checks.no_negative_class_weight(class_weight)
@@ -267,12 +229,8 @@ class DSCTLoss(ValueModule):
             target,
             student_features,
             teacher_features,
-            class_weight=self.class_weight,
-            **self.values(),
-            align_corners=self.align_corners,
-            reduction=self.reduction,
             num_items=num_items,
-            backend=self.backend,
+            **self.keywords(),
         )
 
     if TYPE_CHECKING:

@@ -9,14 +9,19 @@ import enum
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import TypeAliasType
 
 from . import torch_private
 
 Number = float | Tensor
+# What a keyword of a loss may be, by the names that signatures and help() show. CHECKS, below, goes by them, too.
+Weight = TypeAliasType("Weight", Number)  # finite and >= 0
+Temperature = TypeAliasType("Temperature", Number)  # finite and > 0
+IgnoreIndex = TypeAliasType("IgnoreIndex", int | Tensor | None)
 INF = float("inf")
 
 
@@ -108,6 +113,19 @@ def label_value(name: str, value: object) -> int | Tensor | None:
     return int(value)
 
 
+def positive_or_none(name: str, value: object) -> Number | None:
+    return None if value is None else positive(name, value)
+
+
+# What a module (module.py) checks its keywords with, by their annotations in the function's signature.
+CHECKS: dict[Any, Callable[[str, object], Any]] = {
+    Weight: weight,
+    Temperature: positive,
+    Temperature | None: positive_or_none,
+    IgnoreIndex: label_value,
+}
+
+
 def known_zero(value: Number) -> bool:
     """Whether a part of this weight can be left out beforehand; never so while compiling, for any value."""
     return not torch.compiler.is_compiling() and not isinstance(value, Tensor) and value == 0
@@ -179,45 +197,3 @@ def divisor(value: Number, device: torch.device) -> Number:
         items = packed((value,), device)[0]
         return torch.where(items == 0, 1, sound(items))
     return value or 1.0
-
-
-class ValueModule(nn.Module):
-    """A loss whose attributes named in VALUES are values: set them at any step, also when compiled.
-
-    They are checked as they are set. Beside each number lies the same as a 0-d tensor: of an int among a module's
-    attributes torch.compile makes a constant, and compiles again for every other.
-    """
-
-    VALUES: ClassVar[dict[str, Callable[[str, object], Any]]]
-    _boxed: dict[str, Any]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = self.VALUES.get(name)
-        if check is not None:
-            boxed = value if value is DEFAULT_IGNORE_INDEX else check(name, value)
-            if isinstance(boxed, (int, float)):
-                dtype = torch.int64 if isinstance(boxed, int) else torch.float64
-                boxed = torch.tensor(boxed, dtype=dtype, device="cpu")
-            self.__dict__.setdefault("_boxed", {})[name] = boxed
-            value = 255 if value is DEFAULT_IGNORE_INDEX else value
-        super().__setattr__(name, value)
-
-    def __prepare_scriptable__(self) -> "ValueModule":
-        """What torch.jit.script asks every module within its argument for."""
-        raise RuntimeError(
-            f"{type(self).__name__} cannot be compiled by torch.jit.script: TorchScript knows neither keyword-only "
-            "arguments nor values that are numbers or tensors; script the network alone and call the loss outside of "
-            "it, or torch.compile the step"
-        )
-
-    def extra_repr(self) -> str:
-        shown = [name for name in (*self.VALUES, "align_corners", "reduction", "backend") if hasattr(self, name)]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
-
-    def values(self) -> dict[str, Any]:
-        """The keywords for the function: as they were set, or, for a compiled graph, as tensors."""
-        compiled = torch.compiler.is_compiling()
-        return {
-            name: boxed if compiled or boxed is DEFAULT_IGNORE_INDEX else getattr(self, name)
-            for name, boxed in self._boxed.items()
-        }

@@ -728,6 +728,9 @@ def test_modules_refuse_bad_keywords_at_once():
     ):
         with pytest.raises(ValueError, match=next(iter(keywords))):
             module(**keywords)
+    for name in ("alhpa", "num_items"):  # num_items is the call's
+        with pytest.raises(TypeError, match=f"^{name}: TNKDLoss has no such keyword; expected alpha, beta, "):
+            TNKDLoss(**{name: 1})
 
 
 def test_a_modules_repr_says_everything_that_it_was_given():

@@ -11,6 +11,7 @@ from dsct_kernels import (
     DSCTLoss,
     DSCTLosses,
     JaccardLoss,
+    KDLoss,
     MatchedCAFDLoss,
     TNKDLoss,
     cafd_loss,
@@ -43,3 +44,14 @@ def reductions(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     CAFDLoss(reduction="avg")  # type: ignore[arg-type]
     MatchedCAFDLoss(reduction="avg")  # type: ignore[arg-type]
     DSCTLoss(reduction="none")  # type: ignore[arg-type]
+
+
+def keywords(weight: Tensor) -> None:
+    criterion = DSCTLoss(class_weight=weight, alpha=weight[0], temperature=2, ignore_index=None, align_corners=True)
+    criterion.temperature = 0.5 * criterion.temperature
+    assert_type(criterion.class_weight, Tensor | None)
+    MatchedCAFDLoss(channel_temperature=None)
+    CAFDLoss(channel_temperature=None)  # type: ignore[arg-type]
+    KDLoss(alpha=1.0)  # type: ignore[call-arg]
+    JaccardLoss(temperature="high")  # type: ignore[arg-type]
+    DSCTLoss(weight)  # type: ignore[call-arg]

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import backends, checks, values
 from ..checks import Reduction
-from ..values import Number, ValueModule, positive
+from ..module import LossModule, keywords_of
+from ..values import Number, Temperature
 from . import native, reference, triton
 
 
@@ -31,8 +32,8 @@ def cafd_loss(
     student_features: Features,
     teacher_features: Features,
     *,
-    channel_temperature: Number = 1.0,
-    spatial_temperature: Number = 1.0,
+    channel_temperature: Temperature = 1.0,
+    spatial_temperature: Temperature = 1.0,
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -95,8 +96,8 @@ def cafd_loss(
 def channel_attention_map(
     features: Tensor,
     *,
-    channel_temperature: Number = 1.0,
-    spatial_temperature: Number = 1.0,
+    channel_temperature: Temperature = 1.0,
+    spatial_temperature: Temperature = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     r"""The attention map that CAFD compares: where the channels look, each weighted by how strongly it speaks.
@@ -175,7 +176,7 @@ def _choose(backend: str, *tensors: Tensor) -> CAFDBackend:
     return backends.choose(backend, BACKENDS, *tensors)
 
 
-class CAFDLoss(ValueModule):
+class CAFDLoss(LossModule):
     """`cafd_loss` as a module: the keywords are given once. It has no parameters.
 
     Example:
@@ -185,30 +186,13 @@ class CAFDLoss(ValueModule):
         torch.Size([3])
     """
 
-    VALUES: ClassVar = {"channel_temperature": positive, "spatial_temperature": positive}
-
-    def __init__(
-        self,
-        *,
-        channel_temperature: Number = 1.0,
-        spatial_temperature: Number = 1.0,
-        reduction: Reduction = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        checks.reduction(reduction)
-        self.channel_temperature, self.spatial_temperature = channel_temperature, spatial_temperature
-        self.reduction, self.backend = reduction, backend
+    @keywords_of(cafd_loss)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
 
     def forward(self, student_features: Features, teacher_features: Features) -> Tensor:
         """The loss; shapes as for `cafd_loss`."""
-        return cafd_loss(
-            student_features,
-            teacher_features,
-            **self.values(),
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        return cafd_loss(student_features, teacher_features, **self.keywords())
 
     if TYPE_CHECKING:
         __call__ = forward

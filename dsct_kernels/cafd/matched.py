@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import backends, checks
 from ..checks import Reduction
+from ..module import LossModule, keywords_of
 from ..pool import overlaid
-from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
+from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, positive, positive_or_none
 from . import matched_native, reference
 
 
@@ -24,18 +25,14 @@ BACKENDS = (
 )
 
 
-def _positive_or_none(name: str, value: object) -> Number | None:
-    return None if value is None else positive(name, value)
-
-
 def matched_cafd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: Number = 4.0,
-    channel_temperature: Number | None = 1.0,
-    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+    temperature: Temperature = 4.0,
+    channel_temperature: Temperature | None = 1.0,
+    ignore_index: IgnoreIndex = DEFAULT_IGNORE_INDEX,
     reduction: Reduction = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -85,7 +82,7 @@ def matched_cafd_loss(
         torch.Size([2, 6, 32, 32])
     """
     temperature = positive("temperature", temperature)
-    channel_temperature = _positive_or_none("channel_temperature", channel_temperature)
+    channel_temperature = positive_or_none("channel_temperature", channel_temperature)
     maps = overlaid(student_logits, teacher_logits, target, ignore_index, backend, classes=1)
     return of_maps(*maps, temperature, channel_temperature, reduction, backend)
 
@@ -112,7 +109,7 @@ def _maps(x: Tensor) -> Tensor:
     return x if x.dim() == 4 else x.reshape(*x.shape[:2], -1, 1)
 
 
-class MatchedCAFDLoss(ValueModule):
+class MatchedCAFDLoss(LossModule):
     """`matched_cafd_loss` as a module: the keywords are given once. It has no parameters.
 
     Example:
@@ -122,31 +119,13 @@ class MatchedCAFDLoss(ValueModule):
         torch.Size([3])
     """
 
-    VALUES: ClassVar = {
-        "temperature": positive,
-        "channel_temperature": _positive_or_none,
-        "ignore_index": label_value,
-    }
-
-    def __init__(
-        self,
-        *,
-        temperature: Number = 4.0,
-        channel_temperature: Number | None = 1.0,
-        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-        reduction: Reduction = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        checks.reduction(reduction)
-        self.temperature, self.channel_temperature = temperature, channel_temperature
-        self.ignore_index = ignore_index
-        self.reduction, self.backend = reduction, backend
+    @keywords_of(matched_cafd_loss)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss; shapes as for `matched_cafd_loss`."""
-        keywords = {**self.values(), "reduction": self.reduction, "backend": self.backend}
-        return matched_cafd_loss(student_logits, teacher_logits, target, **keywords)
+        return matched_cafd_loss(student_logits, teacher_logits, target, **self.keywords())
 
     if TYPE_CHECKING:
         __call__ = forward

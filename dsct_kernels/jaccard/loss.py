@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import backends
+from ..module import LossModule, keywords_of
 from ..pool import overlaid
-from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
+from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, positive
 from . import native, reference
 
 
@@ -28,8 +29,8 @@ def jaccard_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: Number = 1.0,
-    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+    temperature: Temperature = 1.0,
+    ignore_index: IgnoreIndex = DEFAULT_IGNORE_INDEX,
     backend: str = "auto",
 ) -> Tensor:
     r"""One minus the soft intersection over union of what student and teacher see, over the whole batch.
@@ -86,7 +87,7 @@ def of_maps(student: Tensor, teacher: Tensor, share: Tensor | None, temperature:
     return backends.choose(backend, BACKENDS, student, teacher).jaccard(student, teacher, share, temperature)
 
 
-class JaccardLoss(ValueModule):
+class JaccardLoss(LossModule):
     """`jaccard_loss` as a module: the keywords are given once.
 
     Example:
@@ -97,21 +98,13 @@ class JaccardLoss(ValueModule):
         torch.Size([])
     """
 
-    VALUES: ClassVar = {"temperature": positive, "ignore_index": label_value}
-
-    def __init__(
-        self,
-        *,
-        temperature: Number = 1.0,
-        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.temperature, self.ignore_index, self.backend = temperature, ignore_index, backend
+    @keywords_of(jaccard_loss)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss; shapes as for `jaccard_loss`."""
-        return jaccard_loss(student_logits, teacher_logits, target, **self.values(), backend=self.backend)
+        return jaccard_loss(student_logits, teacher_logits, target, **self.keywords())
 
     if TYPE_CHECKING:
         __call__ = forward

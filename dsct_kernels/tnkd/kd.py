@@ -1,12 +1,13 @@
 """KD, plain knowledge distillation of logits, per pixel: the kernels of TNKD with coupled weights."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .. import checks
 from ..checks import Reduction
-from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive
+from ..module import LossModule, keywords_of
+from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, label_value, positive
 from .loss import logit_loss
 from .objective import Objective
 
@@ -16,8 +17,8 @@ def kd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    temperature: Number = 1.0,
-    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+    temperature: Temperature = 1.0,
+    ignore_index: IgnoreIndex = DEFAULT_IGNORE_INDEX,
     align_corners: bool = False,
     reduction: Reduction = "mean",
     num_items: Number | None = None,
@@ -72,7 +73,7 @@ def kd_loss(
     return logit_loss(student_logits, teacher_logits, target, objective, backend, items)[0]
 
 
-class KDLoss(ValueModule):
+class KDLoss(LossModule):
     """`kd_loss` as a module: the keywords are given once.
 
     Example:
@@ -83,21 +84,9 @@ class KDLoss(ValueModule):
         torch.Size([])
     """
 
-    VALUES: ClassVar = {"temperature": positive, "ignore_index": label_value}
-
-    def __init__(
-        self,
-        *,
-        temperature: Number = 1.0,
-        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-        align_corners: bool = False,
-        reduction: Reduction = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        checks.reduction(reduction)
-        self.temperature, self.ignore_index = temperature, ignore_index
-        self.align_corners, self.reduction, self.backend = align_corners, reduction, backend
+    @keywords_of(kd_loss)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
 
     def forward(
         self,
@@ -108,16 +97,7 @@ class KDLoss(ValueModule):
         num_items: Number | None = None,
     ) -> Tensor:
         """The loss; shapes, and num_items, which changes at every step, as for `kd_loss`."""
-        return kd_loss(
-            student_logits,
-            teacher_logits,
-            target,
-            **self.values(),
-            align_corners=self.align_corners,
-            reduction=self.reduction,
-            num_items=num_items,
-            backend=self.backend,
-        )
+        return kd_loss(student_logits, teacher_logits, target, num_items=num_items, **self.keywords())
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks, values
 from ..checks import Reduction
-from ..values import DEFAULT_IGNORE_INDEX, Number, ValueModule, label_value, positive, weight
+from ..module import LossModule, keywords_of
+from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, Weight, label_value, positive, weight
 from . import native, reference, triton
 from .objective import SUM, Objective
 
@@ -33,10 +34,10 @@ def tnkd_loss(
     teacher_logits: Tensor,
     target: Tensor | None = None,
     *,
-    alpha: Number = 1.0,
-    beta: Number = 0.5,
-    temperature: Number = 1.0,
-    ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
+    alpha: Weight = 1.0,
+    beta: Weight = 0.5,
+    temperature: Temperature = 1.0,
+    ignore_index: IgnoreIndex = DEFAULT_IGNORE_INDEX,
     align_corners: bool = False,
     reduction: Reduction = "mean",
     num_items: Number | None = None,
@@ -137,7 +138,7 @@ def logit_loss(
     return serving.tnkd(student_logits, teacher, target, objective)
 
 
-class TNKDLoss(ValueModule):
+class TNKDLoss(LossModule):
     """`tnkd_loss` as a module: the keywords are given once.
 
     Example:
@@ -148,24 +149,9 @@ class TNKDLoss(ValueModule):
         torch.Size([])
     """
 
-    VALUES: ClassVar = {"alpha": weight, "beta": weight, "temperature": positive, "ignore_index": label_value}
-
-    def __init__(
-        self,
-        *,
-        alpha: Number = 1.0,
-        beta: Number = 0.5,
-        temperature: Number = 1.0,
-        ignore_index: int | Tensor | None = DEFAULT_IGNORE_INDEX,
-        align_corners: bool = False,
-        reduction: Reduction = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        checks.reduction(reduction)
-        self.alpha, self.beta, self.temperature = alpha, beta, temperature
-        self.ignore_index, self.align_corners = ignore_index, align_corners
-        self.reduction, self.backend = reduction, backend
+    @keywords_of(tnkd_loss)
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
 
     def forward(
         self,
@@ -176,16 +162,7 @@ class TNKDLoss(ValueModule):
         num_items: Number | None = None,
     ) -> Tensor:
         """The loss; shapes, and num_items, which changes at every step, as for `tnkd_loss`."""
-        return tnkd_loss(
-            student_logits,
-            teacher_logits,
-            target,
-            **self.values(),
-            align_corners=self.align_corners,
-            reduction=self.reduction,
-            num_items=num_items,
-            backend=self.backend,
-        )
+        return tnkd_loss(student_logits, teacher_logits, target, num_items=num_items, **self.keywords())
 
     if TYPE_CHECKING:
         __call__ = forward
