@@ -10,9 +10,7 @@ import torch
 import dsct_kernels
 from dsct_kernels import backends
 
-MOST_SECONDS = (
-    0.15  # of CPU time, sources compiled to bytecode included; 0.02 to 0.05 measured, torch._dynamo takes 1.5
-)
+MOST_SECONDS = 0.05  # of CPU time, from bytecode; 0.035 measured, torch itself takes 1.5, torch._dynamo as much again
 LATE = {"torch._dynamo", "torch._inductor", "torch._functorch", "torch.distributed.tensor", "triton", "sympy", "mpmath"}
 
 IMPORT = """
@@ -68,8 +66,10 @@ def test_the_check_itself_finds_torch_compiler_and_other_packages():
 
 
 def test_the_import_takes_a_blink_on_top_of_torch():
-    seconds = min(brought(IMPORT + REPORT)[0] for _ in range(3))
-    assert seconds < MOST_SECONDS, f"{seconds:.3f} s of CPU time"
+    seconds: list[float] = []  # the first, which may have to compile the sources, counts as little as any other
+    while len(seconds) < 6 and (len(seconds) < 2 or min(seconds) >= MOST_SECONDS):
+        seconds.append(brought(IMPORT + REPORT, PYTHONDONTWRITEBYTECODE="")[0])
+    assert min(seconds) < MOST_SECONDS, f"{seconds} s of CPU time"
 
 
 def test_our_mark_of_constant_functions_is_the_one_that_torch_sets():
