@@ -2,17 +2,21 @@
 # make test   lint, format, types and every test that this machine can run
 # make compare DUBAI=DIR   what the losses are worth on the Dubai set; hours on 2 cores, and the same command goes on
 # make bench  the table of figures for this machine        make package  sdist and wheel, tested away from the repo
-# make abi    one wheel, built against one torch and tested under another
+# make abi    one wheel, built against one torch and tested under the oldest and the newest that it serves
 # make wheel  that wheel and the sdist, in dist/
 # make docs   the documents as a site, in build/site; without the network once the tools are there
 PYTHON ?= python3
 VENV ?= .venv
 COMPARE ?= --folds 2 --seeds 3,4,5,6,7 --batch 8 --jobs 2 --out runs/compare
 TORCH ?= torch==2.13.0
-OTHER_TORCH ?= torch==2.14.1
+OTHER_TORCHES ?= torch==2.10.0 torch==2.14.1
 # Two workers of one thread each: threads of two workers on two cores would only wait for each other. How the tests are
 # shared out between them: tests/conftest.py.
 PYTEST ?= -n 2 --dist loadgroup --no-loadscope-reorder -q
+# Of the package: all but what compiles csrc/ anew, or for GPUs, and never looks at what was installed.
+PACKAGE_TESTS ?= $(PYTEST) $(addprefix --ignore=tests/,cuda_host test_nvcc.py test_triton_aot.py test_instruction_sets.py test_setup.py)
+# Under another torch: what depends on it. The ops as torch sees them (opcheck), every loss, autograd, torch.compile.
+ABI_TESTS ?= $(PYTEST) -k "not triton" $(addprefix tests/,test_ops.py test_losses.py test_values.py test_num_items.py)
 RUN := $(abspath $(VENV))/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -62,10 +66,10 @@ wheel:
 	tools/build_wheel.sh $(PYTHON) "$(TORCH)" dist
 
 package:
-	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(TORCH)" $(PYTEST)
+	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(TORCH)" train,bench,test $(PACKAGE_TESTS)
 
 abi:
-	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(OTHER_TORCH)" $(PYTEST)
+	OMP_NUM_THREADS=1 tools/test_package.sh $(PYTHON) "$(TORCH)" "$(OTHER_TORCHES)" test $(ABI_TESTS)
 
 # What can be built again. Not runs/: trained models are hours of work that no command here brings back.
 clean:
