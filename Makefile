@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 COMPARE ?= --folds 2 --seeds 3,4,5,6,7 --batch 8 --jobs 2 --out runs/compare
 TORCH ?= torch==2.13.0
+# What some examples need, of the torch above: beside the environment, not in it (tests/test_examples.py says why).
+ON_TORCHVISION ?= torchvision==0.28.0 timm segmentation-models-pytorch torchdistill
 OTHER_TORCHES ?= torch==2.10.0 torch==2.14.1
 # Two workers of one thread each: threads of two workers on two cores would only wait for each other. How the tests are
 # shared out between them: tests/conftest.py.
@@ -60,6 +62,7 @@ $(VENV)/.built: $(SOURCES)
 $(VENV)/.test: $(VENV)/.built
 	$(RUN) tools/extras.py bench test docs lint > $(VENV)/extras.txt
 	$(PIP) --requirement $(VENV)/extras.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision $(ON_TORCHVISION)
 	touch $@
 
 wheel:

@@ -62,6 +62,8 @@ LONGEST = (
 )
 SHARED_FIXTURES = {
     "plain": "the host's driver",
+    "of_two": "two processes",
+    "on_torchvision": "torchvision",
     "out": "a comparison",
     "finished": "a run",
     "in_the_student": "a run cut",
