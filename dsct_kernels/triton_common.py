@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from .backends import constant_when_compiled
 
 OLDEST = (3, 6)
+LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E)
 WARPS = 64  # a multiprocessor has room for no more
 
 FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs from version to version

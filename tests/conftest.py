@@ -35,6 +35,12 @@ def backends_on(device: str) -> list[str]:
     return ["reference", *(name for name, m in (("native", native), ("triton", triton)) if m.why_not(x) is None)]
 
 
+@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
+def device(request: pytest.FixtureRequest) -> str:
+    """Without a `backend`: a GPU where there is one, else the CPU, as of Triton's interpreter."""
+    return request.param
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `device` and `backend` runs for every pair that can serve a call here, on cuda marked gpu."""
     if {"device", "backend"} <= set(metafunc.fixturenames):

@@ -1,5 +1,6 @@
 """What the test files share beside the oracle: strided copies, forbidden pages, the kernels' other instruction sets."""
 
+import contextlib
 import ctypes
 import itertools
 import mmap
@@ -7,7 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -76,6 +77,46 @@ def before_a_forbidden_page(x: Tensor) -> Tensor:
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), mmap.PAGESIZE, 0) == 0
     flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - bytes)
     return flat.as_strided(x.shape, x.stride()).copy_(x)
+
+
+def check_nothing_is_read_past_the_end(
+    run: Callable[[Tensor, Tensor], Sequence[Tensor]], student: Tensor, teacher: Tensor
+) -> None:
+    """Logits that end where a page ends give what they give elsewhere: a crash of the test is its failure."""
+    at_the_end = run(before_a_forbidden_page(student), before_a_forbidden_page(teacher))
+    for a, b in zip(at_the_end, run(student, teacher), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within it whatever waits for a GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_no_wait_a_side_stream_and_a_graph(step: Callable[[], Sequence[Tensor]], student: Tensor) -> None:
+    """A step on a GPU, loss and gradient: it never waits, gives the same on another stream, and a graph captures it."""
+    expected = step()
+    with waiting_is_an_error():
+        again = step()
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = step()
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(aside, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        student.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
 def strided_copy(x: Tensor, layout: str) -> Tensor:

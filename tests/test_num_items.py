@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dsct_kernels import DSCTLoss, TNKDLoss, backends, dsct_loss, tnkd_loss
+from dsct_kernels.dtypes import acc_dtype
 from tests.helpers import pairs
 
 WEIGHT = torch.tensor([1.0, 0.5, 3.0, 0.0, 2.0])
@@ -56,7 +57,7 @@ def test_micro_batches_of_unequal_counts_add_up_to_the_whole_batch(device, backe
 def test_it_is_the_sum_divided_in_loss_parts_and_gradient(device, backend, dtype):
     student, teacher, target = problem(device)
     student = student.detach().to(dtype).requires_grad_()
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    acc = acc_dtype(student)
     options = dict(LOGITS_ALONE, class_weight=WEIGHT.to(device, acc), backend=backend)
     summed = dsct_loss(student, teacher, target, reduction="sum", **options)
     divided = dsct_loss(student, teacher, target, num_items=1e6, **options)

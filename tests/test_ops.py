@@ -5,6 +5,7 @@ import torch
 
 from dsct_kernels import backends
 from dsct_kernels.cafd import op as cafd_op
+from dsct_kernels.dtypes import acc_dtype
 from dsct_kernels.tnkd import op as tnkd_op
 from tests.helpers import pairs, strided_copy
 from tests.oracle import features, problem
@@ -47,7 +48,7 @@ def op(name: str, backend: str):
 def test_tnkd_and_kd(device, backend, dtype, reduction, needs_grad):
     student, teacher, target = problem(device, dtype=dtype)
     target[0, 0] = 255
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    acc = acc_dtype(student)
     weight = torch.rand(5, dtype=acc, device=device)
     for layout, labels, class_weight in (
         ("contiguous", target, None),

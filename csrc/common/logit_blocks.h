@@ -233,6 +233,21 @@ DSCT_INLINE Ahead ahead(const LogitView& x, const Offsets& at, int block, int64_
           x.class_stride == 1 && classes <= 32};
 }
 
+// A vector's share: the classes, from `first` on, every so many as there are vectors in a block, for which it asks.
+struct Share {
+  int vectors;
+  int left;  // classes until its next
+  int64_t first;
+  DSCT_FORCE_INLINE static Share of(int v, int vectors, int64_t classes) {
+    return {vectors, int((vectors - v * classes % vectors) % vectors), (v * classes + vectors - 1) / vectors};
+  }
+  DSCT_FORCE_INLINE bool due() {
+    if (left-- != 0) return false;
+    left = vectors - 1;
+    return true;
+  }
+};
+
 // --- write ---
 
 // G, the gradient of one vector of pixels: begin(scratch, vector, classes), at(class, class as a vector).

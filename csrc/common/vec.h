@@ -17,6 +17,8 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <numbers>
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #else

@@ -101,7 +101,7 @@ DSCT_INLINE typename A::V exp_nonpositive(typename A::V x) {
   using K = Coefficients<A>;
   using S = typename A::S;
   x = A::max(A::set1(K::exp_low), x);
-  const typename A::V n = A::round(x * A::set1(S(1.4426950408889634)));
+  const typename A::V n = A::round(x * A::set1(S(std::numbers::log2e)));
   typename A::V r = A::fma(n, A::set1(-K::ln2_high), x);
   r = A::fma(n, A::set1(-K::ln2_low), r);
   return A::scale(horner<A>(r, K::exp), n);

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import values
 from ..dtypes import acc_dtype
 from ..pool import pooling
-from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
+from ..triton_common import LIBRARY, LOG2_E, TAGS, launch, next_power_of_2, on_device, why_not
 from ..values import Number
 from . import op
 
@@ -25,7 +25,6 @@ __all__ = ["attention_map", "cafd", "why_not"]
 
 MOST_COMPILED = 7  # kernels of one variant, forward and backward
 LONGEST_ROW = 16384  # positions that one program holds in registers in the one-launch backward
-LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E)
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: more splits gain nothing
 
 # ---------------------------------------------------------------------------------------------- launch choices

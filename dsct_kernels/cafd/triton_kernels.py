@@ -16,8 +16,10 @@ division may be two units off: by the host, or, where there are `temperatures` (
 import triton
 import triton.language as tl
 
+from .. import triton_common
+
 EPS = tl.constexpr(1e-6)
-LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(triton_common.LOG2_E)
 
 
 @triton.jit

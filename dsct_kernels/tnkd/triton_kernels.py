@@ -18,6 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from .. import triton_common
+
+LOG2_E = tl.constexpr(triton_common.LOG2_E)
+
 
 @triton.jit
 def _reciprocal(x, FAST: tl.constexpr):
@@ -164,8 +168,8 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     side = tl.where(u_t > 0, -1.0, 1.0)
     v_s = u_s * side
     v_t = u_t * side
-    e_s = tl.exp2(tl.abs(v_s) * -1.4426950408889634)
-    e_t = tl.exp2(tl.abs(v_t) * -1.4426950408889634)
+    e_s = tl.exp2(tl.abs(v_s) * -LOG2_E)
+    e_t = tl.exp2(tl.abs(v_t) * -LOG2_E)
     more_t = _reciprocal(1.0 + e_t, FAST)
     less_t = e_t * more_t
     more_s = _reciprocal(1.0 + e_s, FAST)
@@ -199,7 +203,7 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     by_1 = gap
     if WITH_CE:
         u_1 = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2, -shift_1), LN_2, -_log(sum_1, ACC)))
-        e_1 = tl.exp2(tl.abs(u_1) * -1.4426950408889634)
+        e_1 = tl.exp2(tl.abs(u_1) * -LOG2_E)
         missed = _reciprocal(1.0 + e_1, FAST) * tl.where(u_1 >= 0, e_1, 1.0)
         ce = tl.maximum(-u_1, 0.0) + _log1p(e_1, ACC)
         by_1 = ce_factor * missed * tl.where(none_s, 0.0, _reciprocal(sum_1, FAST))
@@ -440,8 +444,8 @@ def tnkd_kernel(
     tau = tl.full([], tau_, ACC)
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
-    to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(x / tau) = exp2(x * to_2_tau)
-    to_2_tau = tl.full([], over_tau_ * 1.4426950408889634, ACC)  # from float64, rounded once
+    to_2 = tl.full([], LOG2_E, ACC)  # exp(x / tau) = exp2(x * to_2_tau)
+    to_2_tau = tl.full([], over_tau_ * LOG2_E, ACC)  # from float64, rounded once
     ce_factor, mean_factor, _ = _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_weight,
                                          nckd_weight, ce_weight_, MEAN_, FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE,
                                          COUNTS, ACC)  # fmt: skip

@@ -125,7 +125,7 @@ def test_gradcheck(backend: str, channel_temperature: float | None, reduction: s
 def test_sizes_meet_at_the_smaller_of_each_axis(backend: str) -> None:
     for dtype in FLOATS:
         student, teacher = features(2, 5, 13, 6, dtype=dtype), features(2, 5, 9, 8, dtype=dtype, seed=1)
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        acc = acc_dtype(student)
         leaf = student.detach().requires_grad_()
         pooled = [F.adaptive_avg_pool2d(x.to(acc), (9, 6)) for x in (leaf, teacher)]
         want = matched_cafd_loss(*pooled, backend=backend)

@@ -165,7 +165,7 @@ def test_map_and_its_backward_for_any_upstream(
     layout: str, dtype: torch.dtype, temperatures: tuple[float, float]
 ) -> None:
     x = laid_out(features(2, 37, 11, 13, dtype=dtype), layout)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    acc = acc_dtype(x)
     upstream = torch.randn(2, 11, 13, generator=torch.Generator().manual_seed(3)).to(acc)
 
     def autograd(x: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:

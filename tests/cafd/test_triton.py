@@ -14,18 +14,12 @@ from dsct_kernels import cafd_loss, channel_attention_map
 from dsct_kernels.cafd import reference, triton
 from dsct_kernels.cafd.triton import Config, Tile
 from tests.conftest import DEVICES
-from tests.helpers import LAYOUTS, strided_copy
+from tests.helpers import LAYOUTS, check_no_wait_a_side_stream_and_a_graph, strided_copy, waiting_is_an_error
 from tests.oracle import assert_as_good_as_reference, check_cafd, features
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
-def device(request: pytest.FixtureRequest) -> str:
-    """A GPU where there is one, else the interpreter's CPU."""
-    return request.param
 
 
 def temperatures(channel: float = 1.0, spatial: float = 1.0) -> Tensor:
@@ -195,28 +189,9 @@ def test_no_host_sync_graph_capture_and_side_stream(layout):
         loss = cafd_loss(student, teacher, backend="triton")
         return loss.detach(), torch.autograd.grad(loss, student)[0]
 
-    expected = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        again = step()
+    check_no_wait_a_side_stream_and_a_graph(step, student)
+    with waiting_is_an_error():
         cafd_loss(student, teacher[:, :, ::2], backend="triton").backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        aside = step()
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(aside, expected, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        student.mul_(0.5)
-    graph.replay()
-    fresh = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
 
 
 @pytest.mark.gpu

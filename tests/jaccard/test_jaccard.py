@@ -427,7 +427,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(layout: str) -> None
 def test_opcheck(dtype: torch.dtype, needs_grad: bool) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     teacher = logits(2, 5, 4, 6, dtype=dtype, seed=2)
-    share = torch.rand(2, 4, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    share = torch.rand(2, 4, 6, dtype=acc_dtype(teacher))
     temperature = torch.tensor([1.5], dtype=torch.float64)
     for layout in ("contiguous", "channels_last"):
         for v in (None, share):

@@ -16,7 +16,7 @@ from dsct_kernels.dtypes import acc_dtype
 from dsct_kernels.tnkd import reference
 from dsct_kernels.tnkd.objective import MEAN, NONE, SUM, Objective
 
-from ..helpers import LAYOUTS, before_a_forbidden_page, strided_copy
+from ..helpers import LAYOUTS, check_nothing_is_read_past_the_end, strided_copy
 from ..oracle import assert_as_good_as_reference, learnt, relative_error
 
 pytestmark = pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
@@ -111,7 +111,7 @@ ALONE: dict[str, Any] = dict(tckd_weight=0.0, nckd_weight=0.0, temperature=3.0) 
 def test_cross_entropy_alone(layout: str, dtype: torch.dtype, reduction: int) -> None:
     for shape in (2, 6, 5, 24), (1, 48, 3, 21), (2, 150, 40), (33, 7):
         student, target = logits(*shape, dtype=dtype), labels(shape[0], *shape[2:], classes=shape[1])
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        acc = acc_dtype(student)
         weight = torch.linspace(0, 2, shape[1], dtype=acc)
         own = strided_copy(student, layout)
         got = native(own, own, target, class_weight=weight, reduction=reduction, **ALONE)
@@ -538,14 +538,9 @@ def test_many_classes_channels_last(classes: int, dtype: torch.dtype, temperatur
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_nothing_is_read_past_the_end(classes: int, layout: str, dtype: torch.dtype) -> None:
-    # The logits end where a page ends, and the next one must not be touched: a crash of this test is its failure.
-    shape = (1, classes, 5, 23)
-    format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    values = [logits(*shape, dtype=dtype, seed=seed).contiguous(memory_format=format) for seed in (0, 2)]
+    networks = (strided_copy(logits(1, classes, 5, 23, dtype=dtype, seed=seed), layout) for seed in (0, 2))
     target = labels(1, 5, 23, classes=classes)
-    at_the_end = [before_a_forbidden_page(x) for x in values]
-    for a, b in zip(native(*at_the_end, target), native(*values, target)):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    check_nothing_is_read_past_the_end(lambda s, t: native(s, t, target), *networks)
 
 
 def test_expanded_inputs() -> None:

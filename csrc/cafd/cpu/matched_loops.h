@@ -23,7 +23,7 @@ namespace dsct {
 namespace DSCT_ISA {
 namespace {
 
-constexpr double kInfinity = __builtin_inf(), kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kInfinity = __builtin_inf();
 
 template <class A>
 struct Matched {
@@ -43,7 +43,7 @@ struct Matched {
   static int64_t pitch_c(int64_t C) { return round_up(C, 16); }
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  static S k_of(const MatchedMaps& m) { return static_cast<S>(kLog2e / m.temperature); }
+  static S k_of(const MatchedMaps& m) { return static_cast<S>(std::numbers::log2e / m.temperature); }
 
   // 2^(k x) for x <= 0. The product less a whole number: the fma makes that exact.
   struct Exponential {
@@ -461,7 +461,7 @@ struct Matched {
         size = size + at(b, kStrength, c);
       }
       // The log of the ratio, not a difference of two logs: it keeps its digits where the networks agree.
-      W divergence = D::fma(cross / zt, k * D::set1(kLn2), log<D>(zs / zt));
+      W divergence = D::fma(cross / zt, k * D::set1(std::numbers::ln2), log<D>(zs / zt));
       const typename D::M dead_t = D::eq(zt, zero), dead_s = D::eq(zs, zero);
       divergence = D::select(D::both(dead_s, D::eq(zt, zt)), D::set1(kInfinity), divergence);
       divergence = D::select(dead_t, zs - zs, divergence);  // 0, or the NaN that the student has

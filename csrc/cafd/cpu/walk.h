@@ -73,7 +73,7 @@ struct Walk {
   struct Exponential {
     V k, lowest;
     DSCT_INLINE Exponential of(const Side& side) {
-      const double k = 1.4426950408889634 / side.spatial_temperature;
+      const double k = std::numbers::log2e / side.spatial_temperature;
       return {A::set1(static_cast<S>(k)), A::set1(static_cast<S>(Coefficients<A>::exp2_low / k))};
     }
     __attribute__((always_inline)) V operator()(V v, V max) const {

@@ -87,23 +87,20 @@ DSCT_INLINE void exponentials(const JaccardArgs& args, Scratch<A>& s, int v, int
   const int64_t classes = args.classes;
   S* student = s.student + lane * classes;
   S* teacher = s.teacher + lane * classes;
-  const int shares = block / A::N;
-  int share = int((shares - v * classes % shares) % shares);  // classes until the next one to ask for
-  const int64_t first_asked = (v * classes + shares - 1) / shares;
-  Ahead ahead_s = ahead<A>(args.student, s.at_student, block, classes, first_asked);
-  Ahead ahead_t = ahead<A>(args.teacher, s.at_teacher, block, classes, first_asked);
+  Share share = Share::of(v, block / A::N, classes);
+  Ahead ahead_s = ahead<A>(args.student, s.at_student, block, classes, share.first);
+  Ahead ahead_t = ahead<A>(args.teacher, s.at_teacher, block, classes, share.first);
   const V zero = A::set1(0), weight = A::load(s.share + lane);
   const typename A::M counts = A::ne(weight, zero);
   // Nothing but -inf: -inf less -inf is NaN, as it has to be.
   const V max_s = A::load(s.max_s + lane), max_t = A::load(s.max_t + lane);
-  const V to_exp2 = A::set1(S(1.4426950408889634074 / args.temperature));
+  const V to_exp2 = A::set1(S(std::numbers::log2e / args.temperature));
   V sum_s = zero, sum_t = zero;
   for (int64_t begin = 0; begin < classes; begin += kPartial) {
     const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
     V part_s = zero, part_t = zero;
     for (int64_t c = begin; c < end; c++) {
-      if (share-- == 0) {
-        share = shares - 1;
+      if (share.due()) {
         ahead_s.ask();
         ahead_t.ask();
       }

@@ -111,10 +111,9 @@ template <class A, Ce mode, class T>
 DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) {
   typedef typename A::S S;
   typedef typename A::V V;
-  const double log2e = 1.4426950408889634074;
   const int64_t classes = args.classes, whole = classes / A::N * A::N, pitch = row_pitch<A>(classes);
   const int left = int(classes - whole);
-  const V to_exp2 = A::set1(S(log2e / (mode == Ce::kAlone ? 1 : args.temperature)));
+  const V to_exp2 = A::set1(S(std::numbers::log2e / (mode == Ce::kAlone ? 1 : args.temperature)));
   Across<A> sum_s, sum_t, sum_ce, cross;
   for (int i = 0; i < A::N; i++) {
     PixelSums<A> total = PixelSums<A>::none();
@@ -157,7 +156,7 @@ DSCT_INLINE void sum_rows(const TnkdArgs& args, Scratch<A>& s, int lane, int n) 
   A::store(s.sum_s + lane, all_s);
   A::store(s.sum_t + lane, across(sum_t, Add<A>()));
   A::store(s.sum_ce + lane, mode == Ce::kShared || mode == Ce::kAlone ? all_s : across(sum_ce, Add<A>()));
-  A::store(s.cross + lane, across(cross, Add<A>()) * A::set1(S(1 / log2e)));
+  A::store(s.cross + lane, across(cross, Add<A>()) * A::set1(S(std::numbers::ln2)));
 }
 
 // The gradient of the n pixels from `lane` on, as rows of K in `out`. What the last vector of a row writes past its end

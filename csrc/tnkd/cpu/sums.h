@@ -56,7 +56,7 @@ struct Exponentials {
     A::store(teacher + at, e_t);
     if constexpr (mode == Ce::kSquare) sums.ce = A::fma(e_s, e_s, sums.ce);
     if constexpr (mode == Ce::kOwn) {
-      const V e_ce = A::keep(others, exp2_nonpositive<A>(x_s * A::set1(typename A::S(1.4426950408889634074))));
+      const V e_ce = A::keep(others, exp2_nonpositive<A>(x_s * A::set1(typename A::S(std::numbers::log2e))));
       sums.ce = sums.ce + e_ce;
       A::store(ce + at, e_ce);
     }
@@ -67,16 +67,13 @@ template <class A, Ce mode>
 DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, int block) {
   typedef typename A::S S;
   typedef typename A::V V;
-  const double log2e = 1.4426950408889634074;
   const int lane = v * A::N;
   const int64_t classes = args.classes;
   S* student = scratch.student + lane * classes;
   S* teacher = scratch.teacher + lane * classes;
-  const int shares = block / A::N;
-  int share = int((shares - v * classes % shares) % shares);  // classes until the next one to ask for
-  const int64_t first_asked = (v * classes + shares - 1) / shares;
-  Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, classes, first_asked);
-  Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, classes, first_asked);
+  Share share = Share::of(v, block / A::N, classes);
+  Ahead ahead_s = ahead<A>(args.student, scratch.at_student, block, classes, share.first);
+  Ahead ahead_t = ahead<A>(args.teacher, scratch.at_teacher, block, classes, share.first);
   const bool has_teacher = mode != Ce::kAlone || !args.same;
   const V zero = A::set1(0), one = A::set1(1), infinity = A::set1(S(__builtin_inf()));
   const V label = A::load(scratch.label + lane);
@@ -85,16 +82,15 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
   max_s = A::select(A::eq(max_s, -infinity), zero, max_s);  // every other class absent
   max_t = A::select(A::eq(max_t, -infinity), zero, max_t);
   const double temperature = mode == Ce::kAlone ? 1 : args.temperature;
-  const Exponentials<A, mode> to = {A::set1(S(log2e / temperature)), max_s,      max_t, student, teacher,
-                                    scratch.ce + lane * classes,     has_teacher};
+  const V to_exp2 = A::set1(S(std::numbers::log2e / temperature));
+  const Exponentials<A, mode> to = {to_exp2, max_s, max_t, student, teacher, scratch.ce + lane * classes, has_teacher};
   PixelSums<A> total = PixelSums<A>::none();
   V k = zero;
   for (int64_t begin = 0; begin < classes; begin += kPartial) {
     const int64_t end = begin + kPartial < classes ? begin + kPartial : classes;
     PixelSums<A> part = PixelSums<A>::none();
     for (int64_t c = begin; c < end; c++, k = k + one) {
-      if (share-- == 0) {
-        share = shares - 1;
+      if (share.due()) {
         ahead_s.ask();
         if (has_teacher) ahead_t.ask();
       }
@@ -108,7 +104,7 @@ DSCT_INLINE void sum_classes(const TnkdArgs& args, Scratch<A>& scratch, int v, i
   A::store(scratch.sum_s + lane, total.s);
   A::store(scratch.sum_t + lane, total.t);
   A::store(scratch.sum_ce + lane, mode == Ce::kShared || mode == Ce::kAlone ? total.s : total.ce);
-  A::store(scratch.cross + lane, total.cross * A::set1(S(1 / log2e)));
+  A::store(scratch.cross + lane, total.cross * A::set1(S(std::numbers::ln2)));
 }
 
 }  // namespace

@@ -2,13 +2,14 @@
 #pragma once
 
 #include <limits>
+#include <numbers>
 
 #include "labels.cuh"
 #include "tnkd/pixel_math.h"
 
 namespace dsct::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = std::numbers::log2e_v<float>;
 
 // The numbers every pixel needs, in the accumulation dtype.
 template <typename A>
@@ -32,7 +33,7 @@ DSCT_HOST_DEVICE void set_numbers(Terms<A>& terms, double ce_weight, double tckd
   terms.tckd_weight = static_cast<A>(tckd_weight);
   terms.nckd_weight = static_cast<A>(nckd_weight);
   terms.temperature = static_cast<A>(temperature);
-  terms.log2_scale = static_cast<A>(1.4426950408889634074 / temperature);
+  terms.log2_scale = static_cast<A>(std::numbers::log2e / temperature);
 }
 
 // Numbers on the device were seen by nobody yet: what the host refuses makes every loss NaN here.
@@ -101,10 +102,10 @@ struct OneNumber {
   }
   // With what x log2(e) rounds away: at x = -40 that is 2e-6 of the result.
   static DSCT_DEVICE A exp_nonpositive(A x) {
-    constexpr A kLog2E = A(1.4426950408889634074), kRest = A(1.4426950408889634074 - double(kLog2E));
+    constexpr A kLog2E = A(std::numbers::log2e), kRest = A(std::numbers::log2e - double(kLog2E));
     const A t = x * kLog2E, e = exp2_fast(t);
     const A lost = ::fabs(x) < infinity<A>() ? std::fma(x, kLog2E, -t) + x * kRest : A(0);
-    return std::fma(e * lost, A(0.69314718055994530942), e);
+    return std::fma(e * lost, A(std::numbers::ln2), e);
   }
   static DSCT_DEVICE A log_normal(A x) { return cuda::log_normal(x); }
 };
@@ -115,7 +116,7 @@ template <typename A>
 DSCT_DEVICE void judge_pixel(const PixelSums<A>& z, int y, const Terms<A>& terms, const A* class_weight, A kd_norm,
                              A ce_norm, PixelLoss<A>& loss, PixelGrad<A>& grad) {
   using Math = OneNumber<A>;
-  constexpr A kLn2 = A(0.69314718055994530942), kLog2E = A(1.4426950408889634074);
+  constexpr A kLn2 = A(std::numbers::ln2), kLog2E = A(std::numbers::log2e);
   loss = {0, 0, 0};
   grad = {0, 0, 0, 0};
   if (y >= 0) {
