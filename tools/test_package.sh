@@ -5,6 +5,7 @@
 set -euo pipefail
 python=$1 torch_build=$2 torches=$3 extras=$4
 shift 4
+tests=("$@")
 repo=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -39,7 +40,7 @@ PY
 
     echo "== the tests of the sdist under $torch, with the extras $extras"
     "$work/run/bin/pip" install --quiet "${wheel[0]}[$extras]" "$torch"
-    "$work/run/bin/python" -m pytest "$@"
+    "$work/run/bin/python" -m pytest "${tests[@]}"
 }
 
 "$repo/tools/build_wheel.sh" "$python" "$torch_build" "$work/dist"
