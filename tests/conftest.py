@@ -27,6 +27,10 @@ def pytest_configure() -> None:
         compute_bfloat16_as_a_gpu_does()
 
 
+def marks_on(device: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] if device == "cuda" else []
+
+
 def backends_on(device: str) -> list[str]:
     """The backends that serve tensors of this device here."""
     from dsct_kernels.tnkd import native, triton
@@ -35,21 +39,18 @@ def backends_on(device: str) -> list[str]:
     return ["reference", *(name for name, m in (("native", native), ("triton", triton)) if m.why_not(x) is None)]
 
 
-@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
-def device(request: pytest.FixtureRequest) -> str:
-    """Without a `backend`: a GPU where there is one, else the CPU, as of Triton's interpreter."""
-    return request.param
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `device` and `backend` runs for every pair that can serve a call here, on cuda marked gpu."""
+    """A test that takes `device` and `backend` runs for every pair that can serve a call here, on cuda marked gpu.
+
+    One that takes `device` alone, and does not say which: on a GPU where there is one, else on the CPU.
+    """
     if {"device", "backend"} <= set(metafunc.fixturenames):
-        pairs = [
-            pytest.param(d, b, id=f"{d}-{b}", marks=[pytest.mark.gpu] if d == "cuda" else [])
-            for d in DEVICES
-            for b in backends_on(d)
-        ]
+        pairs = [pytest.param(d, b, id=f"{d}-{b}", marks=marks_on(d)) for d in DEVICES for b in backends_on(d)]
         metafunc.parametrize("device,backend", pairs)
+    elif "device" in metafunc.fixturenames and not any(
+        "device" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    ):
+        metafunc.parametrize("device", [pytest.param(DEVICES[-1], marks=marks_on(DEVICES[-1]))])
 
 
 # What takes longest, begun first, so that no worker ends alone with one of them. With --dist loadgroup, what shares
