@@ -37,7 +37,8 @@ LOWRES_SHAPES = [
 # teacher's where they differ
 SHAPES = {
     **{loss: [*LOWRES_SHAPES, LOWRES_SMALL] for loss in LOWRES},
-    "lowres-kd": [shape for shape in LOWRES_SHAPES if shape.endswith("x128x128")],  # the kernels of lowres-tnkd
+    # the kernels of lowres-tnkd
+    "lowres-kd": [*(f"{batch}x128x128" for batch in ("4x6", "2x19", "1x150")), LOWRES_SMALL],
     "tnkd": ["4x6x512x512", "2x19x512x512", "1x150x512x512", "128x100x1x1"],
     "kd": ["4x6x512x512", "2x19x512x512", "1x150x512x512"],
     "cafd": ["4x512x64x64", "4x256x128x128", "8x64x32x32"],

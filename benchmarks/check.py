@@ -63,7 +63,7 @@ THRESHOLDS = [
     # 2-core CPU with AVX-512 and with AVX2, fp32, logits smaller than the labels
     *(
         Threshold("cpu", loss, shapes, ("fp32",), figure, relation, value)
-        for loss in ("lowres", "lowres-tnkd")
+        for loss in ("lowres", "lowres-tnkd", "lowres-kd")
         for shapes, figure, relation, value in [
             (LOWRES_FEW, "x beforehand", AT_LEAST, 5),
             (LOWRES_MANY, "x beforehand", AT_LEAST, 10),
@@ -98,6 +98,11 @@ THRESHOLDS = [
     Threshold("cpu", "tnkd", MANY, ("fp32",), "x compile", AT_LEAST, 12),
     Threshold("cpu", "tnkd", MANY, ("fp32",), "x floor", AT_MOST, 4),
     Threshold("cpu", "tnkd", FEW + MANY, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
+    Threshold("cpu", "kd", FEW, ("fp32",), "x eager", AT_LEAST, 5),  # F.kl_div is lighter than TNKD's reference
+    Threshold("cpu", "kd", FEW, ("fp32",), "x compile", AT_LEAST, 3),
+    Threshold("cpu", "kd", MANY, ("fp32",), "x eager", AT_LEAST, 10),
+    Threshold("cpu", "kd", MANY, ("fp32",), "x compile", AT_LEAST, 6),
+    Threshold("cpu", "kd", FEW + MANY, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
     Threshold("cpu", "cafd", CAFD, ("fp32",), "x eager", AT_LEAST, 10),
     Threshold("cpu", "cafd", CAFD, ("fp32",), "x compile", AT_LEAST, 4),
     Threshold("cpu", "cafd", CAFD, ("fp32",), "extra memory in student tensors", AT_MOST, ONE_TENSOR),
