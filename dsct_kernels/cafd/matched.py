@@ -11,7 +11,7 @@ from ..checks import Reduction
 from ..module import LossModule, keywords_of
 from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, positive, positive_or_none
-from . import matched_native, reference
+from . import matched_native, matched_triton, reference
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class MatchedBackend(backends.Backend):
 BACKENDS = (
     MatchedBackend("reference", backends.always, reference.matched_cafd),
     MatchedBackend("native", matched_native.why_not, matched_native.matched_cafd),
+    MatchedBackend("triton", matched_triton.why_not, matched_triton.matched_cafd),
 )
 
 

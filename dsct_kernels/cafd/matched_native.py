@@ -3,11 +3,14 @@
 from torch import Tensor
 
 from .. import values
-from ..backends import why_not_native
+from ..backends import NATIVE_MISSING, why_not_native
 from ..values import Number
 from . import matched_op
 
 __all__ = ["matched_cafd", "why_not"]
+
+if NATIVE_MISSING is None:
+    _ops = matched_op.register("")
 
 
 def why_not(*tensors: Tensor) -> str | None:
@@ -28,4 +31,4 @@ def matched_cafd(
     uniform = channel_temperature is None
     pair = (1.0 if channel_temperature is None else channel_temperature, temperature)
     temperatures = values.packed(pair, student.device)
-    return matched_op.call(student, teacher, mask, temperatures, uniform, reduction)
+    return matched_op.call(_ops, student, teacher, mask, temperatures, uniform, reduction)

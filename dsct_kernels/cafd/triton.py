@@ -46,7 +46,7 @@ class Config:
     rows: int  # channels a program of row_backward_kernel takes, one after the other
 
 
-def _fit(tile: Tile, channels: int, positions: int, positions_adjacent: bool) -> Tile:
+def fit(tile: Tile, channels: int, positions: int, positions_adjacent: bool) -> Tile:
     """The tile no larger than the tensor; what one dimension leaves free goes to the other."""
     c, p, size = tile.channels, tile.positions, tile.channels * tile.positions
     most_c, most_p = next_power_of_2(channels), max(16 if positions_adjacent else 1, next_power_of_2(positions))
@@ -71,7 +71,7 @@ def choose(channels: int, positions: int, itemsize: int, positions_adjacent: boo
         maps = Tile(64 * wide, 16, 4, unroll=2)
         write = Tile(64 * wide, 32, 4)
     rows = 1 if positions <= 1024 else 4
-    stats, maps, write = (_fit(t, channels, positions, positions_adjacent) for t in (stats, maps, write))
+    stats, maps, write = (fit(t, channels, positions, positions_adjacent) for t in (stats, maps, write))
     return Config(stats, maps, write, rows)
 
 
@@ -85,7 +85,7 @@ def candidates(channels: int, positions: int, itemsize: int, positions_adjacent:
                 if lanes > size:
                     continue
                 shape = (size // lanes, lanes) if positions_adjacent else (lanes, size // lanes)
-                tile = _fit(Tile(*shape, warps), channels, positions, positions_adjacent)
+                tile = fit(Tile(*shape, warps), channels, positions, positions_adjacent)
                 found.append(replace(base, write=tile))
                 for unroll in (1, 2, 4):
                     found.append(replace(base, stats=replace(tile, unroll=unroll)))
@@ -96,7 +96,7 @@ def candidates(channels: int, positions: int, itemsize: int, positions_adjacent:
 # ------------------------------------------------------------------------------------------------- the launches
 
 
-class _Network:
+class Network:
     """One network's features as the kernels see them: sizes, strides, tiles."""
 
     def __init__(self, x: Tensor, config: Config | None) -> None:
@@ -146,7 +146,7 @@ def stats_row(channels: int, positions: int) -> int:
 _results = op.Results(stats_row)
 
 
-class _Temperatures:
+class Temperatures:
     """As the kernels take them: numbers, where they lie on the CPU, else where they are, and the host is not asked.
 
     `by_pointer` makes that choice by itself: the interpreter's tensors all lie on the CPU.
@@ -161,7 +161,7 @@ class _Temperatures:
         self.scale = LOG2_E / self.spatial
 
 
-def _attend(networks: list[_Network], temperatures: _Temperatures, maps: bool) -> tuple[list[Tensor], list[Any]]:
+def _attend(networks: list[Network], temperatures: Temperatures, maps: bool) -> tuple[list[Tensor], list[Any]]:
     """stats of each network (A is its first part) and, if `maps`, the maps by themselves: three launches for both."""
     from . import triton_kernels as kernels
 
@@ -213,9 +213,9 @@ def forward(
     per_sample = loss if reduction == 0 else loss.new_empty([samples])
     same = student.shape[2:] == teacher.shape[2:]
     with on_device(student):
-        s = _Network(student, configs[0] if configs else None)
-        t = _Network(teacher, configs[1] if configs else None)
-        (stats, stats_t), maps = _attend([s, t], _Temperatures(temperatures, by_pointer), maps=not same)
+        s = Network(student, configs[0] if configs else None)
+        t = Network(teacher, configs[1] if configs else None)
+        (stats, stats_t), maps = _attend([s, t], Temperatures(temperatures, by_pointer), maps=not same)
         map_s, map_t, row_s, row_t = stats, stats_t, s.row, t.row
         positions, pooled_grad = s.positions, grad_map if needs_grad else None
         if not same:  # the maps are tiny: pooled in float64 by matrix products, both ways in a fixed order
@@ -250,7 +250,7 @@ def map_forward(features: Tensor, temperatures: Tensor, config: Config | None = 
     if features.shape[0] == 0:
         return _results.attention_map(features, temperatures)
     with on_device(features):
-        stats, maps = _attend([_Network(features, config)], _Temperatures(temperatures, by_pointer), maps=True)
+        stats, maps = _attend([Network(features, config)], Temperatures(temperatures, by_pointer), maps=True)
     return maps[0], stats[0]
 
 
@@ -262,9 +262,9 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
     grad = torch.empty_like(features)
     if features.shape[0] == 0:
         return grad
-    x, g = _Network(features, config), _Network(grad, config)
+    x, g = Network(features, config), Network(grad, config)
     grad_map = grad_map.contiguous()
-    t = _Temperatures(temperatures, by_pointer)
+    t = Temperatures(temperatures, by_pointer)
     acc = x.acc()
     with on_device(features):
         centered, products = torch.empty_like(grad_map), stats.new_empty([x.samples, 2])

@@ -10,7 +10,7 @@ from .. import backends
 from ..module import LossModule, keywords_of
 from ..pool import overlaid
 from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, positive
-from . import native, reference
+from . import native, reference, triton
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class JaccardBackend(backends.Backend):
 BACKENDS = (
     JaccardBackend("reference", backends.always, reference.jaccard),
     JaccardBackend("native", native.why_not, native.jaccard),
+    JaccardBackend("triton", triton.why_not, triton.jaccard),
 )
 
 

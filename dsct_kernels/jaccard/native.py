@@ -9,6 +9,9 @@ from . import op
 
 __all__ = ["jaccard", "why_not"]
 
+if NATIVE_MISSING is None:
+    _ops = op.register("")
+
 
 def why_not(*tensors: Tensor) -> str | None:
     """Why the native backend cannot serve these tensors, or None where it can."""
@@ -21,4 +24,4 @@ def why_not(*tensors: Tensor) -> str | None:
 def jaccard(student_logits: Tensor, teacher_logits: Tensor, share: Tensor | None, temperature: Number) -> Tensor:
     """The loss; the arguments are reference.jaccard's."""
     packed = values.packed((temperature,), student_logits.device)
-    return op.call(student_logits, teacher_logits.detach(), share, packed)
+    return op.call(_ops, student_logits, teacher_logits.detach(), share, packed)

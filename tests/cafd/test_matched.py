@@ -484,7 +484,6 @@ def test_empty_batch(backend: str, reduction: str, teacher_size: tuple[int, int]
         (dict(channel_temperature=-1), ValueError, "channel_temperature: expected a finite number > 0, got -1"),
         (dict(reduction="all"), ValueError, "reduction: expected 'none', 'mean' or 'sum', got 'all'"),
         (dict(backend="fast"), ValueError, "backend: expected one of"),
-        (dict(backend="triton"), RuntimeError, "backend='triton' cannot serve this call: .*no Triton kernel"),
     ],
     ids=str,
 )

@@ -115,7 +115,7 @@ def test_splits_of_the_positions(device, programs, monkeypatch):
     monkeypatch.setattr(triton, "ENOUGH_PROGRAMS", programs)
     student, teacher = features(device, (1, 2, 9, 5), scale=40.0)
     config = Config(Tile(2, 8, 1), Tile(2, 8, 1), Tile(2, 8, 1), rows=1)
-    assert triton._Network(student, config).splits == (1 if programs == 1 else 6)
+    assert triton.Network(student, config).splits == (1 if programs == 1 else 6)
     check(student, teacher, config)
 
 
