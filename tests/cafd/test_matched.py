@@ -34,7 +34,9 @@ def run(
     return learnt(loss_of, student, lambda loss: torch.ones_like(loss) * upstream)
 
 
-def compare(student: Tensor, teacher: Tensor, layout: str = "contiguous", **options: Any) -> None:
+def compare(
+    student: Tensor, teacher: Tensor, layout: str = "contiguous", backend: str = "native", **options: Any
+) -> None:
     """The error rule, on loss and gradient.
 
     The reference may hit a number by luck. What is always allowed: two roundings of 1, of which KL is a difference
@@ -42,7 +44,7 @@ def compare(student: Tensor, teacher: Tensor, layout: str = "contiguous", **opti
     the channels' strength, which is a lot where the temperatures are small.
     """
     student, teacher = laid_out(student, layout), laid_out(teacher, layout)
-    got, same, truth = three(run, student, teacher, "native", **options)
+    got, same, truth = three(run, student, teacher, backend, **options)
     what = f"of {tuple(student.shape)} {student.dtype} {layout} {options}"
     acc = acc_dtype(student, teacher)
     assert got[0].dtype == acc and got[1].dtype == student.dtype

@@ -94,11 +94,12 @@ def compare(
     target: Tensor | None,
     layout: str = "contiguous",
     temperature: float = 1.0,
+    backend: str = "native",
 ) -> None:
     """The error rule, on loss and gradient."""
     arguments = dict(temperature=temperature, ignore_index=255)
     laid_out = [strided_copy(x, layout) for x in (student, teacher)]
-    got, same, truth = three(run, *laid_out, target, "native", **arguments)
+    got, same, truth = three(run, *laid_out, target, backend, **arguments)
     assert got[1].dtype == student.dtype
     assert layout == "sliced" or got[1].stride() == laid_out[0].stride()
     what = f"of {tuple(student.shape)} {student.dtype} {layout} {arguments}"
