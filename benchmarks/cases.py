@@ -50,9 +50,9 @@ SHAPES_CUDA = {  # added on a GPU: batch 16 of the large ones
     "tnkd": ["16x6x512x512", "16x19x512x512", "16x150x512x512"],
     "kd": [],
     "cafd": ["16x512x64x64", "16x256x128x128"],
-    "matched": [],
+    "matched": ["16x6x128x128", "16x150x128x128"],
     "dsct": ["16x19x512x512+16x512x64x64"],
-    "jaccard": [],
+    "jaccard": ["16x19x128x128", "16x150x128x128"],
     **{loss: [] for loss in LOWRES},
 }
 SHAPES_QUICK = {
@@ -206,7 +206,7 @@ def make_cases(
     layouts = layouts or (LAYOUTS[:1] if quick else LAYOUTS)
     cases = []
     for loss in losses:
-        if loss in ("matched", "jaccard", *LOWRES) and device == "cuda" and not shapes:
+        if loss in LOWRES and device == "cuda" and not shapes:
             continue  # no kernel there: nothing to compare
         # dsct and lowres are what a training step calls, always with its gradient
         in_phases = phases or ([FORWARD_BACKWARD] if quick or loss in ("dsct", *LOWRES) else PHASES)

@@ -1,10 +1,10 @@
 """ESTIMATES, with no GPU, what one could at best do for each of the benchmark's GPU cases. No kernel is run or timed.
 
 Floor time is bytes / bandwidth: once for the bytes that must move, once for those a backend's kernels ask for, as if no
-cache served a second read. Issue time is what the instructions of TNKD's kernel take, Triton's with loops by the number
-of their trips, CUDA's of planes (tools/inspect/nvcc.py), where each of a multiprocessor's four schedulers issues one in
-every cycle. At most: the share of the bandwidth that floor is of the longer of asked and issue. The tail is the one
-program that adds Triton's partial sums, trip after trip. From these the share of a copy's bandwidth that is to be
+cache served a second read. Issue time is what the instructions of all kernels but CAFD's of features take, Triton's
+with loops by the number of their trips, CUDA's of planes (tools/inspect/nvcc.py), where each of a multiprocessor's four
+schedulers issues one in every cycle. At most: the share of the bandwidth that floor is of the longer of asked and
+issue. The tail is the one program that adds TNKD's partial sums in Triton, trip after trip. From these the share of a copy's bandwidth that is to be
 expected of Triton: each kernel takes as long as the root of two squares, since neither hides the other wholly: its
 bytes at COPY of the data sheet's bandwidth, its instructions at ISSUED of the schedulers' rate; and LAUNCH_US more. All
 of that is assumed. Occupancy is worked out from what ahead-of-time compilation (Triton's, and nvcc where there is one)
@@ -41,7 +41,9 @@ from torch import Tensor
 
 from benchmarks.cases import DTYPES, FORWARD_BACKWARD, IGNORE_INDEX, LAYOUTS, PHASES, Case, make_cases
 from dsct_kernels import triton_common
+from dsct_kernels.cafd import matched_triton as matched
 from dsct_kernels.cafd import triton as cafd
+from dsct_kernels.jaccard import triton as jaccard
 from dsct_kernels.tnkd import triton as tnkd
 from dsct_kernels.tnkd.objective import Objective
 from tools.inspect import nvcc
@@ -50,7 +52,7 @@ from tools.inspect.cuda_host import harness
 
 NOTE = "ESTIMATE, not a measurement: nothing was run on a GPU"
 BACKENDS = ("native", "triton")
-LOSSES = ("tnkd", "cafd", "dsct")  # those with kernels for a GPU
+LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct")  # those with kernels for a GPU
 GPUS = {  # data sheet: GB/s, compute capability, multiprocessors; highest clock in GHz
     "a100": ("A100 80GB SXM", 2039, 80, 108, 1.41),
     "rtx4090": ("RTX 4090", 1008, 89, 128, 2.52),
@@ -142,16 +144,28 @@ def sizes_of(case: Case) -> tuple[int, int, int]:
 def launches_of(case: Case, multiprocessors: int = 132) -> list[Launch]:
     """The launches that the Triton backend makes for a case."""
     backward = case.phase == FORWARD_BACKWARD
-    with recorded(tnkd, cafd, multiprocessors=multiprocessors) as launches:
-        if case.logits:
+    with recorded(tnkd, cafd, matched, jaccard, multiprocessors=multiprocessors) as launches:
+        if case.logits and case.loss not in ("matched", "jaccard"):
             target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
             logits = empty(case.logits, case)
             objective = Objective(1.0, 2.0, 2.0, IGNORE_INDEX, ce_weight=1.0 if case.loss == "dsct" else None)
             packed = objective.packed(target, torch.device("cpu"))
             tnkd.forward(logits, logits, target, *packed, backward, by_pointer=False)
+        temperatures = torch.ones(2, dtype=torch.float64)
+        if case.logits and case.loss in ("matched", "jaccard", "dsct"):
+            logits = empty(case.logits, case)
+            share = torch.empty((case.logits[0], *case.logits[2:]), device="meta")
+            mask = share.unsqueeze(1) > 0
+            if case.loss != "jaccard":
+                loss, stats = matched.forward(logits, logits, mask, temperatures, False, 1, by_pointer=False)
+                if backward:
+                    matched.backward(logits, logits, mask, stats, temperatures, loss, 1, by_pointer=False)
+            if case.loss != "matched":
+                _, coefficients = jaccard.forward(logits, logits, share, temperatures[:1], by_pointer=False)
+                if backward:
+                    jaccard.backward(logits, logits, share, temperatures[:1], coefficients, by_pointer=False)
         if case.features:
             features = empty(case.features, case)
-            temperatures = torch.ones(2, dtype=torch.float64)
             _, grad_map, stats = cafd.forward(features, features, temperatures, 1, backward, by_pointer=False)
             if backward:
                 cafd.map_backward(features, grad_map, stats, temperatures, by_pointer=False)
@@ -165,20 +179,31 @@ def bytes_of(case: Case, launch: Launch) -> int:
         return labels
     if name == "tnkd_kernel":
         return 2 * logits + labels + (logits if launch.constants["NEEDS_GRAD"] else 0)
+    cells = labels // torch.int64.itemsize  # a mask's byte or a share's four
+    maps = {"matched_part_kernel": 2 * logits + cells, "matched_write_kernel": 3 * logits + cells,
+            "jaccard_sums_kernel": 2 * logits + 4 * cells, "jaccard_write_kernel": 3 * logits + 4 * cells}  # fmt: skip
+    if name in maps:
+        return maps[name]
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"row_stats_kernel": 2, "maps_kernel": 2, "row_backward_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
     return times.get(name, 0) * features
 
 
 def trips_of(launch: Launch) -> float | None:
-    """How often a program of TNKD's kernels takes its loop, on average; None for the others."""
+    """How often a program takes its loop, on average; None for CAFD's kernels."""
     name = launch.kernel.__name__
-    if name == "tnkd_kernel":
+    if name in ("tnkd_kernel", "jaccard_sums_kernel", "jaccard_write_kernel"):
         return float(launch.argument("tiles") / launch.programs)
     if name == "count_kernel":
         return float(launch.argument("total_blocks") / launch.programs)
     if name == "finish_kernel":
         return float(-(-launch.argument("num_programs") // launch.constants["BLOCK"]))
+    if name == "matched_part_kernel":
+        return float(launch.argument("span") / (launch.constants["POSITIONS"] * launch.constants["UNROLL"]))
+    if name == "jaccard_add_kernel":
+        return float(-(-launch.argument("programs") // launch.constants["ROWS"]))
+    if name in ("matched_join_kernel", "matched_write_kernel", "jaccard_finish_kernel"):
+        return 1.0  # no loop, or a few trips of it at most
     return None
 
 
@@ -201,6 +226,8 @@ class Triton:
             asked = bytes_of(case, launch)
             trips = trips_of(launch)
             issued = r.issued(trips) if trips is not None and len(r.loops) == 1 else None
+            if trips == 1:
+                issued = float(r.instructions)
             sizes = launch.programs, launch.warps, r.registers, r.spills, r.shared
             found.append(Kernel(name, *sizes, asked, seconds, issued, round(trips or 0) if launch.programs == 1 else 0))
         return found
@@ -217,7 +244,7 @@ def native_cases(case: Case) -> list[harness.Case]:
         return torch.empty((), device="meta")
 
     cases = []
-    if case.logits:
+    if case.logits and case.loss not in ("matched", "jaccard"):  # of which there is no CUDA kernel
         with_ce = case.loss == "dsct"
         target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
         outputs = {"loss": number(), "parts": torch.empty(3, device="meta"), "grad_scale": number()}
@@ -347,7 +374,7 @@ def print_estimates(result: dict[str, Any]) -> None:
     """Floor times of every case, then every kernel they launch, each once."""
     print(f"{NOTE}. {result['gpu']}, {result['bandwidth_gb_s']:g} GB/s, sm_{result['arch']}.")
     print("floor: bytes that must move; asked: bytes that the kernels ask for, some of which a cache will serve")
-    print("issue: the instructions of TNKD (of CUDA's in planes), none waiting for another")
+    print("issue: instructions, but of CAFD of features (of CUDA's TNKD in planes), none waiting for another")
     print("at most: the share of the bandwidth that floor is of the longer of asked and issue")
     print("tail: the sum of Triton's partial sums")
     print("expected: see --help; of copy: the bytes that must move, as a share of what a copy would move in that time")
@@ -413,9 +440,10 @@ def main() -> None:
             for backend in backends
         ]
         estimates = [
-            estimate(case, backend, kernels.kernels(case), bandwidth, arch, per_us)
+            estimate(case, backend, found, bandwidth, arch, per_us)
             for case in cases
             for backend, kernels in sources
+            if (found := kernels.kernels(case))
         ]
     result = {"note": NOTE, "gpu": name, "bandwidth_gb_s": bandwidth, "arch": arch, "estimates": estimates}
     print_estimates(result)

@@ -12,9 +12,11 @@ import torch
 
 from . import __version__, backends
 from .backends import Backend
+from .cafd import matched_triton
 from .cafd import triton as cafd_triton
 from .cafd.loss import BACKENDS as CAFD
 from .cafd.matched import BACKENDS as MATCHED
+from .jaccard import triton as jaccard_triton
 from .jaccard.loss import BACKENDS as JACCARD
 from .tnkd import triton as tnkd_triton
 from .tnkd.loss import BACKENDS as TNKD
@@ -96,7 +98,8 @@ def usable() -> None:
     print(
         "\nTriton compiles on the first call with a new combination of dtypes, layouts, classes or channels, or image "
         "size (another batch compiles nothing where H x W is a multiple of 128): at most "
-        f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd; "
+        f"{tnkd_triton.MOST_COMPILED} kernels for tnkd, {cafd_triton.MOST_COMPILED} for each stage of cafd, "
+        f"{matched_triton.MOST_COMPILED} for matched, {jaccard_triton.MOST_COMPILED} for jaccard; "
         "later calls and processes find them in its cache"
     )
 

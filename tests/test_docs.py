@@ -345,9 +345,19 @@ def test_every_page_is_in_the_site_and_it_builds_without_the_net_and_fetches_not
 @pytest.mark.parametrize(
     "name,backend",
     [
-        *itertools.product(["tnkd", "cafd", "attention_map", "attention_map_backward"], ["native", "triton"]),
-        ("matched_cafd", "native"),
-        ("matched_cafd_backward", "native"),
+        *itertools.product(
+            [
+                "tnkd",
+                "cafd",
+                "attention_map",
+                "attention_map_backward",
+                "matched_cafd",
+                "matched_cafd_backward",
+                "jaccard",
+                "jaccard_backward",
+            ],
+            ["native", "triton"],
+        ),
     ],
 )
 def test_the_page_of_the_ops_lists_the_arguments_and_results_that_they_have(name, backend):

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dsct_kernels import backends
+from dsct_kernels.cafd import matched_op
 from dsct_kernels.cafd import op as cafd_op
 from dsct_kernels.dtypes import acc_dtype
+from dsct_kernels.jaccard import op as jaccard_op
 from dsct_kernels.tnkd import op as tnkd_op
 from tests.helpers import pairs, strided_copy
 from tests.oracle import features, problem
@@ -16,7 +18,15 @@ TEMPERATURES = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
 @pytest.mark.skipif(backends.NATIVE_MISSING is not None, reason=str(backends.NATIVE_MISSING))
-@pytest.mark.parametrize("name,signature", [("tnkd", tnkd_op.SIGNATURE), *cafd_op.SIGNATURES.items()])
+@pytest.mark.parametrize(
+    "name,signature",
+    [
+        ("tnkd", tnkd_op.SIGNATURE),
+        *cafd_op.SIGNATURES.items(),
+        *matched_op.SIGNATURES.items(),
+        *jaccard_op.SIGNATURES.items(),
+    ],
+)
 def test_every_backend_has_the_signature_of_the_native_op(name, signature):
     """Triton's is a text in Python, since it registers without a native build; that of csrc/ops.cpp is what it says."""
     native, triton = (getattr(torch.ops.dsct_kernels, f"{name}{suffix}").default for suffix in ("", "_triton"))

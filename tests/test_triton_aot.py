@@ -19,7 +19,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 from dsct_kernels import triton_common
+from dsct_kernels.cafd import matched_triton as matched
 from dsct_kernels.cafd import triton as cafd
+from dsct_kernels.jaccard import triton as jaccard
 from dsct_kernels.tnkd import triton as tnkd
 from tools.inspect.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report, specialised
 
@@ -54,6 +56,19 @@ TNKD_CASES = list(MOST_INSTRUCTIONS)
 CAFD_CASES = [
     (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("contiguous", "channels_last")
 ]
+# The same of matched CAFD and Jaccard, 16 x K x 128 x 128 with ignored cells, a logit and a pixel: forward, backward.
+MOST_OF_MAPS = {
+    ("matched", 6, "contiguous", torch.float32): (62, 39),
+    ("matched", 6, "channels_last", torch.bfloat16): (87, 51),
+    ("matched", 150, "contiguous", torch.bfloat16): (41, 42),
+    ("matched", 150, "channels_last", torch.float32): (40, 42),
+    ("jaccard", 6, "contiguous", torch.bfloat16): (270, 230),
+    ("jaccard", 6, "channels_last", torch.float32): (235, 197),
+    ("jaccard", 19, "contiguous", torch.float32): (780, 740),
+    ("jaccard", 19, "channels_last", torch.bfloat16): (690, 780),
+    ("jaccard", 150, "contiguous", torch.bfloat16): (5900, 7600),
+    ("jaccard", 150, "channels_last", torch.float32): (4000, 4600),
+}
 CHIPS = [90, 80, 100]
 # The ops' numbers: the weights of cross-entropy, TCKD and NCKD and the temperature, ignore_index, CAFD's temperatures.
 NUMBERS, INDEX = torch.tensor([1.0, 1.0, 2.0, 2.0], dtype=torch.float64), torch.tensor(255)
@@ -233,6 +248,67 @@ def test_cafd(chip, dtype, layout):
     assert len(launches) == len(names) == (6 if layout == "contiguous" else 7)
 
 
+def map_launches(loss: str, student: Tensor, teacher: Tensor, masked: bool = True) -> list[Launch]:
+    """The launches of matched CAFD or of Jaccard, forward and backward; reduction mean."""
+    samples, _, *size = student.shape
+    device = student.device
+    module = matched if loss == "matched" else jaccard
+    with recorded(module) as launches:
+        if loss == "matched":
+            mask = torch.empty(samples, 1, *size, dtype=torch.bool, device=device) if masked else None
+            value, stats = matched.forward(student, teacher, mask, TEMPERATURES, False, 1, by_pointer=False)
+            matched.backward(student, teacher, mask, stats, TEMPERATURES, value, 1, by_pointer=False)
+        else:
+            wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+            share = torch.empty(samples, *size, dtype=wide, device=device) if masked else None
+            _, coefficients = jaccard.forward(student, teacher, share, TEMPERATURES[:1], by_pointer=False)
+            jaccard.backward(student, teacher, share, TEMPERATURES[:1], coefficients, by_pointer=False)
+    return launches
+
+
+def per_element(result: Report, launch: Launch, student: Tensor) -> float:
+    """Thread instructions of a launch, a logit of matched CAFD's maps or a pixel of Jaccard's."""
+    issued, per = float(result.instructions), student.numel()
+    if "tiles" in launch.kernel.arg_names:
+        issued, per = result.issued(launch.argument("tiles") / launch.programs), per // student.shape[1]
+    elif result.loops:
+        issued = result.issued(launch.argument("span") / (launch.constants["POSITIONS"] * launch.constants["UNROLL"]))
+    return issued * launch.programs * launch.warps * 32 / per
+
+
+@compiled
+@pytest.mark.parametrize(("loss", "classes", "layout", "dtype"), MOST_OF_MAPS, ids=str)
+def test_matched_and_jaccard(loss, classes, layout, dtype):
+    student = laid_out((16, classes, 128, 128), dtype, layout, "meta")
+    counted = []
+    for launch in map_launches(loss, student, student):
+        name = launch.kernel.__name__
+        result = report(f"{name} {classes} {str(dtype)[6:]} {layout}", launch, 90)
+        check(result)
+        if name in ("matched_join_kernel", "jaccard_add_kernel", "jaccard_finish_kernel"):
+            continue
+        counted.append(per_element(result, launch, student))
+        print(f"{counted[-1]:>44.0f} thread instructions")
+        if loss == "matched" and layout == "contiguous":  # a lane's values, of both networks
+            width = 16 if name == "matched_write_kernel" else 4 * dtype.itemsize
+            values = launch.constants["POSITIONS"] * launch.constants.get("UNROLL", 1) // (32 * launch.warps)
+            assert result.loads[width] >= 2 * values * dtype.itemsize // width
+    bars = MOST_OF_MAPS[loss, classes, layout, dtype]
+    assert all(count <= most for count, most in zip(counted, bars, strict=True)), (counted, bars)
+
+
+@compiled
+@pytest.mark.parametrize("chip", CHIPS[1:])
+@pytest.mark.parametrize("loss", ["matched", "jaccard"])
+def test_matched_and_jaccard_on_other_chips_and_in_float64(loss, chip):
+    student = laid_out((16, 19, 128, 128), torch.bfloat16, "contiguous", "meta")
+    for launch in map_launches(loss, student, laid_out(student.shape, torch.float32, "channels_last", "meta")):
+        check(report(launch.kernel.__name__, launch, chip))
+    teacher = laid_out((2, 6, 16, 16), torch.float64, "contiguous")
+    for launch in map_launches(loss, teacher.float(), teacher, masked=False):
+        assert report(f"{launch.kernel.__name__} float64", launch, chip).registers > 0
+
+
 @compiled
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("with_ce", [False, True])
@@ -253,6 +329,7 @@ def test_another_batch_size_compiles_nothing(layout, with_ce):
             _, grad_map, stats = cafd.forward(features, features, TEMPERATURES, 1, True)
             cafd.map_backward(features, grad_map, stats, TEMPERATURES)
             tnkd.scale_in_place(logits, torch.ones(()))
+        launches += map_launches("matched", logits, logits) + map_launches("jaccard", logits, logits)
         return {(x.kernel.__name__, x.warps, *specialised(x).items()) for x in launches}
 
     once = variants(4)

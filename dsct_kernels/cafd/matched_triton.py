@@ -20,7 +20,7 @@ from .triton import Config, Network, Temperatures, Tile, fit
 __all__ = ["matched_cafd", "why_not"]
 
 MOST_COMPILED = 3  # kernels of one variant, forward and backward
-JOINED = 2048  # numbers of a kind that a program of join_kernel holds at a time
+JOINED = 1024  # numbers of a kind that a program of matched_join_kernel holds at a time
 
 
 def choose(x: Tensor) -> Config:
@@ -66,12 +66,12 @@ def forward(
     joined = max(1, min(JOINED // block, next_power_of_2(s.splits)))
     with on_device(student):
         launch(
-            kernels.part_kernel, s.stats_programs, tile.warps,
+            kernels.matched_part_kernel, s.stats_programs, tile.warps,
             student, teacher, mask, partial, numbers.scale, numbers.at, channels, s.positions, s.width, *s.strides,
             *t.strides, s.splits, s.span, CHANNELS=tile.channels, POSITIONS=tile.positions, UNROLL=tile.unroll,
             FLAT_S=s.flat, FLAT_T=t.flat, DENSE=_dense(s, t), UNIFORM=uniform, ACC=acc)  # fmt: skip
         launch(
-            kernels.join_kernel, samples, max(4, min(16, block * joined // 128)),
+            kernels.matched_join_kernel, samples, max(4, min(8, block * joined // 128)),
             partial, stats, per_sample, numbers.channel, numbers.spatial, numbers.scale, numbers.at,
             1.0 / samples if reduction == 1 else 1.0, channels, s.splits, BLOCK=block,
             SPLITS=joined, UNIFORM=uniform, ACC=acc)  # fmt: skip
@@ -106,7 +106,7 @@ def backward(
     programs = samples * -(-channels // tile.channels) * -(-s.positions // tile.positions)
     with on_device(student):
         launch(
-            kernels.write_kernel, programs, tile.warps,
+            kernels.matched_write_kernel, programs, tile.warps,
             student, teacher, mask, stats, grad_output, grad, numbers.spatial, numbers.scale, numbers.at,
             1.0 / samples if reduction == 1 else 1.0, channels, s.positions, s.width,
             grad_output.stride(0) if reduction == 0 else 0, *s.strides, *t.strides, *g.strides,

@@ -40,7 +40,7 @@ def _counted(x, mask_at, inside, ACC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def part_kernel(
+def matched_part_kernel(
     student, teacher, mask, partial, scale_: tl.float64, temperatures, channels, positions, width,
     s_n, s_c, s_h, s_w, t_n, t_c, t_h, t_w, splits, span,
     CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, UNROLL: tl.constexpr, FLAT_S: tl.constexpr, FLAT_T: tl.constexpr,
@@ -123,9 +123,11 @@ def _partial(at, which: tl.constexpr, channels, there, other):
 
 
 @triton.jit(do_not_specialize=["splits"])
-def join_kernel(partial, stats, loss, channel_t_: tl.float64, tau_: tl.float64, scale_: tl.float64, temperatures,
-                factor: tl.float64, channels, splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr, UNIFORM: tl.constexpr,
-                ACC: tl.constexpr):  # fmt: skip
+def matched_join_kernel(
+    partial, stats, loss, channel_t_: tl.float64, tau_: tl.float64, scale_: tl.float64, temperatures,
+    factor: tl.float64, channels, splits,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, UNIFORM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """A sample's rows put together, SPLITS of each at a time: its stats, and its loss, times factor."""
     n = tl.program_id(0).to(tl.int64)
     channel_t, tau, scale_ = _numbers(temperatures, channel_t_, tau_, scale_)
@@ -184,14 +186,14 @@ def join_kernel(partial, stats, loss, channel_t_: tl.float64, tau_: tl.float64, 
 
 
 @triton.jit(do_not_specialize=["upstream_n"])
-def write_kernel(
+def matched_write_kernel(
     student, teacher, mask, stats, upstream, grad, tau_: tl.float64, scale_: tl.float64, temperatures,
     factor: tl.float64, channels, positions, width, upstream_n, s_n, s_c, s_h, s_w, t_n, t_c, t_h, t_w,
     g_n, g_c, g_h, g_w, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, FLAT_S: tl.constexpr, FLAT_T: tl.constexpr,
     FLAT_G: tl.constexpr, DENSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile: the second read of both maps, and the one write. From the last sample to the first, as
-    part_kernel has read that last."""
+    matched_part_kernel has read that last."""
     if DENSE > 0:
         channels = DENSE
         s_w = DENSE

@@ -58,7 +58,8 @@ def jaccard_loss(
             values that may change at every step, also under torch.compile, without compiling anew.
         ignore_index: label of the pixels that do not count; None ignores none. With more than 255 classes it has to be
             given where there is a target, since the default is one of them.
-        backend: "auto", "reference" or "native" (CPU); DSCT_KERNELS_BACKEND sets what "auto" means.
+        backend: "auto", "reference", "native" (CPU) or "triton" (GPUs, up to 1024 classes); DSCT_KERNELS_BACKEND sets
+            what "auto" means.
 
     Returns:
         The loss, (), float32 (float64 where an input is float64), in [0, 1]. Its gradient has the student's dtype.

@@ -102,14 +102,14 @@ def forward(
     sums = coefficients.new_empty([3, classes])
     with on_device(student):
         launch(
-            kernels.sums_kernel, walk.programs, walk.config.warps,
+            kernels.jaccard_sums_kernel, walk.programs, walk.config.warps,
             student, teacher, share, partial, *_temperature(temperature, by_pointer), *walk.place, *walk.strides,
             **walk.constants, **_acc(student, teacher))  # fmt: skip
         launch(
-            kernels.add_kernel, -(-3 * classes // 16), 4,
+            kernels.jaccard_add_kernel, -(-3 * classes // 16), 4,
             partial, sums, walk.programs, 3 * classes, ROWS=128, COLUMNS=16)  # fmt: skip
         block = max(16, next_power_of_2(classes))
-        launch(kernels.finish_kernel, 1, 4, sums, loss, coefficients, classes, BLOCK=block)
+        launch(kernels.jaccard_finish_kernel, 1, 4, sums, loss, coefficients, classes, BLOCK=block)
     return loss, coefficients
 
 
@@ -136,7 +136,7 @@ def backward(
         return grad.copy_(backward(student.contiguous(), teacher.contiguous(), *rest))
     with on_device(student):
         launch(
-            kernels.write_kernel, walk.programs, walk.config.warps,
+            kernels.jaccard_write_kernel, walk.programs, walk.config.warps,
             student, teacher, share, coefficients.contiguous(), grad, *_temperature(temperature, by_pointer),
             *walk.place, *walk.strides, **walk.constants, **numbers)  # fmt: skip
     return grad

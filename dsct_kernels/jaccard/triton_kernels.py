@@ -52,7 +52,7 @@ def _both(s_at, t_at, v_at, s_step, t_step, inside, one_inside, k, scale, NUM_CL
 
 
 @triton.jit(do_not_specialize=["size_1", "size_2", "blocks", "tiles"])
-def sums_kernel(
+def jaccard_sums_kernel(
     student, teacher, share, partial, over_tau_: tl.float64, temperature, size_1, size_2, inner, blocks, tiles,
     s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, v_0, v_1, v_2, v_p,
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, RANK: tl.constexpr,
@@ -115,7 +115,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def add_kernel(partial, sums, programs, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def jaccard_add_kernel(partial, sums, programs, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """sums = the programs' added up, in order, in float64: COLUMNS of them a program."""
     i = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
@@ -127,7 +127,7 @@ def add_kernel(partial, sums, programs, columns, ROWS: tl.constexpr, COLUMNS: tl
 
 
 @triton.jit
-def finish_kernel(sums, loss, coefficients, num_classes, BLOCK: tl.constexpr):
+def jaccard_finish_kernel(sums, loss, coefficients, num_classes, BLOCK: tl.constexpr):
     """One program: the loss, and a and b of its gradient."""
     c = tl.arange(0, BLOCK)
     known = c < num_classes
@@ -148,7 +148,7 @@ def finish_kernel(sums, loss, coefficients, num_classes, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["size_1", "size_2", "blocks", "tiles"])
-def write_kernel(
+def jaccard_write_kernel(
     student, teacher, share, coefficients, grad, over_tau_: tl.float64, temperature, size_1, size_2, inner, blocks,
     tiles, s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2, t_p, g_k, g_0, g_1, g_2, g_p, v_0, v_1, v_2, v_p,
     NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, RANK: tl.constexpr,
