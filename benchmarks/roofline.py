@@ -4,12 +4,13 @@ Floor time is bytes / bandwidth: once for the bytes that must move, once for tho
 cache served a second read. Issue time is what the instructions of all kernels but CAFD's of features take, Triton's
 with loops by the number of their trips, CUDA's of planes (tools/inspect/nvcc.py), where each of a multiprocessor's four
 schedulers issues one in every cycle. At most: the share of the bandwidth that floor is of the longer of asked and
-issue. The tail is the one program that adds TNKD's partial sums in Triton, trip after trip. From these the share of a copy's bandwidth that is to be
-expected of Triton: each kernel takes as long as the root of two squares, since neither hides the other wholly: its
-bytes at COPY of the data sheet's bandwidth, its instructions at ISSUED of the schedulers' rate; and LAUNCH_US more. All
-of that is assumed. Occupancy is worked out from what ahead-of-time compilation (Triton's, and nvcc where there is one)
-says of registers and shared memory. Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing
-measured is how long Triton's compiler takes here, without its cache: a first call on a GPU waits as long.
+issue. The tail is the one program that adds TNKD's partial sums in Triton, trip after trip. From these the share of a
+copy's bandwidth that is to be expected of Triton: each kernel takes as long as the root of two squares, since neither
+hides the other wholly: its bytes at COPY of the data sheet's bandwidth, its instructions at ISSUED of the schedulers'
+rate; and LAUNCH_US more. All of that is assumed. Occupancy is worked out from what ahead-of-time compilation (Triton's,
+and nvcc where there is one) says of registers and shared memory. Inputs that already lie in L2 can beat the floor
+(docs/gpu.md). The one thing measured is how long Triton's compiler takes here, without its cache: a first call on a GPU
+waits as long.
 
 Examples:
     python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
