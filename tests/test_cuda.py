@@ -225,6 +225,28 @@ def test_no_host_sync() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_default_objective_in_triton_asks_nothing_of_the_host_and_gives_the_same_bits(layout: str) -> None:
+    student, teacher = (strided_copy(torch.randn(2, 6, 64, 64, device=DEVICE), layout) for _ in range(2))
+    target = torch.randint(0, 6, (2, 64, 64), device=DEVICE, dtype=torch.uint8)
+    target[0, :9] = 255
+    student.requires_grad_()
+
+    def step(backend: str = "triton") -> tuple[Tensor, ...]:
+        total = dsct_kernels.dsct_loss(student, teacher, target, backend=backend).total
+        return total, *torch.autograd.grad(total * 0.5, student)
+
+    first = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    torch.testing.assert_close(first, step("reference"), rtol=1e-4, atol=1e-6)
+
+
 def test_bitwise_repeatable_and_on_a_side_stream() -> None:
     step = Step()
     first = step()
