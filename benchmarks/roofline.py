@@ -180,9 +180,14 @@ def bytes_of(case: Case, launch: Launch) -> int:
         return labels
     if name == "tnkd_kernel":
         return 2 * logits + labels + (logits if launch.constants["NEEDS_GRAD"] else 0)
-    cells = labels // torch.int64.itemsize  # a mask's byte or a share's four
-    maps = {"matched_part_kernel": 2 * logits + cells, "matched_write_kernel": 3 * logits + cells,
-            "jaccard_sums_kernel": 2 * logits + 4 * cells, "jaccard_write_kernel": 3 * logits + 4 * cells}  # fmt: skip
+    cells = labels // torch.int64.itemsize  # a mask's byte or a share's four, which torch makes of the labels
+    made = 0 if case.loss == "dsct" else labels
+    maps = {
+        "matched_part_kernel": 2 * logits + made + cells,
+        "matched_write_kernel": 3 * logits + cells,
+        "jaccard_sums_kernel": 2 * logits + made + 4 * cells,
+        "jaccard_write_kernel": 3 * logits + 4 * cells,
+    }
     if name in maps:
         return maps[name]
     # both networks: two reads; the student: one, and the gradient's write where there is one

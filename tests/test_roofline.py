@@ -59,6 +59,17 @@ def test_bytes_are_the_tensors(layout):
     assert sum(asked(forward).values()) == 4 * features.nbytes
 
 
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize(("loss", "cell"), [("matched", 1), ("jaccard", 4)])
+def test_maps_are_read_once_forward_and_once_backward(loss, cell, layout):
+    case = cases.Case(loss, "2x6x32x32", layout, "fp32", cases.FORWARD_BACKWARD)
+    assert sum(asked(case).values()) == case.floor_bytes + 2 * cell * 2 * 32 * 32  # what torch made of the labels
+    launches = roofline.launches_of(case)
+    assert len(launches) == (3 if loss == "matched" else 4) and all(roofline.trips_of(x) for x in launches)
+    joined = cases.Case("dsct", "2x6x32x32", layout, "fp32", cases.FORWARD_BACKWARD)
+    assert len(roofline.launches_of(joined)) == 3 + 3 + 4 and roofline.native_cases(case) == []
+
+
 def test_issue_time_counts_every_warp_of_what_is_known():
     known = roofline.Kernel("tnkd_kernel", 1000, 2, 128, 0, 0, 0, None, 500)
     small = roofline.Kernel("finish_kernel", 1, 8, 32, 0, 0, 0)

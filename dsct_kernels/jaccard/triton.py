@@ -22,7 +22,7 @@ from . import op
 __all__ = ["jaccard", "why_not"]
 
 MOST_COMPILED = 4  # kernels of one variant, forward and backward
-MOST_HELD = 24  # logits of one network that a lane holds
+MOST_HELD = 20  # logits of one network that a lane holds
 CROWD = 4  # a program takes the room of so many of its size: its sums fill the registers, and fewer of them are left
 
 
