@@ -12,13 +12,14 @@ from dsct_kernels import matched_cafd_loss
 from dsct_kernels.cafd import matched_triton as triton
 from dsct_kernels.cafd.triton import Config, Network, Tile
 from tests.cafd.test_matched import compare, run
-from tests.cafd.test_native import FLOATS, LAYOUTS, features, laid_out
+from tests.cafd.test_native import FLOATS, features, laid_out
 from tests.conftest import DEVICES
 from tests.helpers import pairs
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 INF, NAN = float("inf"), float("nan")
+LAYOUTS = ("contiguous", "channels_last", "tokens", "crop")
 two_layouts = pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 
 
