@@ -37,9 +37,10 @@ def how(backend: Backend, device: str) -> str:
         return "plain PyTorch, not fused"
     if not isinstance(backend, TNKDBackend):
         return "fused"
+    limited = backend.most_classes and device != "cpu"
+    fused = f"fused up to {backend.most_classes} classes" if limited else "fused"
     if device in backend.upsamples_on:
-        return "fused, and so are logits smaller than the labels"
-    fused = f"fused up to {backend.most_classes} classes" if backend.most_classes else "fused"
+        return f"{fused}, and so are logits smaller than the labels"
     return f"{fused}; logits smaller than the labels are upsampled beforehand"
 
 

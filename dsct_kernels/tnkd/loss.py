@@ -11,7 +11,7 @@ from .. import backends, checks, values
 from ..checks import Reduction
 from ..module import LossModule, keywords_of
 from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, Weight, label_value, positive, weight
-from . import native, reference, triton
+from . import native, reference, triton, triton_upsampled
 from .objective import SUM, Objective
 
 
@@ -25,7 +25,7 @@ class TNKDBackend(backends.Backend):
 BACKENDS = (
     TNKDBackend("reference", backends.always, reference.tnkd),
     TNKDBackend("native", native.why_not, native.tnkd, native.UPSAMPLES_ON, native.MOST_CLASSES_ON_CUDA),
-    TNKDBackend("triton", triton.why_not, triton.tnkd, most_classes=triton.MOST_CLASSES),
+    TNKDBackend("triton", triton.why_not, triton_upsampled.tnkd, triton_upsampled.UPSAMPLES_ON, triton.MOST_CLASSES),
 )
 
 

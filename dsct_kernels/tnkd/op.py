@@ -22,6 +22,7 @@ SIGNATURE = (
     "Tensor? ignore_index, bool coupled, int reduction, bool needs_grad) "
     "-> (Tensor loss, Tensor parts, Tensor grad, Tensor grad_scale)"
 )
+UPSAMPLED_SIGNATURE = SIGNATURE.replace("bool needs_grad", "bool align_corners, bool needs_grad")
 TENSORS = 6  # of the ops' arguments: student_logits to ignore_index; coupled follows
 InPlaceScale = Callable[[Tensor, Tensor], None]
 NAMES = {False: "tnkd_loss", True: "kd_loss"}  # by coupled: whose second derivative is asked for

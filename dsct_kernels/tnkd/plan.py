@@ -71,3 +71,34 @@ def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[C
                 ):
                     found.append(config)
     return found
+
+
+# Logits smaller than the labels, lanes along the pixels of a row: (most classes, pixels a lane holds, lanes that share
+# a pixel's classes, warps). Beside a pixel's exponentials a lane holds six numbers of each class, from row to row.
+UPSAMPLED = ((8, 2, 1, 1), (20, 1, 1, 1), (40, 1, 2, 2), (80, 1, 4, 4), (160, 1, 8, 8), (320, 1, 16, 8),
+             (640, 1, 32, 8), (1024, 1, 64, 8))  # fmt: skip
+MOST_SLOTS = 32  # pixels between two cells of a row that a warp adds up
+STRIP_ROWS = 32  # of labels: the first of a strip fetches its logits anew, and one row of gradients more is written
+
+
+@dataclass(frozen=True)
+class UpsampledConfig:
+    pixels: int
+    classes: int
+    warps: int
+    slots: int  # lanes of each interval between two of the student's cells
+    parts: int  # times that its pixels need them
+    rows: int  # intervals of a strip
+
+
+def choose_upsampled(
+    num_classes: int, cells: tuple[int, int], labels: tuple[int, int], align_corners: bool
+) -> UpsampledConfig:
+    """The launch for K classes, the student's height and width, and those of the labels."""
+    held, share, warps = next(row[1:] for row in UPSAMPLED if num_classes <= row[0])
+    pixels = 32 * warps * held // share
+    ends = 1 if align_corners and cells[1] > 1 else 0  # are cells: one interval fewer
+    most = -(-(labels[1] - ends) // (cells[1] - ends))  # pixels of an interval
+    slots = min(MOST_SLOTS, pixels, _next_power_of_2(most))
+    rows = max(1, STRIP_ROWS * cells[0] // labels[0])
+    return UpsampledConfig(pixels, share, warps, slots, -(-most // slots), rows)

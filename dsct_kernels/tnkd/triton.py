@@ -9,7 +9,7 @@ Variants: one kernel is compiled for each K and combination of dtypes, layout an
 run uses one or two.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,11 +90,8 @@ def forward(
         return loss, parts, grad.copy_(copied), grad_scale
     sizes, (s, t, y, g, m), rank = folded
 
-    numbers_at = values if _by_pointer(values, by_pointer) else None
-    ce_weight, tckd_weight, nckd_weight, temperature = [1.0] * 4
-    if numbers_at is None:
-        ce_weight, tckd_weight, nckd_weight, temperature = [0.0, *values.tolist()][-4:]
-    with_ce = len(values) == 4 and ce_weight != 0
+    asked = read(values, ignore_index if target is not None else None, by_pointer)
+    with_ce, has_ignore = asked.with_ce, asked.has_ignore
 
     if config is None:
         itemsize = 8 if loss.dtype == torch.float64 else min(student.element_size(), teacher.element_size())
@@ -105,7 +102,6 @@ def forward(
     logits = (student, teacher, grad) if needs_grad else (student, teacher)
     dense = all(x.stride(1) == 1 and at[-1] == num_classes for x, at in zip(logits, (s, t, g), strict=False))
     mean = reduction == MEAN
-    has_ignore = target is not None and ignore_index is not None
     weighted = class_weight is not None and with_ce
     # without ignored pixels and class weights the count is known from the shape, and the labels are read once
     counted = mean and target is not None and (has_ignore or weighted)
@@ -116,13 +112,6 @@ def forward(
     weight = class_weight if weighted else None
     float16 = student.dtype == torch.float16  # whose gradient leaves a power of two to grad_scale
     largest_weight = weight.amax() if float16 and weight is not None else None
-    ignore, ignore_at = 0, None
-    if has_ignore:
-        assert ignore_index is not None
-        if _by_pointer(ignore_index, by_pointer):
-            ignore_at = ignore_index
-        else:
-            ignore = int(ignore_index)
     acc = kernels.tl.float64 if loss.dtype == torch.float64 else kernels.tl.float32
     flags: dict[str, Any] = {
         "NONE_": reduction == NONE,
@@ -141,15 +130,15 @@ def forward(
     with on_device(student):
         if counted:
             assert target is not None
-            counts, weights = _count(target, weight, num_classes, ignore, ignore_at, has_ignore, loss)
+            counts, weights = count(target, weight, num_classes, asked, loss)
             num_counts = counts.numel()
         launch(
             kernels.tnkd_kernel, programs, config.warps,
             student, teacher, target, weight, largest_weight, counts, weights, grad if needs_grad else None,
             loss if reduction == NONE else None, partial, num_pixels, num_counts,
             sizes[1], sizes[2], sizes[3], blocks, tiles, student.stride(1), *s, teacher.stride(1), *t,
-            grad.stride(1) if needs_grad else 0, *g, *y, *m, temperature, 1.0 / temperature, tckd_weight, nckd_weight,
-            ce_weight, ignore, numbers_at, ignore_at,
+            grad.stride(1) if needs_grad else 0, *g, *y, *m, asked.temperature, 1.0 / asked.temperature,
+            *asked.weights, asked.ignore, asked.at, asked.ignore_at,
             NUM_CLASSES=num_classes, CHUNKS=-(-num_classes // config.classes), PIXELS=config.pixels,
             CLASSES=config.classes, RANK=rank, DENSE=dense,
             WHOLE=sizes[-1] % config.pixels == 0, HAS_TARGET=target is not None, HAS_IGNORE=has_ignore,
@@ -157,23 +146,49 @@ def forward(
             NEAR=loss.dtype == student.dtype == torch.float32, **flags)  # fmt: skip
         launch(
             kernels.finish_kernel, 1, 8,
-            partial, largest_weight, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels,
-            temperature, tckd_weight, nckd_weight, ce_weight, numbers_at, BLOCK=FINISH_BLOCK, **flags)  # fmt: skip
+            partial, largest_weight, counts, weights, loss, parts, grad_scale, programs, num_counts, num_pixels, 1.0,
+            asked.temperature, *asked.weights, asked.at, BLOCK=FINISH_BLOCK, **flags)  # fmt: skip
     return loss, parts, grad, grad_scale
 
 
-def _by_pointer(number: Tensor, by_pointer: bool | None) -> bool:
-    return number.device.type != "cpu" if by_pointer is None else by_pointer
+class Asked(NamedTuple):
+    """The ops' numbers, as arguments of the kernels: read here where they lie on the CPU, else by the kernels."""
+
+    temperature: float
+    weights: tuple[float, float, float]  # of TCKD, NCKD and CE
+    at: Tensor | None  # where all these are to be read
+    with_ce: bool
+    has_ignore: bool
+    ignore: int
+    ignore_at: Tensor | None
 
 
-def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore: int, ignore_at: Tensor | None,
-           has_ignore: bool, like: Tensor) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+def read(values: Tensor, ignore_index: Tensor | None, by_pointer: bool | None) -> Asked:
+    """by_pointer: as for `forward`."""
+
+    def for_kernels(number: Tensor) -> bool:
+        return number.device.type != "cpu" if by_pointer is None else by_pointer
+
+    at = values if for_kernels(values) else None
+    ce, tckd, nckd, temperature = [1.0] * 4 if at is not None else [0.0, *values.tolist()][-4:]
+    ignore, ignore_at = 0, None
+    if ignore_index is not None and for_kernels(ignore_index):
+        ignore_at = ignore_index
+    elif ignore_index is not None:
+        ignore = int(ignore_index)
+    with_ce = len(values) == 4 and ce != 0
+    return Asked(temperature, (tckd, nckd, ce), at, with_ce, ignore_index is not None, ignore, ignore_at)
+
+
+def count(
+    target: Tensor, class_weight: Tensor | None, num_classes: int, asked: Asked, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Valid labels, and their class weights added up, in up to COUNT_PROGRAMS partial sums."""
     from . import triton_kernels as kernels
 
     folded = fold(target.shape, [list(target.stride())], PIXEL_RANK)
     if folded is None:
-        return _count(target.contiguous(), class_weight, num_classes, ignore, ignore_at, has_ignore, like)
+        return count(target.contiguous(), class_weight, num_classes, asked, like)
     sizes, (strides,), rank = folded
     # where labels lie in one piece its length goes with the batch, and is not to choose the kernel
     block = COUNT_BLOCK if rank == 1 else min(COUNT_BLOCK, max(16, next_power_of_2(sizes[-1])))
@@ -185,8 +200,8 @@ def _count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore
     launch(
         kernels.count_kernel, programs, 4,
         target, class_weight, counts, weights, sizes[1], sizes[2], sizes[3], blocks, total, num_classes, *strides,
-        ignore, ignore_at, HAS_IGNORE=has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block, RANK=rank,
-        ACC=kernels.tl.float64 if like.dtype == torch.float64 else kernels.tl.float32)  # fmt: skip
+        asked.ignore, asked.ignore_at, HAS_IGNORE=asked.has_ignore, HAS_WEIGHT=class_weight is not None, BLOCK=block,
+        RANK=rank, ACC=kernels.tl.float64 if like.dtype == torch.float64 else kernels.tl.float32)  # fmt: skip
     return counts, weights
 
 

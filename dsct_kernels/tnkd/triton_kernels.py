@@ -274,11 +274,11 @@ def _totals(counts, weights, num_counts, num_pixels, HAS_COUNT: tl.constexpr, HA
 
 
 @triton.jit
-def _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_weight, nckd_weight, ce_weight,
-             MEAN_: tl.constexpr, FLOAT16: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+def _factors(counts, weights, largest_weight, num_counts, num_pixels, gathered, tau, tckd_weight, nckd_weight,
+             ce_weight, MEAN_: tl.constexpr, FLOAT16: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr,
              WITH_CE: tl.constexpr, COUNTS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """What the gradient of CE and of the TNKD terms is multiplied by, ce_weight/weights and 1/count, both divided by
-    the third: the power of two that is left to grad_scale."""
+    the third: the power of two that is left to grad_scale. gathered: how many pixels a logit may have, by weight."""
     ce_factor = tl.full([], ce_weight, ACC)
     mean_factor = tl.full([], 1.0, ACC)
     outside = tl.full([], 1.0, ACC)
@@ -293,7 +293,7 @@ def _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_
                 bound += ce_factor * tl.load(largest_weight)
             else:
                 bound += ce_factor
-        outside = _float16_scale(bound, ACC)
+        outside = _float16_scale(bound * gathered, ACC)
         mean_factor /= outside
         ce_factor /= outside
     return ce_factor, mean_factor, outside
@@ -314,16 +314,13 @@ def _float16_scale(bound, ACC: tl.constexpr):
 
 
 @triton.jit
-def _labels(target, class_weight, at, inside, num_classes, ignore, HAS_TARGET: tl.constexpr, HAS_IGNORE: tl.constexpr,
-            HAS_WEIGHT: tl.constexpr, found, ACC: tl.constexpr):  # fmt: skip
-    """Label, whether the pixel counts, whether the label is a class, its weight. `found`: the teacher's argmax."""
+def _labels(label, class_weight, inside, num_classes, ignore, HAS_IGNORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+            ACC: tl.constexpr):  # fmt: skip
+    """Label, whether the pixel counts, whether the label is a class, its weight."""
+    label = label.to(tl.int64)
     valid = inside
-    if HAS_TARGET:
-        label = tl.load(target + at, mask=inside, other=0).to(tl.int64)
-        if HAS_IGNORE:
-            valid = inside & (label != ignore)
-    else:
-        label = found.to(tl.int64)
+    if HAS_IGNORE:
+        valid = inside & (label != ignore)
     known = (label >= 0) & (label < num_classes)
     weight = tl.where(valid, 1.0, 0.0).to(ACC)
     if HAS_WEIGHT:
@@ -398,22 +395,73 @@ def _cross(s_others, t_others, e_t, scale, shift_s, shift_t, CHUNKS: tl.constexp
 
 
 @triton.jit
+def _judged(s_tiles, t_tiles, y, known, weight, k, to_2, to_2_tau, tau, tckd_weight, nckd_weight, ce_factor,
+            mean_factor, NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, CLASSES: tl.constexpr,
+            COUPLED: tl.constexpr, WITH_CE: tl.constexpr, FAST: tl.constexpr, NEAR: tl.constexpr,
+            ACC: tl.constexpr):  # fmt: skip
+    """The terms of the tile's pixels, and what makes their gradient: exponentials and factors."""
+    y_s, s_others, top_s = _aside(s_tiles, y, k, CHUNKS, CLASSES, ACC)
+    y_t, t_others, top_t = _aside(t_tiles, y, k, CHUNKS, CLASSES, ACC)
+    shift_s = top_s * to_2_tau
+    shift_t = top_t * to_2_tau
+    e_s, sum_s = _exponentials(s_others, to_2_tau, shift_s, CHUNKS, ACC)
+    e_t, sum_t = _exponentials(t_others, to_2_tau, shift_t, CHUNKS, ACC)
+    e_1 = e_s
+    sum_1 = sum_s
+    if WITH_CE:
+        e_1, sum_1 = _exponentials(s_others, to_2, top_s * to_2, CHUNKS, ACC)
+    cross = _cross(s_others, t_others, e_t, to_2_tau, shift_s, shift_t, CHUNKS, ACC)
+    y_s = tl.where(known, y_s, float("nan"))  # a bad label: NaN spreads to the loss and every factor
+    ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
+        shift_s, shift_t, top_s * to_2, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2, to_2_tau, tau, tckd_weight,
+        nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR,
+        ACC)  # fmt: skip
+    return ce, tckd, nckd, by_s, e_s, by_t, e_t, by_1, e_1, at_y
+
+
+@triton.jit
+def _gradient(c, k, y, by_s, e_s, by_t, e_t, by_1, e_1, at_y, CLASSES: tl.constexpr, WITH_CE: tl.constexpr):
+    """The gradient of a chunk's logits; y: -2 where the pixel does not count."""
+    g = by_s * e_s[c] + by_t * e_t[c]
+    if WITH_CE:
+        g += by_1 * e_1[c]
+    g = tl.where(c * CLASSES + k == y, at_y, g)
+    return tl.where(y != -2, g, 0.0)
+
+
+@triton.jit
 def _write(at, step, inside, k, y, by_s, e_s, by_t, e_t, by_1, e_1, at_y, NUM_CLASSES: tl.constexpr,
            CHUNKS: tl.constexpr, CLASSES: tl.constexpr, WHOLE: tl.constexpr, WITH_CE: tl.constexpr):  # fmt: skip
-    """The gradient of the tile; y: -2 where the pixel does not count."""
+    """The gradient of the tile."""
     out = at.dtype.scalar.element_ty
     for c in tl.static_range(CHUNKS):
-        g = by_s * e_s[c] + by_t * e_t[c]
-        if WITH_CE:
-            g += by_1 * e_1[c]
-        g = tl.where(c * CLASSES + k == y, at_y, g)
-        g = tl.where(y != -2, g, 0.0).to(out)
+        g = _gradient(c, k, y, by_s, e_s, by_t, e_t, by_1, e_1, at_y, CLASSES, WITH_CE).to(out)
         if (c + 1) * CLASSES > NUM_CLASSES:
             tl.store(at + c * step, g, mask=inside & (c * CLASSES + k < NUM_CLASSES))
         elif WHOLE:
             tl.store(at + c * step, g)
         else:
             tl.store(at + c * step, g, mask=inside)
+
+
+@triton.jit
+def _counted(ce, tckd, nckd, valid, known, weight, tau, WITH_CE: tl.constexpr):
+    """The terms as they are added up: an ignored pixel's NaN is dropped by selection, never by multiplication."""
+    tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
+    nckd = tl.where(valid, tl.where(known, nckd, float("nan")), 0.0) * (tau * tau)
+    if WITH_CE:
+        ce = tl.where(valid & (known == 0), float("nan"), tl.where(weight == 0, 0.0, ce * weight))
+    return ce, tckd, nckd
+
+
+@triton.jit
+def _store_sums(partial, ce_sum, tckd_sum, nckd_sum, k, WITH_CE: tl.constexpr):
+    """The sums of this program, each pixel once."""
+    at = partial + tl.program_id(0)
+    if WITH_CE:
+        tl.store(at, tl.sum(tl.where(k == 0, ce_sum, 0.0)))
+    tl.store(at + tl.num_programs(0), tl.sum(tl.where(k == 0, tckd_sum, 0.0)))
+    tl.store(at + 2 * tl.num_programs(0), tl.sum(tl.where(k == 0, nckd_sum, 0.0)))
 
 
 # What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
@@ -446,7 +494,7 @@ def tnkd_kernel(
     nckd_weight = tl.full([], nckd_weight_, ACC)
     to_2 = tl.full([], LOG2_E, ACC)  # exp(x / tau) = exp2(x * to_2_tau)
     to_2_tau = tl.full([], over_tau_ * LOG2_E, ACC)  # from float64, rounded once
-    ce_factor, mean_factor, _ = _factors(counts, weights, largest_weight, num_counts, num_pixels, tau, tckd_weight,
+    ce_factor, mean_factor, _ = _factors(counts, weights, largest_weight, num_counts, num_pixels, 1.0, tau, tckd_weight,
                                          nckd_weight, ce_weight_, MEAN_, FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE,
                                          COUNTS, ACC)  # fmt: skip
     if DENSE:
@@ -473,28 +521,15 @@ def tnkd_kernel(
                         s_step, inside, k, NUM_CLASSES, CHUNKS, CLASSES, WHOLE)  # fmt: skip
         t_tiles = _read(teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p_wide * t_p),
                         t_step, inside, k, NUM_CLASSES, CHUNKS, CLASSES, WHOLE)  # fmt: skip
-        found = p
-        if not HAS_TARGET:
-            found = _likeliest(t_tiles, k, CHUNKS, CLASSES)
         y_at = i_0 * y_0 + i_1 * y_1 + i_2 * y_2 + start_p * y_p + (k_wide * 0 + p_wide * y_p)
-        y, valid, known, weight = _labels(target, class_weight, y_at, inside, NUM_CLASSES, ignore, HAS_TARGET,
-                                          HAS_IGNORE, HAS_WEIGHT, found, ACC)  # fmt: skip
-        y_s, s_others, top_s = _aside(s_tiles, y, k, CHUNKS, CLASSES, ACC)
-        y_t, t_others, top_t = _aside(t_tiles, y, k, CHUNKS, CLASSES, ACC)
-        shift_s = top_s * to_2_tau
-        shift_t = top_t * to_2_tau
-        e_s, sum_s = _exponentials(s_others, to_2_tau, shift_s, CHUNKS, ACC)
-        e_t, sum_t = _exponentials(t_others, to_2_tau, shift_t, CHUNKS, ACC)
-        e_1 = e_s
-        sum_1 = sum_s
-        if WITH_CE:
-            e_1, sum_1 = _exponentials(s_others, to_2, top_s * to_2, CHUNKS, ACC)
-        cross = _cross(s_others, t_others, e_t, to_2_tau, shift_s, shift_t, CHUNKS, ACC)
-        y_s = tl.where(known, y_s, float("nan"))  # a bad label: NaN spreads to the loss and every factor
-        ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
-            shift_s, shift_t, top_s * to_2, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2, to_2_tau, tau, tckd_weight,
-            nckd_weight, ce_factor * weight, mean_factor, NUM_CLASSES == 2, COUPLED, WITH_CE, FAST, NEAR,
-            ACC)  # fmt: skip
+        if HAS_TARGET:
+            label = tl.load(target + y_at, mask=inside, other=0)
+        else:
+            label = _likeliest(t_tiles, k, CHUNKS, CLASSES)
+        y, valid, known, weight = _labels(label, class_weight, inside, NUM_CLASSES, ignore, HAS_IGNORE, HAS_WEIGHT, ACC)
+        ce, tckd, nckd, by_s, e_s, by_t, e_t, by_1, e_1, at_y = _judged(
+            s_tiles, t_tiles, y, known, weight, k, to_2, to_2_tau, tau, tckd_weight, nckd_weight, ce_factor,
+            mean_factor, NUM_CLASSES, CHUNKS, CLASSES, COUPLED, WITH_CE, FAST, NEAR, ACC)  # fmt: skip
         if NEEDS_GRAD:
             # plus 0, but the compiler cannot know: else it keeps a predicate for each logit since the first
             # comparison, packed into registers, which took a third of all instructions
@@ -503,13 +538,10 @@ def tnkd_kernel(
             _write(g_at, g_step, inside, k, y_late, by_s, e_s, by_t, e_t, by_1, e_1, at_y, NUM_CLASSES, CHUNKS,
                    CLASSES, WHOLE, WITH_CE)  # fmt: skip
 
-        # an ignored pixel's NaN is dropped by selection, never by multiplication
-        tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
-        nckd = tl.where(valid, tl.where(known, nckd, float("nan")), 0.0) * (tau * tau)
+        ce, tckd, nckd = _counted(ce, tckd, nckd, valid, known, weight, tau, WITH_CE)
         tckd_sum += tckd
         nckd_sum += nckd
         if WITH_CE:
-            ce = tl.where(valid & (known == 0), float("nan"), tl.where(weight == 0, 0.0, ce * weight))
             ce_sum += ce
         if NONE_:
             value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
@@ -518,16 +550,12 @@ def tnkd_kernel(
             l_at = loss_map + (i_0 * l_0 + i_1 * l_1 + i_2 * l_2 + start_p * l_p) + (k_wide * 0 + p_wide * l_p)
             tl.store(l_at, value, mask=inside & (k == 0))
 
-    at = partial + tl.program_id(0)  # the sums of this program, each pixel once
-    if WITH_CE:
-        tl.store(at, tl.sum(tl.where(k == 0, ce_sum, 0.0)))
-    tl.store(at + tl.num_programs(0), tl.sum(tl.where(k == 0, tckd_sum, 0.0)))
-    tl.store(at + 2 * tl.num_programs(0), tl.sum(tl.where(k == 0, nckd_sum, 0.0)))
+    _store_sums(partial, ce_sum, tckd_sum, nckd_sum, k, WITH_CE)
 
 
 @triton.jit(do_not_specialize=["num_programs", "num_counts", "num_pixels"])
 def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_scale, num_programs, num_counts,
-                   num_pixels, tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
+                   num_pixels, gathered, tau_: tl.float64, tckd_weight_: tl.float64, nckd_weight_: tl.float64,
                    ce_weight_: tl.float64, values, NONE_: tl.constexpr, MEAN_: tl.constexpr, FLOAT16: tl.constexpr,
                    HAS_COUNT: tl.constexpr, HAS_WEIGHT: tl.constexpr, WITH_CE: tl.constexpr, COUNTS: tl.constexpr,
                    BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
@@ -555,9 +583,9 @@ def finish_kernel(partial, largest_weight, counts, weights, loss, parts, grad_sc
         nckd *= over
         ce *= tl.where(weight > 0, 1.0 / weight, 0.0)
     if FLOAT16:
-        _, _, outside = _factors(counts, weights, largest_weight, num_counts, num_pixels, tl.full([], tau_, ACC),
-                                 tl.full([], tckd_weight_, ACC), tl.full([], nckd_weight_, ACC), ce_weight_, MEAN_,
-                                 FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE, COUNTS, ACC)  # fmt: skip
+        _, _, outside = _factors(counts, weights, largest_weight, num_counts, num_pixels, gathered,
+                                 tl.full([], tau_, ACC), tl.full([], tckd_weight_, ACC), tl.full([], nckd_weight_, ACC),
+                                 ce_weight_, MEAN_, FLOAT16, HAS_COUNT, HAS_WEIGHT, WITH_CE, COUNTS, ACC)  # fmt: skip
     if not NONE_:
         value = _weighted(tl.full([], tckd_weight_, ACC), tckd) + _weighted(tl.full([], nckd_weight_, ACC), nckd)
         if WITH_CE:
