@@ -23,6 +23,7 @@ from dsct_kernels.cafd import matched_triton as matched
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.jaccard import triton as jaccard
 from dsct_kernels.tnkd import triton as tnkd
+from dsct_kernels.tnkd import triton_upsampled as upsampled
 from tools.inspect.aot import BIN, SHARED_LIMIT, Launch, Report, recorded, report, specialised
 
 pytestmark = pytest.mark.skipif(not (BIN / "nvdisasm").exists(), reason="this Triton brings no NVIDIA tools")
@@ -53,6 +54,14 @@ MOST_INSTRUCTIONS = {
     (1024, "contiguous", torch.bfloat16, True): 72700,
 }
 TNKD_CASES = list(MOST_INSTRUCTIONS)
+# The same of labels 16 x 512 x 512 and logits of a quarter of that, by classes, dtype, with_ce; and bytes spilt. They
+# take long to compile: docs/gpu.md has the others.
+MOST_UPSAMPLED = {
+    (6, torch.float32, False): (470, 0),
+    (6, torch.bfloat16, True): (570, 0),
+    (19, torch.bfloat16, True): (1200, 0),
+    (150, torch.float32, False): (9400, 24),
+}
 CAFD_CASES = [
     (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("contiguous", "channels_last")
 ]
@@ -131,6 +140,38 @@ def tnkd_launches(
         numbers = NUMBERS if with_ce else NUMBERS[1:]
         tnkd.forward(logits, logits, labels, None, numbers, INDEX, coupled, 1, True, by_pointer=by_pointer)
     return {launch.kernel.__name__: launch for launch in launches}
+
+
+def upsampled_launches(
+    samples: int, classes: int, cells: int, labels: int, dtype: torch.dtype, with_ce: bool, weight: Tensor | None = None
+) -> dict[str, Launch]:
+    logits = torch.empty(samples, classes, cells, cells, dtype=dtype, device="meta")
+    target = torch.empty(samples, labels, labels, dtype=torch.int64, device="meta")
+    with recorded(tnkd, upsampled) as launches:
+        numbers = NUMBERS if with_ce else NUMBERS[1:]
+        upsampled.forward(logits, logits, target, weight, numbers, INDEX, False, 1, False, True, by_pointer=False)
+    return {launch.kernel.__name__: launch for launch in launches}
+
+
+@compiled
+@pytest.mark.parametrize("classes,dtype,with_ce", MOST_UPSAMPLED, ids=str)
+def test_tnkd_of_smaller_logits(classes, dtype, with_ce):
+    """Instructions a pixel of the labels, from machine code and trip counts; each row of cells is fetched once."""
+    launches = upsampled_launches(16, classes, 128, 512, dtype, with_ce)
+    walk = launches["march_kernel"]
+    result = report(f"march {classes} {str(dtype)[6:]}{' ce' if with_ce else ''}", walk, 90)
+    print(result.row())
+    instructions = result.walked(walk) * walk.programs * walk.warps * 32 / (16 * 512**2)
+    most, spilt = MOST_UPSAMPLED[classes, dtype, with_ce]
+    print(f"{instructions:>44.0f} of {most} thread instructions a pixel")
+    assert instructions <= most and result.spills <= spilt
+    assert set(result.loads) <= {dtype.itemsize, 8}, "logits and labels are all that is loaded"
+    lane = walk.constants["PIXELS"] * walk.constants["CLASSES"] // (32 * walk.warps)
+    assert result.loads[dtype.itemsize] == 2 * 2 * walk.constants["CHUNKS"] * lane  # two networks, two cells
+    if classes == 6:
+        for name, launch in launches.items():
+            if name != "march_kernel":
+                check(report(name, launch, 90))
 
 
 def on_chips(cases: list[tuple[object, ...]]) -> list[object]:
@@ -328,6 +369,8 @@ def test_another_batch_size_compiles_nothing(layout, with_ce):
             cafd.map_backward(features, grad_map, stats, TEMPERATURES)
             tnkd.scale_in_place(logits, torch.ones(()))
         launches += map_launches("matched", logits, logits) + map_launches("jaccard", logits, logits)
+        small = upsampled_launches(samples, 6, 8, 32, torch.float32, with_ce, weight)
+        launches += small.values()
         return {(x.kernel.__name__, x.warps, *specialised(x).items()) for x in launches}
 
     once = variants(4)

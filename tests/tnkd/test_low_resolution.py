@@ -90,11 +90,12 @@ def compare(
     align_corners: bool = False,
     layout: str = "contiguous",
     up: Any = interpolated,
+    run: Any = low,
     **options: Any,
 ) -> None:
-    """The error rule, on loss, parts and gradient."""
+    """The error rule, on loss, parts and gradient. run: the op, as `low` calls it."""
     acc, (own, double) = acc_dtype(student, teacher), weighted_as(options, student, teacher)
-    got = low(strided_copy(student, layout), strided_copy(teacher, layout), target, align_corners, **own)
+    got = run(strided_copy(student, layout), strided_copy(teacher, layout), target, align_corners, **own)
     same = eager(student, teacher, target, align_corners, up, **own)
     truth = eager(student.double(), teacher.double(), target, align_corners, up, **double)
     args = {**DEFAULTS, **options}

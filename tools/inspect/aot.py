@@ -95,6 +95,18 @@ class Report:
         (loop,) = self.loops
         return self.instructions + (trips - 1) * loop
 
+    def walked(self, launch: Launch) -> float:
+        """Instructions of a warp of TNKD's march_kernel, whose loops are one in the other: over strips, their rows of
+        intervals, and the rows of labels in these. In the innermost two each network fetches a row of cells: one for
+        each row of intervals, and one more for each strip."""
+        strips = launch.argument("items") / launch.programs
+        intervals = strips * (launch.constants["ROWS"] + 1)
+        lines = strips / launch.argument("strips") * launch.argument("height")
+        *fetches, line, interval, strip = sorted(self.loops)
+        assert len(fetches) == 2, "the machine code was not understood"
+        once = self.instructions - strip + strips * (strip - interval)
+        return once + intervals * (interval - line + sum(fetches)) + lines * (line - sum(fetches))
+
     def row(self) -> str:
         def widths(counts: dict[int, int]) -> str:
             return " ".join(f"{bytes_}Bx{count}" for bytes_, count in sorted(counts.items(), reverse=True)) or "-"
