@@ -40,20 +40,22 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, FORWARD_BACKWARD, IGNORE_INDEX, LAYOUTS, PHASES, Case, make_cases
+from benchmarks.cases import DTYPES, FORWARD_BACKWARD, IGNORE_INDEX, LAYOUTS, LOWRES, PHASES, Case, make_cases
 from dsct_kernels import triton_common
 from dsct_kernels.cafd import matched_triton as matched
 from dsct_kernels.cafd import triton as cafd
 from dsct_kernels.jaccard import triton as jaccard
 from dsct_kernels.tnkd import triton as tnkd
+from dsct_kernels.tnkd import triton_upsampled as upsampled
 from dsct_kernels.tnkd.objective import Objective
 from tools.inspect import nvcc
-from tools.inspect.aot import Launch, recorded, report, source
+from tools.inspect.aot import Launch, Report, recorded, report, source
 from tools.inspect.cuda_host import harness
 
 NOTE = "ESTIMATE, not a measurement: nothing was run on a GPU"
 BACKENDS = ("native", "triton")
-LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct")  # those with kernels for a GPU
+LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct", "lowres-tnkd", "lowres")  # those with kernels for a GPU
+LOWRES_SHAPES = ("16x6x128x128", "16x19x128x128", "16x150x128x128")
 GPUS = {  # data sheet: GB/s, compute capability, multiprocessors; highest clock in GHz
     "a100": ("A100 80GB SXM", 2039, 80, 108, 1.41),
     "rtx4090": ("RTX 4090", 1008, 89, 128, 2.52),
@@ -135,7 +137,7 @@ def sizes_of(case: Case) -> tuple[int, int, int]:
     """Bytes of one network's logits, of the labels, of one network's features."""
     size = DTYPES[case.dtype].itemsize
     logits = size * torch.Size(case.logits).numel() if case.logits else 0
-    labels = torch.int64.itemsize * torch.Size(case.logits).numel() // case.logits[1] if case.logits else 0
+    labels = torch.int64.itemsize * torch.Size(case.labels).numel() if case.labels else 0
     return logits, labels, size * torch.Size(case.features).numel() if case.features else 0
 
 
@@ -145,13 +147,17 @@ def sizes_of(case: Case) -> tuple[int, int, int]:
 def launches_of(case: Case, multiprocessors: int = 132) -> list[Launch]:
     """The launches that the Triton backend makes for a case."""
     backward = case.phase == FORWARD_BACKWARD
-    with recorded(tnkd, cafd, matched, jaccard, multiprocessors=multiprocessors) as launches:
-        if case.logits and case.loss not in ("matched", "jaccard"):
-            target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
-            logits = empty(case.logits, case)
-            objective = Objective(1.0, 2.0, 2.0, IGNORE_INDEX, ce_weight=1.0 if case.loss == "dsct" else None)
+    with recorded(tnkd, upsampled, cafd, matched, jaccard, multiprocessors=multiprocessors) as launches:
+        if case.logits and case.labels and case.teacher_logits and case.loss not in ("matched", "jaccard"):
+            target = torch.empty(case.labels, dtype=torch.int64, device="meta")
+            logits = empty(case.logits, case), empty(case.teacher_logits, case)
+            with_ce = case.loss in ("dsct", "lowres")
+            objective = Objective(1.0, 2.0, 2.0, IGNORE_INDEX, ce_weight=1.0 if with_ce else None)
             packed = objective.packed(target, torch.device("cpu"))
-            tnkd.forward(logits, logits, target, *packed, backward, by_pointer=False)
+            if case.lowres:
+                upsampled.forward(*logits, target, *packed, False, backward, by_pointer=False)
+            else:
+                tnkd.forward(*logits, target, *packed, backward, by_pointer=False)
         temperatures = torch.ones(2, dtype=torch.float64)
         if case.logits and case.loss in ("matched", "jaccard", "dsct"):
             logits = empty(case.logits, case)
@@ -190,6 +196,11 @@ def bytes_of(case: Case, launch: Launch) -> int:
     }
     if name in maps:
         return maps[name]
+    if name == "march_kernel":  # both networks, and the slab
+        teacher = DTYPES[case.dtype].itemsize * torch.Size(case.teacher_logits or ()).numel()
+        return logits + teacher + labels + int(launch.argument("slab").nbytes)
+    if name == "collect_kernel":
+        return int(launch.argument("slab").nbytes) + (logits if launch.constants["NEEDS_GRAD"] else 0)
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"row_stats_kernel": 2, "maps_kernel": 2, "row_backward_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
     return times.get(name, 0) * features
@@ -213,6 +224,19 @@ def trips_of(launch: Launch) -> float | None:
     return None
 
 
+def issued(r: Report, launch: Launch) -> float | None:
+    """Instructions of a warp, on average, of TNKD's kernels; None for the others."""
+    if r.name == "march_kernel":
+        return r.walked(launch)
+    if r.name == "collect_kernel" and len(r.loops) == 2:  # over the cells, and, of the first program, over the sums
+        cells, sums = r.loops
+        return r.instructions - cells - sums + launch.argument("items") / launch.programs * cells
+    trips = trips_of(launch)
+    if trips == 1:
+        return float(r.instructions)
+    return r.issued(trips) if trips is not None and len(r.loops) == 1 else None
+
+
 class Triton:
     def __init__(self, arch: int, multiprocessors: int) -> None:
         self.arch = arch
@@ -230,12 +254,9 @@ class Triton:
                     self.seen[key] = report(name, launch, self.arch), time.perf_counter() - start
             r, seconds = self.seen[key]
             asked = bytes_of(case, launch)
-            trips = trips_of(launch)
-            issued = r.issued(trips) if trips is not None and len(r.loops) == 1 else None
-            if trips == 1:
-                issued = float(r.instructions)
+            tail = round(trips_of(launch) or 0) if launch.programs == 1 else 0
             sizes = launch.programs, launch.warps, r.registers, r.spills, r.shared
-            found.append(Kernel(name, *sizes, asked, seconds, issued, round(trips or 0) if launch.programs == 1 else 0))
+            found.append(Kernel(name, *sizes, asked, seconds, issued(r, launch), tail))
         return found
 
 
@@ -434,7 +455,10 @@ def main() -> None:
     if args.bandwidth is not None or args.arch is not None:
         name = "a GPU as given"
     bandwidth, arch = args.bandwidth or bandwidth, args.arch or arch
-    cases = make_cases(args.loss, "cuda", False, args.only_shape, args.layout, args.dtype, args.phase)
+    chosen = args.layout, args.dtype, args.phase
+    cases = make_cases([x for x in args.loss if x not in LOWRES], "cuda", False, args.only_shape, *chosen)
+    chosen = args.layout or ["contiguous"], args.dtype or ["fp32", "bf16"], args.phase
+    cases += make_cases([x for x in args.loss if x in LOWRES], "cuda", False, args.only_shape or LOWRES_SHAPES, *chosen)
     with tempfile.TemporaryDirectory() as folder:
         sources = [
             (
@@ -449,7 +473,7 @@ def main() -> None:
             estimate(case, backend, found, bandwidth, arch, per_us)
             for case in cases
             for backend, kernels in sources
-            if (found := kernels.kernels(case))
+            if (backend == "triton" or not case.lowres) and (found := kernels.kernels(case))
         ]
     result = {"note": NOTE, "gpu": name, "bandwidth_gb_s": bandwidth, "arch": arch, "estimates": estimates}
     print_estimates(result)
