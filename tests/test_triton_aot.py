@@ -60,7 +60,7 @@ MOST_UPSAMPLED = {
     (6, torch.float32, False): (470, 0),
     (6, torch.bfloat16, True): (570, 0),
     (19, torch.bfloat16, True): (1200, 0),
-    (150, torch.float32, False): (9400, 24),
+    (150, torch.float32, False): (9400, 16),
 }
 CAFD_CASES = [
     (dtype, layout) for dtype in (torch.float32, torch.bfloat16) for layout in ("contiguous", "channels_last")
