@@ -13,6 +13,7 @@ from .backends import constant_when_compiled
 
 OLDEST = (3, 6)
 LOG2_E = math.log2(math.e)  # exp(x) = exp2(x * LOG2_E)
+LN_2 = math.log(2)
 WARPS = 64  # a multiprocessor has room for no more
 
 FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs from version to version

@@ -12,10 +12,11 @@ tau, rounded once: exp(x / tau) = exp2(x k).
 import triton
 import triton.language as tl
 
+from .. import triton_common
 from .triton_kernels import _finite_max, _numbers, _offsets, _scale
 
 LOW = tl.constexpr(float("-inf"))
-LN_2 = tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(triton_common.LN_2)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from triton.language.extra import libdevice
 from .. import triton_common
 
 LOG2_E = tl.constexpr(triton_common.LOG2_E)
+LN_2 = tl.constexpr(triton_common.LN_2)
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     times the difference of the exponents. The shift is a rounded product: 2^its error is in every e_j of the pixel and
     in y's exponent alike, and cancels. Gradient: by_s * e^S_j + by_t * e^T_j + by_1 * e1_j, and at_y for the target.
     """
-    LN_2 = tl.full([], 0.6931471805599453, ACC)
+    ln_2 = tl.full([], LN_2, ACC)
     none_s = sum_s == 0  # every other class absent: the target has all the mass
     none_t = sum_t == 0
     sum_s = tl.where(none_s, 1.0, sum_s)
@@ -146,8 +147,8 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     ratio = sum_s * over_t
     ratio += tl.fma(-ratio, sum_t, sum_s) * over_t  # what was rounded away: equal sums have the ratio 1, its log is 0
     log_ratio = _log(ratio, ACC)
-    u_s = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2_tau, -shift_s), LN_2, -(log_t + log_ratio)))
-    u_t = tl.where(none_t, float("inf"), tl.fma(tl.fma(y_t, to_2_tau, -shift_t), LN_2, -log_t))
+    u_s = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2_tau, -shift_s), ln_2, -(log_t + log_ratio)))
+    u_t = tl.where(none_t, float("inf"), tl.fma(tl.fma(y_t, to_2_tau, -shift_t), ln_2, -log_t))
     # +inf is no number to learn from, and would pass for an absence of others, which in turn would hide a NaN
     u_s = tl.where(y_s < float("inf"), u_s, float("nan"))
     u_t = tl.where(y_t < float("inf"), u_t, float("nan"))
@@ -158,7 +159,7 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
         else:
             nckd_weight = nckd_weight * 0.0
     else:
-        nckd = cross * over_t * LN_2 + log_ratio
+        nckd = cross * over_t * ln_2 + log_ratio
         nckd = tl.where(none_s, float("inf"), nckd)
         nckd = tl.where(none_t, 0.0, nckd)
         nckd_weight = tl.where(none_t, 0.0, nckd_weight)  # a teacher without other classes: nothing to learn from it
@@ -202,7 +203,7 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     ce = gap
     by_1 = gap
     if WITH_CE:
-        u_1 = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2, -shift_1), LN_2, -_log(sum_1, ACC)))
+        u_1 = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2, -shift_1), ln_2, -_log(sum_1, ACC)))
         e_1 = tl.exp2(tl.abs(u_1) * -LOG2_E)
         missed = _reciprocal(1.0 + e_1, FAST) * tl.where(u_1 >= 0, e_1, 1.0)
         ce = tl.maximum(-u_1, 0.0) + _log1p(e_1, ACC)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .triton_kernels import (
+    LOG2_E,
     _counted,
     _factors,
     _gradient,
@@ -192,8 +193,8 @@ def march_kernel(
     tau = tl.full([], tau_, ACC)
     tckd_weight = tl.full([], tckd_weight_, ACC)
     nckd_weight = tl.full([], nckd_weight_, ACC)
-    to_2 = tl.full([], 1.4426950408889634, ACC)  # exp(x / tau) = exp2(x * to_2_tau)
-    to_2_tau = tl.full([], over_tau_ * 1.4426950408889634, ACC)  # from float64, rounded once
+    to_2 = tl.full([], LOG2_E, ACC)  # exp(x / tau) = exp2(x * to_2_tau)
+    to_2_tau = tl.full([], over_tau_ * LOG2_E, ACC)  # from float64, rounded once
     ce_factor = tl.full([], ce_weight_, ACC)
     if HAS_COUNT:  # of a mean, with class weights: what the second kernel divides by is the number of pixels
         count, total = _totals(counts, weights, num_counts, num_pixels, HAS_COUNT, HAS_WEIGHT, COUNTS, ACC)

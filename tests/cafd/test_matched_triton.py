@@ -23,12 +23,6 @@ LAYOUTS = ("contiguous", "channels_last", "tokens", "crop")
 two_layouts = pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 
 
-@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
-def device(request: pytest.FixtureRequest) -> str:
-    """A GPU where there is one, else the interpreter's CPU."""
-    return request.param
-
-
 def both(device: str, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     student, teacher = (features(*shape, dtype=dtype, scale=scale, seed=seed) for seed in range(2))
     return student.to(device), teacher.to(device)

@@ -20,12 +20,6 @@ pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
-def device(request: pytest.FixtureRequest) -> str:
-    """A GPU where there is one, else the interpreter's CPU."""
-    return request.param
-
-
 def both(device: str, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     student, teacher = (logits(*shape, dtype=dtype, scale=scale, seed=seed) for seed in (0, 2))
     return student.to(device), teacher.to(device)
