@@ -71,11 +71,18 @@ class TnkdCase:
     logits: Any = None  # (student, teacher, target) -> None, edits them in place
     why: str = ""
 
+    def label_size(self) -> tuple[int, ...]:
+        return self.shape[2:]
+
+    def teacher_shape(self) -> tuple[int, ...]:
+        return self.shape
+
     def arguments(self) -> tuple[Any, ...]:
         torch.manual_seed(sum(self.shape))
-        n, k, *space = self.shape
+        n, k, *_ = self.shape
+        space = self.label_size()
         student = (torch.randn(self.shape).clamp(-3, 3) * self.scale).to(self.dtype)
-        teacher = (torch.randn(self.shape).clamp(-3, 3) * self.scale).to(self.teacher_dtype or self.dtype)
+        teacher = (torch.randn(self.teacher_shape()).clamp(-3, 3) * self.scale).to(self.teacher_dtype or self.dtype)
         target = None
         if self.label is not None:
             target = torch.randint(0, min(k, 127), (n, *space))
@@ -102,16 +109,12 @@ class TnkdCase:
     def case(self) -> Case:
         self.args = self.arguments()
         student, teacher, target, objective = self.args
-        if target is None:  # as tnkd.cu does
-            target = teacher.argmax(1)
-        if walks(student, teacher) > 2:
-            student, teacher = student.contiguous(), teacher.contiguous()
-        target = target.contiguous()
+        student, teacher, target = self.taken(student, teacher, target)
         weight, values, _, coupled, reduction = objective.packed(self.args[2], torch.device("cpu"))
         ce, tckd, nckd, temperature = [0.0, *values.tolist()][-4:]
         acc = acc_dtype(student, teacher)
         tensors = {"student": student, "teacher": teacher}
-        tensors |= {"target": target}
+        tensors |= {} if target is None else {"target": target.contiguous()}
         tensors |= {} if weight is None else {"class_weight": weight}
         shape = [student.shape[0], *student.shape[2:]]
         outputs = {"parts": torch.empty(3, dtype=acc), "grad_scale": torch.empty((), dtype=acc)}
@@ -130,7 +133,19 @@ class TnkdCase:
             numbers.pop("ignore_index", None)
         elif "ignore_index" in self.on_device:
             tensors["ignore_index"] = torch.tensor(numbers.pop("ignore_index"))
-        return Case("tnkd", tensors, outputs, numbers)
+        return Case(self.op(), tensors, outputs, numbers | self.more_numbers())
+
+    def taken(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As tnkd.cu has them before the launch."""
+        if walks(student, teacher) > 2:
+            student, teacher = student.contiguous(), teacher.contiguous()
+        return student, teacher, teacher.argmax(1) if target is None else target
+
+    def op(self) -> str:
+        return "tnkd"
+
+    def more_numbers(self) -> dict[str, float]:
+        return {}
 
     def addressing(self) -> tuple[Any, ...]:
         """What a kernel's addresses depend on: cases that differ only in their numbers touch the same memory."""
@@ -174,6 +189,33 @@ class TnkdCase:
                 torch.where(same, grad, 0), torch.where(same, own_grad, 0), torch.where(same, truth[2], 0),
                 f"gradient of {what}", extra,
             )  # fmt: skip
+
+
+@dataclass
+class UpsampledCase(TnkdCase):
+    """One call of tnkd_upsampled: shape is the student's, (N, K, h, w); `kernel`: classes, groups and columns of it."""
+
+    size: tuple[int, int] = (0, 0)  # the labels'
+    teacher_size: tuple[int, int] | None = None  # as the student's
+    align_corners: bool = False
+
+    def label_size(self) -> tuple[int, ...]:
+        return self.size
+
+    def teacher_shape(self) -> tuple[int, ...]:
+        return (*self.shape[:2], *(self.teacher_size or self.shape[2:]))
+
+    def objective(self, weight: Tensor | None) -> Objective:
+        return super().objective(weight)._replace(align_corners=self.align_corners)
+
+    def taken(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return student, teacher, target
+
+    def op(self) -> str:
+        return "tnkd_upsampled"
+
+    def more_numbers(self) -> dict[str, float]:
+        return {"align_corners": self.align_corners}
 
 
 def nan_where_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:

@@ -106,6 +106,15 @@ DSCT_DEVICE void store_own(const Logits& in, const Place& p, unsigned char* tile
   }
 }
 
+// What a pixel is judged by: threads that do not judge need no weights. Out of shared memory, they take no register all
+// the way.
+DSCT_DEVICE Terms<float> judged_by(const Call& call, const Terms<float>& terms) {
+  Terms<float> judged = call.terms;
+  judged.with_ce = terms.with_ce, judged.two_classes = terms.two_classes, judged.coupled = terms.coupled;
+  judged.temperature = terms.temperature;
+  return judged;
+}
+
 // A thread holds the classes of neighbouring pixels, both networks': all of them, or (kSplit) what is its warp's; the
 // warps of a block then meet twice, to hand in their sums and to read what came of them.
 template <typename Source, int kClasses, bool kSplit>
@@ -139,10 +148,7 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
         z.student_target = Source::student(in, p, tiles, v, label);
         z.teacher_target = Source::teacher(in, p, tiles, v, label);
       }
-      // The warps that do not judge need no weights: out of shared memory, they take no register all the way.
-      Terms<float> judged = kSplit ? call.terms : terms;
-      judged.with_ce = terms.with_ce, judged.two_classes = terms.two_classes, judged.coupled = terms.coupled;
-      judged.temperature = terms.temperature;
+      const Terms<float> judged = kSplit ? judged_by(call, terms) : terms;
       PixelLoss<float> loss;
       judge_pixel(z, label, judged, in.class_weight, call.factors.kd, call.factors.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;

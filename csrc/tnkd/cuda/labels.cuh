@@ -44,6 +44,25 @@ DSCT_DEVICE void load_codes(const void* codes, int64_t pixel, bool inside, int (
   for (int v = 0; v < kPixels; ++v) y[v] = inside ? run.lane[v] : kIgnored;
 }
 
+// A block's counts of valid pixels and of their class weights, and what the main kernel finds beside them.
+DSCT_DEVICE void finish_count(double (&sums)[2], const float* class_weight, int classes, const Workspace& work,
+                              unsigned char* shared) {
+  block_sum(sums, reinterpret_cast<double*>(shared));
+  if (threadIdx.x == 0) {
+    work.counts[blockIdx.x] = sums[0];
+    work.weights[blockIdx.x] = class_weight == nullptr ? sums[0] : sums[1];
+    if (blockIdx.x == 0) *work.ticket = 0;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < kWarp) {
+    float largest = class_weight == nullptr ? 1 : 0;
+    if (class_weight != nullptr) {
+      for (int k = threadIdx.x; k < classes; k += kWarp) largest = larger(largest, class_weight[k]);
+      largest = warp_max(largest);
+    }
+    if (threadIdx.x == 0) *work.largest_weight = largest;
+  }
+}
+
 // Codes, partial counts of valid pixels and of their class weights, and the ticket set to zero for the main kernel.
 __global__ void __launch_bounds__(kCountThreads, 1)
     encode_labels(const void* labels, LabelType type, bool aligned, bool has_ignore, int64_t ignore,
@@ -103,20 +122,7 @@ __global__ void __launch_bounds__(kCountThreads, 1)
       encode(static_cast<int64_t*>(nullptr));
   }
   sums[0] = valid;
-  block_sum(sums, reinterpret_cast<double*>(shared));
-  if (threadIdx.x == 0) {
-    work.counts[blockIdx.x] = sums[0];
-    work.weights[blockIdx.x] = class_weight == nullptr ? sums[0] : sums[1];
-    if (blockIdx.x == 0) *work.ticket = 0;
-  }
-  if (blockIdx.x == 0 && threadIdx.x < kWarp) {
-    float largest = class_weight == nullptr ? 1 : 0;
-    if (class_weight != nullptr) {
-      for (int k = threadIdx.x; k < classes; k += kWarp) largest = larger(largest, class_weight[k]);
-      largest = warp_max(largest);
-    }
-    if (threadIdx.x == 0) *work.largest_weight = largest;
-  }
+  finish_count(sums, class_weight, classes, work, shared);
 }
 
 }  // namespace dsct::cuda

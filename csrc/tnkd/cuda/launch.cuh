@@ -17,6 +17,9 @@
 namespace dsct::cuda {
 
 constexpr int kMaxCountBlocks = 256;
+inline int count_blocks(int64_t pixels) {
+  return static_cast<int>(std::clamp<int64_t>(ceil_div(pixels, kCountThreads * kCountPixels * 2), 1, kMaxCountBlocks));
+}
 
 // The launch chosen for a call. Workspace and kernel sizes follow from it alone.
 struct TnkdPlan {
@@ -72,8 +75,7 @@ inline int warps_for(int64_t classes, int unit) {
 inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
   TnkdPlan plan;
   Logits in = logits_of(args, true);
-  plan.count_blocks = static_cast<int>(
-      std::clamp<int64_t>(ceil_div(args.images * args.pixels, kCountThreads * kCountPixels * 2), 1, kMaxCountBlocks));
+  plan.count_blocks = count_blocks(args.images * args.pixels);
   auto all_in_planes = [&](int pixels) {
     return planes_take(args.student_type, args.teacher_type) && in_planes(args, in.student, pixels) &&
            in_planes(args, in.teacher, pixels) && in_planes(args, in.grad, pixels);
@@ -109,14 +111,40 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
   return plan;
 }
 
-inline int64_t codes_offset(const TnkdPlan& plan) {
-  return ceil_div(16 + 16 * plan.count_blocks + 24 * plan.blocks, 16) * 16;
+// 8 bytes for the ticket, 8 for the largest weight, then counts, weights, partials and codes.
+inline Workspace workspace_of(void* memory, int count_blocks, int64_t blocks) {
+  Workspace work{};
+  double* numbers = static_cast<double*>(memory);
+  work.ticket = static_cast<unsigned*>(memory), work.largest_weight = numbers + 1;
+  work.counts = numbers + 2, work.weights = work.counts + count_blocks;
+  work.partials = work.weights + count_blocks, work.count_blocks = count_blocks;
+  work.codes = numbers + ceil_div(2 + 2 * count_blocks + 3 * blocks, 2) * 2;
+  return work;
+}
+// Up to the codes' end; a multiple of 16.
+inline int64_t workspace_bytes(int count_blocks, int64_t blocks, int64_t pixels, bool wide) {
+  const Workspace work = workspace_of(nullptr, count_blocks, blocks);
+  return reinterpret_cast<uintptr_t>(work.codes) + ceil_div(pixels, 16) * 16 * (wide ? 2 : 1);
+}
+inline int64_t tnkd_workspace_bytes(const TnkdPlan& plan, const TnkdArgs& args) {
+  return workspace_bytes(plan.count_blocks, plan.blocks, args.images * args.pixels, plan.warps > 1);
 }
 
-// 8 bytes for the ticket, 8 for the largest weight, then counts, weights, partials and codes.
-inline int64_t tnkd_workspace_bytes(const TnkdPlan& plan, const TnkdArgs& args) {
-  const int64_t codes = ceil_div(args.images * args.pixels, kCountPixels) * kCountPixels;
-  return codes_offset(plan) + (plan.warps > 1 ? 2 : 1) * codes;
+inline Terms<float> terms_of(const TnkdArgs& args) {
+  Terms<float> terms{};
+  set_numbers(terms, args.ce_weight, args.tckd_weight, args.nckd_weight, args.temperature);
+  terms.with_ce = args.with_ce, terms.two_classes = args.classes == 2, terms.coupled = args.coupled;
+  terms.values = args.values;
+  return terms;
+}
+inline Result<float> result_of(const TnkdArgs& args, double gathered = 1) {
+  return {static_cast<float*>(args.loss), static_cast<float*>(args.parts), static_cast<float*>(args.grad_scale),
+          args.mean, args.student_type == FloatType::kF16, gathered};
+}
+inline void encode(const TnkdArgs& args, int64_t pixels, bool wide, const Workspace& work, cudaStream_t stream) {
+  launch("tnkd", encode_labels, work.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream, args.target,
+         args.target_type, on_16_bytes(args.target), args.has_ignore, args.ignore_index, args.ignore_index_value,
+         static_cast<int>(args.classes), pixels, static_cast<const float*>(args.class_weight), wide, work);
 }
 
 // Calls body with the variant that the plan names.
@@ -148,30 +176,14 @@ inline const char* kernel_name(const TnkdPlan& plan) {
 
 // The whole op: two launches on `stream`, nothing else.
 inline void tnkd_run(const TnkdArgs& args, const TnkdPlan& plan, const Device& device, cudaStream_t stream) {
-  unsigned char* base = static_cast<unsigned char*>(args.workspace);
-  Workspace work{};
-  work.ticket = reinterpret_cast<unsigned*>(base);
-  work.largest_weight = reinterpret_cast<double*>(base) + 1;
-  work.counts = reinterpret_cast<double*>(base + 16), work.weights = work.counts + plan.count_blocks;
-  work.partials = work.weights + plan.count_blocks, work.codes = base + codes_offset(plan);
-  work.count_blocks = plan.count_blocks;
-  const float* class_weight = static_cast<const float*>(args.class_weight);
-  launch("tnkd", encode_labels, plan.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream, args.target,
-         args.target_type, on_16_bytes(args.target), args.has_ignore, args.ignore_index, args.ignore_index_value,
-         static_cast<int>(args.classes), args.images * args.pixels, class_weight, plan.warps > 1, work);
-
-  Terms<float> terms{};
-  set_numbers(terms, args.ce_weight, args.tckd_weight, args.nckd_weight, args.temperature);
-  terms.with_ce = args.with_ce, terms.two_classes = args.classes == 2, terms.coupled = args.coupled;
-  terms.values = args.values;
-  const Result<float> result = {static_cast<float*>(args.loss), static_cast<float*>(args.parts),
-                                static_cast<float*>(args.grad_scale), args.mean, args.student_type == FloatType::kF16};
+  const Workspace work = workspace_of(args.workspace, plan.count_blocks, plan.blocks);
+  encode(args, args.images * args.pixels, plan.warps > 1, work, stream);
   Logits in = logits_of(args, plan.unit > 1);
   in.codes = work.codes, in.unit = plan.unit;
   in.tiles_per_image = static_cast<unsigned>(plan.tiles_per_image), in.tiles = static_cast<unsigned>(plan.tiles);
   with_kernel(plan, args.student_type, args.teacher_type, [&](auto kernel) {
     launch_early("tnkd", device, kernel, plan.blocks, plan.warps > 1 ? plan.warps * kWarp : kWholeThreads, plan.shared,
-                 stream, in, terms, work, result);
+                 stream, in, terms_of(args), work, result_of(args));
   });
 }
 

@@ -13,7 +13,8 @@ struct Result {
   A* loss;
   A* parts;
   A* grad_scale;
-  bool mean, float16;  // float16: of the gradient
+  bool mean, float16;   // float16: of the gradient
+  double gathered = 1;  // the most that the weights of the pixels that share a number of the gradient add up to
 };
 
 // 1 / count and 1 / sum of weights of a mean, and the power of two, 2^outside, that a gradient is stored divided by.
@@ -51,6 +52,7 @@ DSCT_DEVICE Norms norms_of(double count, double weight, const Terms<float>& term
   if (result.float16) {
     double bound = static_cast<double>(terms.temperature) * (terms.tckd_weight + terms.nckd_weight) * norms.kd;
     if (terms.with_ce) bound += terms.ce_weight * *work.largest_weight * norms.ce;
+    bound *= result.gathered;
     if (bound > 0 && bound < infinity<double>()) norms.outside = std::clamp(ilogb(bound) - 14, -126, 126);
   }
   return norms;

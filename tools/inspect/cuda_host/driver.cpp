@@ -12,8 +12,8 @@
 #include "cafd/cuda/launch.cuh"
 #endif
 #ifndef WITHOUT_TNKD
-#include "tnkd/cuda/launch.cuh"
 #include "tnkd/cuda/scale.cuh"
+#include "tnkd/cuda/upsampled_launch.cuh"
 #endif
 
 namespace {
@@ -111,15 +111,15 @@ Device device_of(const Case& c) {
 }
 
 #ifndef WITHOUT_TNKD
-void run_tnkd(const Case& c) {
+// All but shapes and strides.
+void set_call(TnkdArgs& args, const Case& c) {
   static const std::map<std::string, LabelType> labels = {{"uint8", LabelType::kU8},
                                                           {"int8", LabelType::kI8},
                                                           {"int16", LabelType::kI16},
                                                           {"int32", LabelType::kI32},
                                                           {"int64", LabelType::kI64}};
   const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
-  const Tensor *target = c.find("target"), *grad = c.find("grad");
-  TnkdArgs args{};
+  const Tensor* target = c.find("target");
   args.student = student.data(), args.teacher = teacher.data();
   args.target = c.data("target"), args.class_weight = c.data("class_weight"), args.grad = c.data("grad");
   args.loss = c.data("loss"), args.loss_map = c.data("loss_map");
@@ -135,6 +135,16 @@ void run_tnkd(const Case& c) {
   if (args.ignore_index_value != nullptr) args.has_ignore = true;
   args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
   args.coupled = c.numbers.at("coupled") != 0;
+}
+
+void write_tnkd(const Case& c) {
+  for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
+}
+
+void run_tnkd(const Case& c) {
+  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher"), *grad = c.find("grad");
+  TnkdArgs args{};
+  set_call(args, c);
   if (!set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
                  teacher.stride.data(), grad == nullptr ? nullptr : grad->stride.data())) {
     throw std::invalid_argument("strides that tnkd.cu would copy");
@@ -148,7 +158,36 @@ void run_tnkd(const Case& c) {
   args.workspace = workspace.data;
   tnkd_run(args, plan, device_of(c), nullptr);
   std::cout << kernel_name(plan) << "\n";
-  for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
+  write_tnkd(c);
+}
+
+void run_upsampled(const Case& c) {
+  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
+  const Tensor *target = c.find("target"), *grad = c.find("grad");
+  UpsampledArgs args{};
+  set_call(args, c);
+  args.align_corners = c.numbers.at("align_corners") != 0;
+  args.classes = student.size[1];
+  for (int d : {0, 1}) args.size[d] = student.size[d];
+  for (int d : {0, 1}) {
+    args.student_size[d] = student.size[d + 2], args.teacher_size[d] = teacher.size[d + 2];
+    const int64_t larger = std::max(args.student_size[d], args.teacher_size[d]);
+    args.size[d + 2] = target == nullptr ? larger : target->size[d + 1];
+  }
+  for (int d = 0; d < 4; ++d) {
+    args.strides[0][d] = student.stride[d], args.strides[1][d] = teacher.stride[d];
+    if (grad != nullptr) args.strides[2][d] = grad->stride[d];
+  }
+  const UpsampledPlan plan = upsampled_plan(args, device_of(c));
+  if (plan.classes == 0) {
+    std::cout << "none\n";
+    return;
+  }
+  Buffer workspace(upsampled_workspace_bytes(plan, args));
+  args.workspace = workspace.data;
+  upsampled_run(args, plan, nullptr);
+  std::cout << "upsampled_" << plan.classes << "_" << plan.groups << "_" << plan.call.columns << "\n";
+  write_tnkd(c);
 }
 
 void run_scale(const Case& c) {
@@ -237,6 +276,7 @@ void run_attention_map(const Case& c) {
 void run(const Case& c) {
 #ifndef WITHOUT_TNKD
   if (c.op == "tnkd") return run_tnkd(c);
+  if (c.op == "tnkd_upsampled") return run_upsampled(c);
   if (c.op == "scale") return run_scale(c);
 #endif
 #ifndef WITHOUT_CAFD

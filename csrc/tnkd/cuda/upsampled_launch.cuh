@@ -1,0 +1,167 @@
+// TNKD of logits smaller than the labels on the GPU: tiles, and the launches.
+//
+//   encode_labels, or label_by_teacher: as for tnkd_kernel. Labels are read once either way, and the pass over them
+//   knows the divisors of a mean before the first gradient; they differ where classes have weights.
+//   tnkd_upsampled_kernel: loss, and each tile's part of the gradient.
+//   add_slabs: the gradient.
+#pragma once
+
+#include "launch.cuh"
+#include "upsampled.cuh"
+
+namespace dsct::cuda {
+
+// `classes`, but no other size or stride of TnkdArgs.
+struct UpsampledArgs : TnkdArgs {
+  int64_t size[4];  // N, K and the labels' height and width
+  int64_t student_size[2], teacher_size[2];
+  int64_t strides[3][4];  // of student, teacher and gradient, in elements
+  bool align_corners;
+};
+
+struct UpsampledPlan {
+  Upsampled call{};
+  int classes = 0;  // of a thread; 0: no variant takes the call
+  int groups = 1, count_blocks = 1;
+  int64_t blocks = 1;
+  size_t shared = 0;
+};
+
+inline Axis axis_of(int64_t inputs, int64_t outputs, bool align_corners) {
+  const double step = align_corners ? outputs > 1 ? double(inputs - 1) / double(outputs - 1) : 0
+                                    : double(inputs) / double(std::max<int64_t>(outputs, 1));
+  return {static_cast<int>(inputs), static_cast<int>(outputs), step, align_corners};
+}
+// The most inputs that so many neighbouring outputs look at.
+inline int reach(const Axis& axis, int outputs) {
+  return std::min(axis.inputs, static_cast<int>((outputs - 1) * axis.step + 1e-3) + 3);
+}
+// At least what the weights of an input add up to.
+inline double gathered(const Axis& axis) {
+  if (axis.inputs == axis.outputs) return 1;
+  return axis.step > 0 ? 1 / axis.step + 1 : axis.outputs;
+}
+
+inline SmallMap small_map(const UpsampledArgs& args, const void* data, FloatType type, const int64_t (&size)[2],
+                          const int64_t (&strides)[4]) {
+  const int64_t bytes = size_of(type);
+  SmallMap map{};
+  map.data = static_cast<unsigned char*>(const_cast<void*>(data)), map.type = type;
+  map.image = strides[0] * bytes, map.step = static_cast<unsigned>(strides[1] * bytes);
+  map.row = strides[2] * bytes, map.column = strides[3] * bytes;
+  map.y = axis_of(size[0], args.size[2], args.align_corners), map.x = axis_of(size[1], args.size[3], args.align_corners);
+  return map;
+}
+
+// Tiles of so many rows; their number is what the fewest rounds of `resident` blocks, with the least work, want.
+inline void set_rows(Upsampled& in, int64_t resident) {
+  // Each tile costs some three rows more, and what it reaches beyond itself is added up anew: four rows of the student's.
+  constexpr int kLeast = 16, kMost = 128;
+  const double four = in.student.y.step > 0 ? 4 / in.student.y.step : kMost;
+  const int least = std::clamp(static_cast<int>(std::min<double>(four, kMost)), kLeast, kMost);
+  int64_t best = std::numeric_limits<int64_t>::max();
+  for (int rows = least; rows <= kMost; ++rows) {
+    const int64_t tiles = int64_t{in.images} * in.tiles_x * ceil_div(in.height, rows);
+    const int64_t cost = ceil_div(tiles, resident) * (std::min(rows, in.height) + 3);
+    if (cost < best) best = cost, in.rows = rows;
+  }
+  in.rows = std::max(1, std::min(in.rows, in.height));
+  in.tiles_y = static_cast<int>(ceil_div(in.height, in.rows));
+  in.slab_rows = reach(in.student.y, in.rows);
+}
+
+constexpr int kMostHeld = 19;  // classes of a thread
+
+inline UpsampledPlan upsampled_plan(const UpsampledArgs& args, const Device& device) {
+  UpsampledPlan plan;
+  Upsampled& in = plan.call;
+  const int64_t pixels = args.size[0] * args.size[2] * args.size[3];
+  plan.count_blocks = count_blocks(pixels);
+  in.student = small_map(args, args.student, args.student_type, args.student_size, args.strides[0]);
+  in.teacher = small_map(args, args.teacher, args.teacher_type, args.teacher_size, args.strides[1]);
+  in.grad = small_map(args, args.grad, args.student_type, args.student_size, args.strides[2]);
+  in.class_weight = static_cast<const float*>(args.class_weight);
+  in.images = static_cast<int>(args.size[0]), in.classes = static_cast<int>(args.size[1]);
+  in.height = static_cast<int>(args.size[2]), in.width = static_cast<int>(args.size[3]);
+  for (int64_t size : args.size) {
+    if (size > std::numeric_limits<int32_t>::max() / 2) return plan;
+  }
+  for (const auto& strides : args.strides) {
+    if (strides[1] < 0 || strides[1] * int64_t{4} >= int64_t{1} << 32) return plan;
+  }
+  const bool split = in.classes > kMostHeld;
+  int classes = kMostHeld;
+  for (int held : {16, 12, 8, 6}) {
+    if (in.classes <= held) classes = held;
+  }
+  in.columns = split ? kWarp : std::clamp<int>(ceil_div(in.width, kWarp) * kWarp, kWarp, kWholeThreads);
+  for (;; in.columns /= 2) {
+    const int whole = kWarp / std::min(in.columns, kWarp);  // groups of a warp
+    plan.groups = split ? static_cast<int>(ceil_div(ceil_div(in.classes, kMostHeld), whole) * whole) : 1;
+    const int threads = plan.groups * in.columns;
+    in.tiles_x = static_cast<int>(ceil_div(in.width, in.columns));
+    in.slab_columns = reach(in.student.x, in.columns);
+    set_rows(in, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / threads));
+    plan.shared = reinterpret_cast<uintptr_t>(Shared(in, nullptr, threads, classes).end(in, plan.groups));
+    if (threads <= kMostWarps * kWarp && plan.shared <= static_cast<size_t>(device.shared_bytes) / 2) break;
+    if (!split || in.columns == 8) break;  // with fewer of them a second block would fit beside it, no more
+  }
+  const int64_t tiles = int64_t{in.images} * in.tiles_x * in.tiles_y;
+  if (plan.groups * in.columns > kMostWarps * kWarp || plan.shared > static_cast<size_t>(device.shared_bytes) ||
+      tiles > std::numeric_limits<int32_t>::max() || args.classes > kMostWarps * kMostClasses ||
+      args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64) {
+    return plan;
+  }
+  in.tiles = static_cast<unsigned>(tiles);
+  plan.classes = classes;
+  plan.blocks = std::clamp<int64_t>(
+      tiles, 1, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / (plan.groups * in.columns)));
+  return plan;
+}
+
+inline int64_t upsampled_workspace_bytes(const UpsampledPlan& plan, const UpsampledArgs& args) {
+  const Upsampled& in = plan.call;
+  const int64_t slabs = args.grad == nullptr ? 0 : int64_t{in.tiles} * in.slab_floats() * int64_t{sizeof(float)};
+  return workspace_bytes(plan.count_blocks, plan.blocks, int64_t{in.images} * in.height * in.width, plan.groups > 1) +
+         slabs;
+}
+
+template <typename Body>
+void with_upsampled_kernel(const UpsampledPlan& plan, const Body& body) {
+  if (plan.groups > 1) return body(tnkd_upsampled_kernel<kMostHeld, true>);
+  if (plan.classes == 6) return body(tnkd_upsampled_kernel<6, false>);
+  if (plan.classes == 8) return body(tnkd_upsampled_kernel<8, false>);
+  if (plan.classes == 12) return body(tnkd_upsampled_kernel<12, false>);
+  if (plan.classes == 16) return body(tnkd_upsampled_kernel<16, false>);
+  return body(tnkd_upsampled_kernel<kMostHeld, false>);
+}
+
+// The whole op: three launches on `stream`, nothing else; two without a gradient.
+inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, cudaStream_t stream) {
+  Upsampled in = plan.call;
+  const bool wide = plan.groups > 1;
+  const int64_t pixels = int64_t{in.images} * in.height * in.width;
+  const Workspace work = workspace_of(args.workspace, plan.count_blocks, plan.blocks);
+  in.codes = work.codes;
+  if (args.grad != nullptr) {
+    in.slabs = reinterpret_cast<float*>(static_cast<unsigned char*>(args.workspace) +
+                                        workspace_bytes(plan.count_blocks, plan.blocks, pixels, wide));
+  }
+  if (args.target != nullptr) {
+    encode(args, pixels, wide, work, stream);
+  } else {
+    launch("tnkd_upsampled", label_by_teacher, plan.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream, in,
+           wide, work);
+  }
+  const Result<float> result = result_of(args, gathered(in.student.y) * gathered(in.student.x));
+  with_upsampled_kernel(plan, [&](auto kernel) {
+    launch("tnkd_upsampled", kernel, plan.blocks, plan.groups * in.columns, plan.shared, stream, in, terms_of(args),
+           work, result);
+  });
+  if (args.grad == nullptr) return;
+  const int64_t rows = int64_t{in.images} * in.grad.y.inputs * ceil_div(in.classes, kSlabRun);
+  const int threads = std::clamp<int>(ceil_div(in.grad.x.inputs, kWarp) * kWarp, kWarp, kSlabThreads);
+  launch("tnkd_upsampled", add_slabs, rows, threads, 0, stream, in);
+}
+
+}  // namespace dsct::cuda
