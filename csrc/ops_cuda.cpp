@@ -6,6 +6,7 @@
 
 STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CUDA, m) {
   m.impl("tnkd", TORCH_BOX(&dsct::tnkd_cuda));
+  m.impl("tnkd_upsampled", TORCH_BOX(&dsct::tnkd_upsampled_cuda));
   m.impl("scale_", TORCH_BOX(&dsct::scale_cuda_));
   m.impl("cafd", TORCH_BOX(&dsct::cafd_cuda));
   m.impl("attention_map", TORCH_BOX(&dsct::attention_map_cuda));

@@ -10,7 +10,7 @@ from .upsample import smaller, to_labels
 
 __all__ = ["UPSAMPLES_ON", "tnkd", "tnkd_upsampled", "why_not"]
 
-UPSAMPLES_ON = ("cpu",)  # where logits smaller than the labels are read as they are
+UPSAMPLES_ON = ("cpu", "cuda")  # where logits smaller than the labels are read as they are; on CUDA not for a map
 MOST_CLASSES_ON_CUDA = 320  # csrc/tnkd/cuda/kernel.cuh: 16 warps share out a pixel's classes, 20 each
 
 
@@ -47,7 +47,7 @@ def tnkd(
     """(loss, parts); the arguments are reference.tnkd's."""
     if not smaller(student_logits, teacher_logits, target):
         student, teacher = student_logits, student_logits.detach() if teacher_logits is None else teacher_logits
-    elif student_logits.device.type in UPSAMPLES_ON:
+    elif student_logits.device.type in UPSAMPLES_ON and (not student_logits.is_cuda or objective.reduction != NONE):
         return tnkd_upsampled(student_logits, teacher_logits, target, objective)
     else:
         student, teacher = to_labels(student_logits, teacher_logits, target, objective.align_corners)

@@ -200,7 +200,8 @@ class UpsampledCase(TnkdCase):
     align_corners: bool = False
 
     def label_size(self) -> tuple[int, ...]:
-        return self.size
+        student, teacher = self.shape[2:], self.teacher_size or self.shape[2:]
+        return self.size if self.label else tuple(max(pair) for pair in zip(student, teacher, strict=True))
 
     def teacher_shape(self) -> tuple[int, ...]:
         return (*self.shape[:2], *(self.teacher_size or self.shape[2:]))
@@ -216,6 +217,9 @@ class UpsampledCase(TnkdCase):
 
     def more_numbers(self) -> dict[str, float]:
         return {"align_corners": self.align_corners}
+
+    def addressing(self) -> tuple[Any, ...]:
+        return *super().addressing(), self.size, self.teacher_size, self.align_corners
 
 
 def nan_where_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
@@ -438,6 +442,88 @@ TNKD = [
 ]  # fmt: skip
 
 
+def cells_of_ignored(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    """Cells that only ignored pixels touch, in columns of four labels; they hold anything."""
+    target[..., :12] = 255
+    student[..., :2], teacher[..., :2] = float("nan"), float("inf")
+
+
+def cell_absent(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    """A class that is nowhere near one cell: where that has a part, whatever its weight, and nowhere else."""
+    target[target == 2] = 1
+    student[:, 2, 1, 1] = teacher[:, 2, 1, 1] = -float("inf")
+
+
+def cell_nan(network: int) -> Any:
+    def edit(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+        (student, teacher)[network][0, -1, 1, 1] = (float("nan"), float("inf"))[network]
+
+    return edit
+
+
+def bad_labels(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    target[0, 6, 6:8] = 200
+
+
+# K, the kernel that serves it, and columns of labels: every variant.
+UPSAMPLED_BY_K = ((2, "6_1"), (6, "6_1"), (8, "8_1"), (11, "12_1"), (16, "16_1"), (19, "19_1"), (20, "19_2"),
+                  (33, "19_2"), (150, "19_8"))  # fmt: skip
+UPSAMPLED = [
+    *(UpsampledCase(f"upsampled_{kernel}_32", (1, k, 5, 6), dtype, size=(20, 24), temperature=t, why="every variant")
+      for (k, kernel), dtype, t in zip(UPSAMPLED_BY_K, DTYPES * 3, (1.0, 2.0, 3.0, 2.0, 0.5) * 2)),
+    *(UpsampledCase(f"upsampled_{kernel}_32", (2, k, 4, 5), dtype, teacher, size=(16, 20), with_ce=False, coupled=True,
+                    weights=(0.0, 1.0, 1.0), label=label, why="plain KD, dtypes of every pair")
+      for (k, kernel), (dtype, teacher), label in zip(
+          UPSAMPLED_BY_K[:8], ((torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+                               (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)) * 2,
+          (torch.int64, torch.int32, torch.int16, torch.uint8) * 2)),
+    *(UpsampledCase(kernel, (1, k, *student), size=size, teacher_size=teacher, align_corners=align,
+                    why="any ratio, networks of two sizes")
+      for kernel, k in (("upsampled_6_1_64", 6), ("upsampled_19_2_32", 21)) for align in (False, True)
+      for student, teacher, size in (((7, 9), (13, 11), (31, 40)), ((5, 40), (19, 5), (19, 40)),
+                                     ((1, 1), (2, 36), (9, 36)), ((5, 33), (5, 33), (15, 33)),
+                                     ((11, 33), (1, 33), (11, 33)), ((4, 34), (2, 17), (5, 35)))),
+    UpsampledCase("upsampled_6_1_128", (3, 6, 9, 70), size=(36, 280), weighted=True, why="several tiles a block"),
+    UpsampledCase("upsampled_6_1_128", (1, 5, 19, 45), torch.float16, size=(39, 135), align_corners=True, reduction=2),
+    UpsampledCase("upsampled_19_2_32", (5, 38, 4, 9), torch.bfloat16, size=(17, 65), why="several tiles a block"),
+    UpsampledCase("upsampled_19_1_96", (1, 19, 3, 24), teacher_size=(30, 96), label=None, logits=ties, weighted=True,
+                  why="a strip that sees few rows, the teacher's labels"),
+    *(UpsampledCase("upsampled_6_1_32", (1, 6, *student), dtype, teacher_size=teacher, label=None, logits=ties,
+                    align_corners=align, weighted=align, coupled=not align, why="the upsampled teacher's labels")
+      for student, teacher in (((12, 16), (4, 32)), ((24, 32), (6, 8))) for align, dtype in zip((False, True), DTYPES)),
+    *(UpsampledCase(kernel, (1, k, 3, 5), size=(11, 19), shared_bytes=bytes, label=label, why="narrower tiles")
+      for k, kernel, bytes, label in ((150, "upsampled_19_8_16", 166_912, torch.int16),
+                                      (150, "upsampled_19_8_8", 101_376, torch.uint8),
+                                      (40, "upsampled_19_4_8", 40_000, torch.int8),
+                                      (300, "upsampled_19_16_16", 232_448, torch.int16),
+                                      (320, "upsampled_19_20_8", 101_376, torch.int64))),
+    *(UpsampledCase("upsampled_6_1_32", (2, 6, 6, 8), torch.bfloat16, layout=layout, teacher_layout=teacher,
+                    size=(24, 32), label_layout="sliced", why="any strides")
+      for layout, teacher in (("channels_last", "sliced"), ("sliced", "transposed"), ("transposed", "offset"))),
+    *(UpsampledCase(kernel, (1, k, 6, 8), size=size, logits=edit, align_corners=align, needs_grad=grad)
+      for kernel, k in (("upsampled_6_1_32", 6), ("upsampled_19_2_32", 33))
+      for size, edit, align, grad in (
+          ((24, 32), cells_of_ignored, False, True), ((24, 32), cell_absent, False, True),
+          ((18, 24), cell_absent, False, True), ((26, 29), cell_absent, True, True),
+          ((24, 32), cell_nan(0), False, False), ((24, 32), cell_nan(1), False, False),
+          ((24, 32), bad_labels, False, True), ((24, 32), all_ignored, False, True),
+          ((24, 32), class_absent, False, True))),
+    *(UpsampledCase("upsampled_6_1_32", (1, 6, 6, 8), torch.float16, size=(24, 32), reduction=r, temperature=t,
+                    weights=weights, scale=scale, rare=rare, with_ce=rare, only_grad=True, why="small gradients")
+      for r in (1, 2) for t, scale, weights, rare in (
+          (0.01, 1e-4, (0.0, 1e-6, 2e-6), False), (20.0, 0.1, (0.0, 0.5, 0.0), False),
+          (1.0, 1e4, (1e4, 1.0, 2.0), True))),
+    *(UpsampledCase(kernel, (1, k, 6, 8), dtype, size=(24, 32), scale=LARGE[dtype], temperature=t, why="magnitude")
+      for kernel, k in (("upsampled_6_1_32", 6), ("upsampled_19_2_32", 33)) for dtype in DTYPES for t in (2.0, 0.01)),
+    *(UpsampledCase(kernel, (1, k, 4, 8), size=(16, 32), on_device="values ignore_index", ignore_index=-100,
+                    label=torch.int32, temperature=3.0, why="numbers in device memory")
+      for kernel, k in (("upsampled_6_1_32", 6), ("upsampled_19_2_32", 33))),
+    UpsampledCase("upsampled_6_1_32", (1, 6, 4, 8), size=(16, 32), needs_grad=False),
+    UpsampledCase("upsampled_6_1_64", (0, 6, 4, 9), size=(16, 36), why="empty batch"),
+    *(UpsampledCase(NONE, (1, k, 2, 4), dtype, size=(4, 8)) for k, dtype in ((321, torch.float32), (6, torch.float64))),
+]  # fmt: skip
+
+
 # The numbers in device memory: every kernel and dtype, and what is compiled or chosen otherwise for numbers elsewhere.
 LAYOUTS_OF_KERNELS = ((PLANES, (2, 6, 4, 8), "contiguous"), (PLANES_SPLIT, (2, 21, 4, 8), "contiguous"),
                       (TILES, (2, 6, 4, 8), "channels_last"), (TILES_SPLIT, (1, 24, 3, 7), "stepped"))  # fmt: skip
@@ -605,6 +691,11 @@ SMALL_TNKD = [
     TnkdCase(TILES, (1, 6, 3, 7), layout="stepped", reduction=0),
     TnkdCase(PLANES, (1, 19, 5, 7), on_device="values ignore_index"),
 ]
+SMALL_UPSAMPLED = [
+    UpsampledCase("upsampled_6_1_64", (17, 5, 2, 9), torch.float16, size=(7, 36), weighted=True, why="two tiles"),
+    UpsampledCase("upsampled_19_2_32", (9, 21, 2, 9), torch.bfloat16, teacher_size=(5, 36), label=None, why="the same"),
+    UpsampledCase("upsampled_19_4_8", (1, 40, 2, 3), size=(7, 9), shared_bytes=40_000, temperature=3.0),
+]  # fmt: skip
 SMALL_CAFD = [
     CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
     CafdCase("rows rows", (1, 3, 32, 96), why="several warps a row"),

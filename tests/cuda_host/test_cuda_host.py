@@ -28,10 +28,14 @@ from .cases import (
     PLANES_SPLIT,
     SMALL_CAFD,
     SMALL_TNKD,
+    SMALL_UPSAMPLED,
     TILES,
     TNKD,
+    UPSAMPLED,
     CafdCase,
     TnkdCase,
+    UpsampledCase,
+    cells_of_ignored,
 )
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -55,6 +59,16 @@ def plain(folder: Path) -> Path:
 
 def test_tnkd(plain: Path, folder: Path) -> None:
     check_all(plain, folder / "tnkd", TNKD)
+
+
+def test_tnkd_of_logits_smaller_than_the_labels(plain: Path, folder: Path) -> None:
+    check_all(plain, folder / "upsampled", UPSAMPLED)
+
+
+def test_cells_that_only_ignored_pixels_touch_have_no_gradient(plain: Path, folder: Path) -> None:
+    cases = [UpsampledCase("", (1, k, 6, 8), size=(24, 32), logits=cells_of_ignored) for k in (6, 33)]
+    for _, got in run(plain, [case.case() for case in cases], folder / "ignored"):
+        assert (got["grad"][..., :2] == 0).all() and (got["grad"][..., 3:] != 0).any()
 
 
 def test_tnkd_with_its_numbers_in_device_memory(plain: Path, folder: Path) -> None:
@@ -133,6 +147,7 @@ def test_no_race(folder: Path) -> None:
     """ThreadSanitizer, one thread per CUDA thread."""
     driver = build(folder, "thread")
     check_all(driver, folder / "race_tnkd", SMALL_TNKD)
+    check_all(driver, folder / "race_upsampled", SMALL_UPSAMPLED)
     check_all(driver, folder / "race_cafd", SMALL_CAFD)
 
 
@@ -140,6 +155,7 @@ def test_no_overrun(folder: Path) -> None:
     """AddressSanitizer over every case, of those that touch the same memory one."""
     driver = build(folder, "address")
     check_all(driver, folder / "overrun_tnkd", list({case.addressing(): case for case in TNKD}.values()))
+    check_all(driver, folder / "overrun_upsampled", list({case.addressing(): case for case in UPSAMPLED}.values()))
     check_all(driver, folder / "overrun_on_device", ON_DEVICE)
     check_all(driver, folder / "overrun_cafd", CAFD)
     check_all(driver, folder / "overrun_cafd_on_device", [case() for case in CAFD_ON_DEVICE])
@@ -210,6 +226,58 @@ PLANTS = {
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
 }
+UPSAMPLED_KERNEL = "tnkd/cuda/upsampled.cuh"
+PLANTS |= {
+    "upsampled: the gradient's columns are added up before they are all there": (
+        "thread",
+        UPSAMPLED_KERNEL,
+        """        __syncthreads();
+        narrow_row(""",
+        """        narrow_row(""",
+        UpsampledCase("", (1, 6, 2, 9), size=(7, 36)),
+    ),
+    "upsampled: the next row is written while this one is still read": (
+        "thread",
+        UPSAMPLED_KERNEL,
+        """tile.first_row));
+        __syncthreads();
+""",
+        """tile.first_row));
+""",
+        UpsampledCase("", (1, 6, 2, 9), size=(7, 36)),
+    ),
+    "upsampled: the verdict is read before it is there": (
+        "thread",
+        UPSAMPLED_KERNEL,
+        """        }
+        __syncthreads();
+        auto answer""",
+        """        }
+        auto answer""",
+        UpsampledCase("", (1, 40, 2, 9), size=(7, 36), needs_grad=False),
+    ),
+    "upsampled: a halo of one row too many": (
+        "address",
+        UPSAMPLED_KERNEL,
+        ".last + 1;",
+        ".last + 2;",
+        UpsampledCase("", (1, 6, 2, 2), size=(8, 8)),
+    ),
+    "upsampled: lanes beyond the last column": (
+        "address",
+        UPSAMPLED_KERNEL,
+        "(inside ? column : 0), inside",
+        "column, inside",
+        UpsampledCase("", (1, 6, 2, 2), size=(8, 5), needs_grad=False),
+    ),
+    "upsampled: shared memory without the targets' logits": (
+        "address",
+        UPSAMPLED_KERNEL,
+        "(kParts * groups + kVerdicts + 2) * in.columns;",
+        "(kParts * groups + kVerdicts) * in.columns;",
+        UpsampledCase("", (1, 40, 2, 9), size=(7, 36)),
+    ),
+}
 REPORT = {
     "plain": "misaligned address",
     "thread": "ThreadSanitizer: data race",
@@ -224,6 +292,7 @@ def test_the_harness_can_fail(plant: str, tmp_path: Path) -> None:
     source = tmp_path / "csrc" / name
     assert source.read_text().count(right) == 1, "the source has changed: plant the mistake anew"
     source.write_text(source.read_text().replace(right, wrong))
-    without = "-DWITHOUT_CAFD" if name.startswith("tnkd/") else "-DWITHOUT_TNKD"
-    done = run_raw(build(tmp_path, check, tmp_path / "csrc", [without]), [case.case()], tmp_path / "cases")
+    op = "CAFD" if name.startswith("cafd/") else "UPSAMPLED" if isinstance(case, UpsampledCase) else "TNKD"
+    without = [f"-DWITHOUT_{other}" for other in ("CAFD", "TNKD", "UPSAMPLED") if other != op]
+    done = run_raw(build(tmp_path, check, tmp_path / "csrc", without), [case.case()], tmp_path / "cases")
     assert done.returncode != 0 and REPORT[check] in done.stderr, done.stderr[-3000:]

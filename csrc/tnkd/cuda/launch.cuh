@@ -138,8 +138,9 @@ inline Terms<float> terms_of(const TnkdArgs& args) {
   return terms;
 }
 inline Result<float> result_of(const TnkdArgs& args, double gathered = 1) {
-  return {static_cast<float*>(args.loss), static_cast<float*>(args.parts), static_cast<float*>(args.grad_scale),
-          args.mean, args.student_type == FloatType::kF16, gathered};
+  return {static_cast<float*>(args.loss),       static_cast<float*>(args.parts),
+          static_cast<float*>(args.grad_scale), args.mean,
+          args.student_type == FloatType::kF16, gathered};
 }
 inline void encode(const TnkdArgs& args, int64_t pixels, bool wide, const Workspace& work, cudaStream_t stream) {
   launch("tnkd", encode_labels, work.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream, args.target,

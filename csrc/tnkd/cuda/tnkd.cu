@@ -1,10 +1,10 @@
-// The tnkd op on CUDA: what the kernels (launch.cuh) need to know of torch's tensors.
+// The tnkd ops on CUDA: what the kernels (launch.cuh, upsampled_launch.cuh) need to know of torch's tensors.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "common/cuda_tensor.h"
-#include "launch.cuh"
 #include "ops.h"
 #include "scale.cuh"
+#include "upsampled_launch.cuh"
 
 namespace dsct {
 
@@ -19,18 +19,12 @@ Tensor argmax(const Tensor& logits) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
-                                                     const std::optional<Tensor>& target,
-                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
-                                                     const std::optional<Tensor>& ignore_index, bool coupled,
-                                                     int64_t reduction, bool needs_grad) {
-  const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
-  const cuda::Device device = cuda::device_of(student_logits.get_device_index());
+// All of a call but its shapes, its strides and where tensors lie.
+void set_call(cuda::TnkdArgs& args, const Tensor& student_logits, const Tensor& teacher_logits,
+              const std::optional<Tensor>& target, const std::optional<Tensor>& class_weight, const Tensor& values,
+              const std::optional<Tensor>& ignore_index, bool coupled, int64_t reduction) {
   STD_TORCH_CHECK(teacher_logits.is_cuda() && (!target || target->is_cuda()),
                   "teacher_logits, target: expected the device of student_logits");
-  cuda::TnkdArgs args{};
   args.student_type = float_type("student_logits", student_logits);
   args.teacher_type = float_type("teacher_logits", teacher_logits);
   STD_TORCH_CHECK(args.student_type != FloatType::kF64 && args.teacher_type != FloatType::kF64,
@@ -59,6 +53,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
     args.class_weight = class_weight->const_data_ptr();
   }
   args.mean = reduction == 1, args.coupled = coupled;
+}
+
+void check_plan(int classes, int64_t wanted) {
+  STD_TORCH_CHECK(classes != 0, "student_logits: expected at most ", cuda::kMostWarps * cuda::kMostClasses,
+                  " classes, got ", wanted);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logits, const Tensor& teacher_logits,
+                                                     const std::optional<Tensor>& target,
+                                                     const std::optional<Tensor>& class_weight, const Tensor& values,
+                                                     const std::optional<Tensor>& ignore_index, bool coupled,
+                                                     int64_t reduction, bool needs_grad) {
+  const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
+  const cuda::Device device = cuda::device_of(student_logits.get_device_index());
+  cuda::TnkdArgs args{};
+  set_call(args, student_logits, teacher_logits, target, class_weight, values, ignore_index, coupled, reduction);
 
   std::vector<int64_t> pixels_shape;
   for (int64_t d = 0; d < student_logits.dim(); ++d) {
@@ -90,8 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
   args.parts = parts.mutable_data_ptr(), args.grad_scale = grad_scale.mutable_data_ptr();
 
   const cuda::TnkdPlan plan = cuda::tnkd_plan(args, device);
-  STD_TORCH_CHECK(plan.classes != 0, "student_logits: expected at most ", cuda::kMostWarps * cuda::kMostClasses,
-                  " classes, got ", args.classes);
+  check_plan(plan.classes, args.classes);
   const Tensor workspace = make_empty(student, {cuda::tnkd_workspace_bytes(plan, args)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   cuda::tnkd_run(args, plan, device, cuda::stream_of(student_logits));
@@ -100,6 +111,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_cuda(const Tensor& student_logit
     torch::stable::copy_(dense, grad);
     grad = dense;
   }
+  return {loss, parts, grad, grad_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cuda(
+    const Tensor& student_logits, const Tensor& teacher_logits, const std::optional<Tensor>& target,
+    const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
+    bool coupled, int64_t reduction, bool align_corners, bool needs_grad) {
+  const torch::stable::accelerator::DeviceGuard guard(student_logits.get_device_index());
+  const cuda::Device device = cuda::device_of(student_logits.get_device_index());
+  STD_TORCH_CHECK(reduction != 0, "reduction: expected 1 or 2 (mean, sum) of logits smaller than the labels, got 0");
+  STD_TORCH_CHECK(student_logits.dim() == 4 && teacher_logits.dim() == 4 && (!target || target->dim() == 3),
+                  "student_logits, teacher_logits, target: expected shapes (N, K, h, w), (N, K, h, w) and (N, H, W)");
+  cuda::UpsampledArgs args{};
+  set_call(args, student_logits, teacher_logits, target, class_weight, values, ignore_index, coupled, reduction);
+  args.align_corners = align_corners;
+  Tensor loss = make_empty(student_logits, {}, ScalarType::Float);
+  Tensor parts = make_empty(student_logits, {3}, ScalarType::Float);
+  Tensor grad_scale = make_empty(student_logits, {}, ScalarType::Float);
+  Tensor grad = needs_grad ? empty_like(student_logits) : make_empty(student_logits, {0});
+  const Tensor* tensors[3] = {&student_logits, &teacher_logits, needs_grad ? &grad : &student_logits};
+  for (int i = 0; i < 3; ++i) {
+    for (int d = 0; d < 4; ++d) args.strides[i][d] = tensors[i]->stride(d);
+  }
+  args.size[0] = student_logits.size(0), args.classes = args.size[1] = student_logits.size(1);
+  for (int d = 0; d < 2; ++d) {
+    args.student_size[d] = student_logits.size(d + 2), args.teacher_size[d] = teacher_logits.size(d + 2);
+    const int64_t larger = std::max(args.student_size[d], args.teacher_size[d]);
+    args.size[d + 2] = target ? target->size(d + 1) : larger;
+    STD_TORCH_CHECK(larger <= args.size[d + 2] && (larger > 0 || args.size[d + 2] == 0),
+                    "student_logits, teacher_logits: expected at least one row and column, and at most the labels'");
+  }
+  STD_TORCH_CHECK(teacher_logits.size(0) == args.size[0] && teacher_logits.size(1) == args.classes &&
+                      (!target || target->size(0) == args.size[0]),
+                  "teacher_logits, target: expected the batch, and teacher_logits the classes, of student_logits");
+  Tensor labels = student_logits;
+  if (target) {
+    labels = torch::stable::contiguous(*target);
+    args.target = labels.const_data_ptr(), args.target_type = label_type("target", labels);
+  }
+  args.student = student_logits.const_data_ptr(), args.teacher = teacher_logits.const_data_ptr();
+  args.grad = needs_grad ? grad.mutable_data_ptr() : nullptr;
+  args.loss = loss.mutable_data_ptr(), args.parts = parts.mutable_data_ptr();
+  args.grad_scale = grad_scale.mutable_data_ptr();
+
+  const cuda::UpsampledPlan plan = cuda::upsampled_plan(args, device);
+  check_plan(plan.classes, args.classes);
+  const int64_t bytes = cuda::upsampled_workspace_bytes(plan, args);
+  const Tensor workspace = make_empty(student_logits, {bytes}, ScalarType::Byte);
+  args.workspace = workspace.mutable_data_ptr();
+  cuda::upsampled_run(args, plan, cuda::stream_of(student_logits));
   return {loss, parts, grad, grad_scale};
 }
 

@@ -70,8 +70,8 @@ struct Upsampled {
   }
 };
 
-// Of a class, both networks' two rows, interpolated to a lane's column. They wait in shared memory, each lane's its own:
-// registers are for the gradient.
+// Of a class, both networks' two rows, interpolated to a lane's column. They wait in shared memory, each lane's its
+// own: registers are for the gradient.
 struct alignas(16) Held {
   float upper[2], lower[2];  // student, teacher
 
@@ -108,7 +108,8 @@ struct Tile {
 struct Shared {
   static constexpr int kRun = 4;  // classes that go together on the way to the slab
 
-  Held *held, *zeros;    // of a thread's classes, an odd number of places a thread: no bank conflicts; what an ignored pixel reads
+  Held *held, *zeros;    // of a thread's classes, an odd number of places a thread: no bank conflicts; what an ignored
+                         // pixel reads
   Taps *rows, *columns;  // of the tile; before its first row, no row; behind its last, where its gradient ends
   Tile* tile;
   int* begins;      // [c + 1]: the first column whose first tap is the tile's c-th of the student's, or a later one
@@ -155,8 +156,7 @@ struct Shared {
 template <int kNet, typename E>
 DSCT_DEVICE void load_row(const SmallMap& net, const Tap& column, int64_t image, int row, int first, int classes,
                           Held* held) {
-  const unsigned char* base =
-      net.data + image * net.image + row * net.row + first * static_cast<int64_t>(net.step);
+  const unsigned char* base = net.data + image * net.image + row * net.row + first * static_cast<int64_t>(net.step);
   const unsigned char *one = base + column.low * net.column, *two = base + column.last * net.column;
   const float near = column.first(), far = column.second();
 #pragma unroll 4
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       if (r == tile.height) break;
       int label[1];
       const bool inside = column < tile.width;
-      load_codes<kSplit>(in.codes, tile.first_pixel + static_cast<int64_t>(r) * in.width + (inside ? column : 0), inside,
-                         label);
+      load_codes<kSplit>(in.codes, tile.first_pixel + static_cast<int64_t>(r) * in.width + (inside ? column : 0),
+                         inside, label);
       const int y = label[0];
       const Tap tap_s = shared.rows[r].student, tap_t = shared.rows[r].teacher;
       DSCT_KNOWN_ROW(terms, y, groups, tap_s)
@@ -401,7 +401,8 @@ __global__ void __launch_bounds__(kSlabThreads) add_slabs(Upsampled in) {
       unsigned char* to = in.grad.data + image * in.grad.image + row * in.grad.row + column * in.grad.column;
 #pragma unroll
       for (int v = 0; v < kSlabClasses; ++v) {
-        if (k + v < in.classes) store_number(to + (k + v) * static_cast<int64_t>(in.grad.step), in.grad.type, 0, sum[v]);
+        if (k + v < in.classes)
+          store_number(to + (k + v) * static_cast<int64_t>(in.grad.step), in.grad.type, 0, sum[v]);
       }
     }
   }

@@ -49,13 +49,15 @@ inline SmallMap small_map(const UpsampledArgs& args, const void* data, FloatType
   map.data = static_cast<unsigned char*>(const_cast<void*>(data)), map.type = type;
   map.image = strides[0] * bytes, map.step = static_cast<unsigned>(strides[1] * bytes);
   map.row = strides[2] * bytes, map.column = strides[3] * bytes;
-  map.y = axis_of(size[0], args.size[2], args.align_corners), map.x = axis_of(size[1], args.size[3], args.align_corners);
+  map.y = axis_of(size[0], args.size[2], args.align_corners),
+  map.x = axis_of(size[1], args.size[3], args.align_corners);
   return map;
 }
 
 // Tiles of so many rows; their number is what the fewest rounds of `resident` blocks, with the least work, want.
 inline void set_rows(Upsampled& in, int64_t resident) {
-  // Each tile costs some three rows more, and what it reaches beyond itself is added up anew: four rows of the student's.
+  // Each tile costs some three rows more, and what it reaches beyond itself is added up anew: four rows of the
+  // student's.
   constexpr int kLeast = 16, kMost = 128;
   const double four = in.student.y.step > 0 ? 4 / in.student.y.step : kMost;
   const int least = std::clamp(static_cast<int>(std::min<double>(four, kMost)), kLeast, kMost);

@@ -7,11 +7,11 @@
 #include <map>
 #include <sstream>
 
-// A build may leave out what its cases do not need: the planted mistakes are compiled one loss at a time.
+// A build may leave out what its cases do not need: the planted mistakes are compiled one op at a time.
 #ifndef WITHOUT_CAFD
 #include "cafd/cuda/launch.cuh"
 #endif
-#ifndef WITHOUT_TNKD
+#if !defined(WITHOUT_TNKD) || !defined(WITHOUT_UPSAMPLED)
 #include "tnkd/cuda/scale.cuh"
 #include "tnkd/cuda/upsampled_launch.cuh"
 #endif
@@ -110,7 +110,7 @@ Device device_of(const Case& c) {
   return device;
 }
 
-#ifndef WITHOUT_TNKD
+#if !defined(WITHOUT_TNKD) || !defined(WITHOUT_UPSAMPLED)
 // All but shapes and strides.
 void set_call(TnkdArgs& args, const Case& c) {
   static const std::map<std::string, LabelType> labels = {{"uint8", LabelType::kU8},
@@ -141,6 +141,7 @@ void write_tnkd(const Case& c) {
   for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
 }
 
+#ifndef WITHOUT_TNKD
 void run_tnkd(const Case& c) {
   const Tensor &student = *c.find("student"), &teacher = *c.find("teacher"), *grad = c.find("grad");
   TnkdArgs args{};
@@ -161,6 +162,9 @@ void run_tnkd(const Case& c) {
   write_tnkd(c);
 }
 
+#endif
+
+#ifndef WITHOUT_UPSAMPLED
 void run_upsampled(const Case& c) {
   const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
   const Tensor *target = c.find("target"), *grad = c.find("grad");
@@ -189,6 +193,8 @@ void run_upsampled(const Case& c) {
   std::cout << "upsampled_" << plan.classes << "_" << plan.groups << "_" << plan.call.columns << "\n";
   write_tnkd(c);
 }
+
+#endif
 
 void run_scale(const Case& c) {
   const Tensor &grad = *c.find("grad"), &factor = *c.find("factor");
@@ -276,7 +282,11 @@ void run_attention_map(const Case& c) {
 void run(const Case& c) {
 #ifndef WITHOUT_TNKD
   if (c.op == "tnkd") return run_tnkd(c);
+#endif
+#ifndef WITHOUT_UPSAMPLED
   if (c.op == "tnkd_upsampled") return run_upsampled(c);
+#endif
+#if !defined(WITHOUT_TNKD) || !defined(WITHOUT_UPSAMPLED)
   if (c.op == "scale") return run_scale(c);
 #endif
 #ifndef WITHOUT_CAFD
