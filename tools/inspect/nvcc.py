@@ -97,6 +97,80 @@ def instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int,
     }
 
 
+KNOWN_UPSAMPLED = """
+#define DSCT_KNOWN_CALL(in, terms, groups)                                                                      \\
+  in.class_weight = nullptr, in.student.type = in.teacher.type = FloatType::{type};                             \\
+  terms.with_ce = {ce}, terms.two_classes = false, terms.coupled = false, terms.temperature = 2;                \\
+  if (kSplit) groups = {groups};                                                                                \\
+  __builtin_assume(in.slabs != nullptr);
+#define DSCT_KNOWN_LABEL(y) __builtin_assume(y >= 0);
+#include "tnkd/cuda/upsampled.cuh"
+template __global__ void dsct::cuda::tnkd_upsampled_kernel<{classes}, {split}>(
+    Upsampled, Terms<float>, Workspace, Result<float>);
+"""
+RATIO = 4  # label rows, and columns, of a row of logits
+# K: classes of a thread, groups that share a pixel, columns of a tile: upsampled_launch.cuh's plan.
+UPSAMPLED = {6: (6, 1, 128), 19: (19, 1, 128), 150: (19, 8, 32)}
+
+
+def upsampled_instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int, str], float]:
+    """Thread instructions of tnkd_upsampled_kernel for a pixel, by K and dtype, of logits at a RATIO-th of the labels'
+    size; what is done once a tile is left out."""
+    assert NVCC is not None
+    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{ROOT / 'csrc'}"]
+    found = {}
+    for k, (classes, groups, columns) in UPSAMPLED.items():
+        for dtype, type_ in (("fp32", "kF32"), ("bf16", "kBF16")):
+            call = {"type": type_, "ce": str(ce).lower(), "groups": groups, "classes": classes}
+            source, cubin = folder / "upsampled.cu", folder / "upsampled.cubin"
+            source.write_text(KNOWN_UPSAMPLED.format(split=str(groups > 1).lower(), **call))
+            command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *include, "-cubin", str(source), "-o", str(cubin)]
+            subprocess.run(command, capture_output=True, timeout=600, check=True)
+            code = next(code for name, code in machine_code(cubin).items() if "tnkd_upsampled" in name)
+            found[k, dtype] = per_upsampled_pixel(code, min(k, classes), groups, columns)
+    return found
+
+
+def per_upsampled_pixel(code: list[str], classes: int, groups: int, columns: int) -> float:
+    """The loop over label rows, and the loops in it by their trips: once a RATIO rows the gradient leaves (a loop with
+    barriers) and each network's next row comes in (a loop over two slots, of which one is filled)."""
+    at = {line: i for i, line in enumerate(code) if line.endswith(":")}
+    branches = [(i, at[b[1] + ":"]) for i, line in enumerate(code) if (b := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))]
+    loops = sorted((to, i) for i, to in branches if to < i)
+
+    def children(loop: tuple[int, int]) -> list[tuple[int, int]]:
+        inside = [x for x in loops if loop[0] <= x[0] and x[1] <= loop[1] and x != loop]
+        return [x for x in inside if not any(y[0] <= x[0] and x[1] <= y[1] and y != x for y in inside)]
+
+    def size(first: int, last: int) -> int:
+        return sum(not line.endswith(":") for line in code[first : last + 1])
+
+    def own(loop: tuple[int, int]) -> int:
+        return size(*loop) - sum(size(*x) for x in children(loop))
+
+    def skipped(first: int, last: int) -> int:  # by the first branch forward
+        return next(size(i + 1, to) for i, to in branches if first < i < to <= last + 1)
+
+    tiles = max((x for x in loops if not any("ATOM" in line for line in code[x[0] : x[1]])), key=lambda x: x[1] - x[0])
+    rows = max(children(tiles), key=lambda x: x[1] - x[0])
+    leaves, *moves = children(rows)
+    (items,) = children(leaves)
+    assert len(moves) == 2 and len(children(items)) == 2
+    threads, fours = groups * columns, groups * -(-classes // 4)
+    per_item = own(items) + RATIO * sum(size(*x) for x in children(items))
+    seldom: float = own(leaves) + fours * (columns / RATIO + 2) / threads * per_item
+    for move in moves:
+        batch, single = children(move)
+        seldom += 2 * own(move) - skipped(*move) + classes // 4 * size(*batch) + classes % 4 * size(*single)
+    straight = own(rows)
+    if groups == 1:
+        return straight + seldom / RATIO
+    barriers = [i for i in range(leaves[1], rows[1]) if "BAR.SYNC" in code[i]]
+    assert len(barriers) == 2
+    judging = skipped(*barriers)
+    return groups * (straight - judging + seldom / RATIO) + judging * 32 / columns
+
+
 def machine_code(cubin: Path) -> dict[str, list[str]]:
     """The instructions of every kernel, by symbol; labels stand among them, with their colon."""
     from tools.inspect.aot import BIN

@@ -29,6 +29,16 @@ DSCT_DEVICE Words<kBytes> load_once(const void* from) {
   return *static_cast<const Words<kBytes>*>(from);
 #endif
 }
+// What neighbours read too, 2 or 4 bytes.
+template <int kBytes>
+DSCT_DEVICE Words<kBytes> load_through(const void* from) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kBytes == 2) return {__ldg(static_cast<const unsigned short*>(from))};
+  if constexpr (kBytes == 4) return {__ldg(static_cast<const unsigned*>(from))};
+#else
+  return *static_cast<const Words<kBytes>*>(from);
+#endif
+}
 template <int kBytes>
 DSCT_DEVICE void store_once(void* to, const Words<kBytes>& words) {
 #ifdef __CUDA_ARCH__

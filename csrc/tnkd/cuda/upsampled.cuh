@@ -9,8 +9,9 @@
 
 #include "kernel.cuh"
 
-#ifndef DSCT_KNOWN_ROW
-#define DSCT_KNOWN_ROW(terms, y, groups, done)
+#ifndef DSCT_KNOWN_CALL  // as DSCT_KNOWN
+#define DSCT_KNOWN_CALL(in, terms, groups)
+#define DSCT_KNOWN_LABEL(y)
 #endif
 
 namespace dsct::cuda {
@@ -28,6 +29,9 @@ struct Tap {
   // The same sum where there is but one: 0 times what has no weight could be NaN.
   DSCT_DEVICE float first() const { return last == low ? 0.5f : near; }
   DSCT_DEVICE float second() const { return last == low ? 0.5f : far; }
+  // Even inputs wait in slot 0, odd ones in slot 1; one alone in both.
+  DSCT_DEVICE int input(int slot) const { return low % 2 == slot ? low : last; }
+  DSCT_DEVICE float weight(int slot) const { return low % 2 == slot ? first() : second(); }
 };
 // Rounded as torch does, never fused: a place that is a whole number has one tap.
 DSCT_DEVICE Tap tap_of(const Axis& axis, int i) {
@@ -51,39 +55,41 @@ struct SmallMap {
   Axis y, x;
 };
 
+// Four classes of a column.
+struct alignas(16) Four {
+  float lane[4];
+};
+
 // A call. Tiles of `rows` x `columns` labels, the last of a row or column of tiles perhaps smaller.
 struct Upsampled {
   SmallMap student, teacher, grad;
   const void* codes;  // of the labels: encode_labels'
   const float* class_weight;
-  float* slabs;  // [tile][row][class][column], what a tile has of the gradient; nullptr: none is asked for
+  Four* slabs;  // [tile][row][four classes of a group][column], a tile's gradient; nullptr: none is asked for
   int images, classes, height, width;
   int rows, columns, tiles_x, tiles_y;
   unsigned tiles;
   int slab_rows, slab_columns;  // the most that a tile reaches
+  int groups, fours;            // of threads that share classes; and of classes, in a group
 
-  DSCT_HOST_DEVICE int64_t slab_floats() const {
-    return static_cast<int64_t>(slab_rows) * classes * slab_columns;  // of a tile
-  }
-  DSCT_DEVICE float* slab(int64_t tile, int row) const {
-    return slabs + tile * slab_floats() + static_cast<int64_t>(row) * classes * slab_columns;
-  }
+  DSCT_HOST_DEVICE int64_t slab_row() const { return static_cast<int64_t>(groups) * fours * slab_columns; }
+  DSCT_DEVICE Four* slab(int64_t tile, int row) const { return slabs + (tile * slab_rows + row) * slab_row(); }
+  DSCT_HOST_DEVICE int first_class(int group) const { return classes * group / groups; }
 };
 
 // Of a class, both networks' two rows, interpolated to a lane's column. They wait in shared memory, each lane's its
 // own: registers are for the gradient.
 struct alignas(16) Held {
-  float upper[2], lower[2];  // student, teacher
-
-  DSCT_DEVICE void mix(const Tap& student, const Tap& teacher, float& zs, float& zt) const {
-    zs = fmaf(lower[0], student.second(), upper[0] * student.first());
-    zt = fmaf(lower[1], teacher.second(), upper[1] * teacher.first());
-  }
+  float row[2][2];  // [slot][student, teacher]
 };
-
 // What both networks' taps are at a row or a column of labels.
 struct Taps {
   Tap student, teacher;
+
+  DSCT_DEVICE void mix(const Held& held, float& zs, float& zt) const {
+    zs = fmaf(held.row[1][0], student.weight(1), held.row[0][0] * student.weight(0));
+    zt = fmaf(held.row[1][1], teacher.weight(1), held.row[0][1] * teacher.weight(0));
+  }
 };
 
 // A tile: where it lies among the labels, and in the student.
@@ -106,31 +112,28 @@ struct Tile {
 
 // A block's shared memory behind its head.
 struct Shared {
-  static constexpr int kRun = 4;  // classes that go together on the way to the slab
-
   Held *held, *zeros;    // of a thread's classes, an odd number of places a thread: no bank conflicts; what an ignored
                          // pixel reads
   Taps *rows, *columns;  // of the tile; before its first row, no row; behind its last, where its gradient ends
   Tile* tile;
   int* begins;      // [c + 1]: the first column whose first tap is the tile's c-th of the student's, or a later one
-  float* grad;      // [class][column], `pitch` apart
+  Four* grad;       // [group][four classes][column], a row of the gradient at the labels' width
   float* exchange;  // of groups that share classes: [kParts][group][column], [kVerdicts][column], [2][column]
 
-  static DSCT_HOST_DEVICE int place(int column) { return column + column / kWarp; }  // every fourth in its own bank
-  static DSCT_HOST_DEVICE int pitch(int columns) { return place(columns) + (columns < kWarp); }
+  static DSCT_HOST_DEVICE unsigned place(unsigned column) {
+    return column + column / 8;
+  }  // eight, every fourth: no bank twice
 
   DSCT_HOST_DEVICE Shared(const Upsampled& in, unsigned char* shared, int threads, int held_classes) {
     zeros = reinterpret_cast<Held*>(shared + kHeadBytes), held = zeros + held_classes;
     rows = reinterpret_cast<Taps*>(held + (held_classes | 1) * threads) + 1, columns = rows + in.rows + 1;
     tile = reinterpret_cast<Tile*>(columns + in.columns);
-    begins = reinterpret_cast<int*>(tile + 1);
-    grad = reinterpret_cast<float*>(begins + in.slab_columns + 2);
-    exchange = grad + (in.classes + kRun - 1) / kRun * kRun * pitch(in.columns);
+    grad = reinterpret_cast<Four*>(tile + 1);
+    exchange = reinterpret_cast<float*>(grad + in.groups * in.fours * place(in.columns));
+    begins = reinterpret_cast<int*>(exchange + (in.groups == 1 ? 0 : kParts * in.groups + kVerdicts + 2) * in.columns);
   }
-  // Where it ends.
-  DSCT_HOST_DEVICE unsigned char* end(const Upsampled& in, int groups) const {
-    const int numbers = groups == 1 ? 0 : (kParts * groups + kVerdicts + 2) * in.columns;
-    return reinterpret_cast<unsigned char*>(exchange + numbers);
+  DSCT_HOST_DEVICE unsigned char* end(const Upsampled& in) const {
+    return reinterpret_cast<unsigned char*>(begins + in.slab_columns + 2);
   }
   // All threads of the block; a barrier has to follow.
   DSCT_DEVICE void fill(const Upsampled& in) const {
@@ -152,66 +155,68 @@ struct Shared {
   }
 };
 
-// Row `row` of a network becomes the lower one that a lane holds of it, or both.
-template <int kNet, typename E>
-DSCT_DEVICE void load_row(const SmallMap& net, const Tap& column, int64_t image, int row, int first, int classes,
-                          Held* held) {
-  const unsigned char* base = net.data + image * net.image + row * net.row + first * static_cast<int64_t>(net.step);
-  const unsigned char *one = base + column.low * net.column, *two = base + column.last * net.column;
+// A row of a network, interpolated to a lane's column, for each class of the thread; the loads of four are under way
+// together.
+template <typename E>
+DSCT_DEVICE void load_row(const SmallMap& net, const Tap& column, const unsigned char* row, int classes, Held* held,
+                          int slot, int network) {
+  const unsigned char *one = row + column.low * net.column, *two = row + column.last * net.column;
   const float near = column.first(), far = column.second();
-#pragma unroll 4
-  for (int i = 0; i < classes; ++i, one += net.step, two += net.step) {
-    const float z = static_cast<float>(*reinterpret_cast<const E*>(one)) * near;
-    held[i].lower[kNet] = fmaf(static_cast<float>(*reinterpret_cast<const E*>(two)), far, z);
-  }
+  float* to = held->row[slot] + network;
+  auto load = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    float a[kCount], b[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      a[i] = number_in<E>(load_through<sizeof(E)>(one).word[0], 0), one += net.step;
+      b[i] = number_in<E>(load_through<sizeof(E)>(two).word[0], 0), two += net.step;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i * (sizeof(Held) / sizeof(float))] = fmaf(b[i], far, a[i] * near);
+    to += kCount * (sizeof(Held) / sizeof(float));
+  };
+#pragma unroll 1
+  for (int i = 4; i <= classes; i += 4) load(std::integral_constant<int, 4>{});
+#pragma unroll 1
+  for (int i = classes % 4; i > 0; --i) load(std::integral_constant<int, 1>{});
 }
 
-// The two rows of a network that a lane holds go from those of one label row to those of another; one that is there
-// already is not read again.
+// What a lane holds of a network goes from one label row's taps to another's.
 template <int kNet>
 DSCT_DEVICE void move_to(const SmallMap& net, const Tap& column, int64_t image, const Tap& before, const Tap& tap,
                          int first, int classes, Held* held) {
-  int row = before.low, next = before.last;
+  if (before.low == tap.low && before.last == tap.last) return;
 #pragma unroll 1
-  while (row != tap.low || next != tap.last) {
-    const int want = row == tap.low ? tap.last : tap.low;
-    if (next != want) {
-      next = want;
-      if (net.type == FloatType::kF32) load_row<kNet, float>(net, column, image, next, first, classes, held);
-      if (net.type == FloatType::kBF16) load_row<kNet, BFloat16>(net, column, image, next, first, classes, held);
-      if (net.type == FloatType::kF16) load_row<kNet, Half>(net, column, image, next, first, classes, held);
-    }
-    if (row != tap.low) {
-      row = tap.low;
-#pragma unroll 4
-      for (int i = 0; i < classes; ++i) held[i].upper[kNet] = held[i].lower[kNet];
-    }
+  for (int slot = 0; slot < 2; ++slot) {
+    if (before.input(slot) == tap.input(slot)) continue;
+    const unsigned char* row =
+        net.data + image * net.image + tap.input(slot) * net.row + first * static_cast<int64_t>(net.step);
+    if (net.type == FloatType::kF32) load_row<float>(net, column, row, classes, held, slot, kNet);
+    if (net.type == FloatType::kBF16) load_row<BFloat16>(net, column, row, classes, held, slot, kNet);
+    if (net.type == FloatType::kF16) load_row<Half>(net, column, row, classes, held, slot, kNet);
   }
 }
 
 // One row of the student's gradient: from the columns of labels to those of the student.
-DSCT_DEVICE void narrow_row(const Upsampled& in, const Shared& shared, float* slab) {
-  constexpr int kRun = Shared::kRun;
-  const int columns = shared.tile->columns, runs = (in.classes + kRun - 1) / kRun, pitch = Shared::pitch(in.columns);
+DSCT_DEVICE void narrow_row(const Upsampled& in, const Shared& shared, Four* slab) {
+  const unsigned columns = shared.tile->columns;
 #pragma unroll 1
-  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(runs * columns); i += blockDim.x) {
-    const int k = i / columns, c = i % columns;
-    float sum[kRun] = {};
-    auto add = [&](const float* weights, int begin, int end) {
+  for (unsigned i = threadIdx.x; i < in.groups * in.fours * columns; i += blockDim.x) {
+    const unsigned run = i / columns, c = i % columns;
+    const Four* from = shared.grad + run * Shared::place(in.columns);
+    Four sum{};
+    auto add = [&](const float* weights, unsigned begin, unsigned end) {
 #pragma unroll 1
-      for (int x = begin; x < end; ++x) {
+      for (unsigned x = begin; x < end; ++x) {
         const float weight = weights[x * (sizeof(Taps) / sizeof(float))];
-        const float* from = shared.grad + k * pitch + Shared::place(x);
+        const Four four = from[Shared::place(x)];
 #pragma unroll
-        for (int v = 0; v < kRun; ++v) sum[v] = fmaf(from[v * runs * pitch], weight, sum[v]);
+        for (int v = 0; v < 4; ++v) sum.lane[v] = fmaf(four.lane[v], weight, sum.lane[v]);
       }
     };
     add(&shared.columns->student.far, shared.begins[c], shared.begins[c + 1]);
     add(&shared.columns->student.near, shared.begins[c + 1], shared.begins[c + 2]);
-#pragma unroll
-    for (int v = 0; v < kRun; ++v) {
-      if (k + v * runs < in.classes) slab[(k + v * runs) * in.slab_columns + c] = sum[v];
-    }
+    slab[run * in.slab_columns + c] = sum;
   }
 }
 
@@ -224,12 +229,14 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
   const Call& call = set_up(memory, given, work, result);
   const Shared shared(in, memory, blockDim.x, kClasses);
   Terms<float> terms = call.terms;
-  int groups = kSplit ? blockDim.x / in.columns : 1;
+  constexpr int kFours = (kClasses + 3) / 4;
+  int groups = kSplit ? in.groups : 1;
+  DSCT_KNOWN_CALL(in, terms, groups)
   const int group = kSplit ? threadIdx.x / in.columns : 0, column = kSplit ? threadIdx.x % in.columns : threadIdx.x;
-  const int first = in.classes * group / groups, classes = in.classes * (group + 1) / groups - first;
+  const int first = in.first_class(group), classes = in.first_class(group + 1) - first;
   const float absent = -infinity<float>();
   Held* held = shared.held + threadIdx.x * (kClasses | 1);
-  for (int i = classes; i < kClasses; ++i) held[i] = {{absent, absent}, {absent, absent}};
+  for (int i = classes; i < kClasses; ++i) held[i] = {{{absent, absent}, {absent, absent}}};
   for (int i = threadIdx.x; i < kClasses; i += blockDim.x) shared.zeros[i] = {};
   float* parts = shared.exchange + column;
   float *verdicts = parts + kParts * groups * in.columns, *targets = verdicts + kVerdicts * in.columns;
@@ -248,9 +255,13 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       for (int row = std::max(shared.rows[r - 1].student.low, tile.first_row);
            in.slabs != nullptr && row < shared.rows[r].student.low; ++row) {
 #pragma unroll
-        for (int i = 0; i < kClasses; ++i) {
-          if (i < classes) shared.grad[(first + i) * Shared::pitch(in.columns) + Shared::place(column)] = above[i];
-          above[i] = below[i], below[i] = 0;
+        for (int i = 0; i < kClasses; i += 4) {
+          Four four{};
+#pragma unroll
+          for (int v = 0; v < 4 && i + v < kClasses; ++v) {
+            four.lane[v] = above[i + v], above[i + v] = below[i + v], below[i + v] = 0;
+          }
+          shared.grad[(group * kFours + i / 4) * Shared::place(in.columns) + Shared::place(column)] = four;
         }
         __syncthreads();
         narrow_row(in, shared, in.slab(t, row - tile.first_row));
@@ -262,20 +273,20 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       load_codes<kSplit>(in.codes, tile.first_pixel + static_cast<int64_t>(r) * in.width + (inside ? column : 0),
                          inside, label);
       const int y = label[0];
-      const Tap tap_s = shared.rows[r].student, tap_t = shared.rows[r].teacher;
-      DSCT_KNOWN_ROW(terms, y, groups, tap_s)
+      const Taps taps = shared.rows[r];
+      DSCT_KNOWN_LABEL(y)
       const Taps &before = shared.rows[r - 1], &at = shared.columns[column];
-      move_to<0>(in.student, at.student, tile.image, before.student, tap_s, first, classes, held);
-      move_to<1>(in.teacher, at.teacher, tile.image, before.teacher, tap_t, first, classes, held);
+      move_to<0>(in.student, at.student, tile.image, before.student, taps.student, first, classes, held);
+      move_to<1>(in.teacher, at.teacher, tile.image, before.teacher, taps.teacher, first, classes, held);
       // The target is absent from the sums over the others.
       float es[kClasses], et[kClasses], target_s = 0, target_t = 0;
       const Held* from = y == kIgnored ? shared.zeros : held;  // whatever stands there
-      Held *const target = held + (y - first), kept;
+      Held *const target = held + (y - first), kept = {};
       const bool mine = static_cast<unsigned>(y - first) < static_cast<unsigned>(classes);
-      if (mine) kept = *target, *target = {{absent, absent}, {absent, absent}};
+      if (mine) kept = *target, *target = {{{absent, absent}, {absent, absent}}};
 #pragma unroll
-      for (int i = 0; i < kClasses; ++i) from[i].mix(tap_s, tap_t, es[i], et[i]);
-      if (mine) kept.mix(tap_s, tap_t, target_s, target_t), *target = kept;
+      for (int i = 0; i < kClasses; ++i) taps.mix(from[i], es[i], et[i]);
+      if (mine) taps.mix(kept, target_s, target_t), *target = kept;
       float max_s, max_t, up_s = 1, up_t = 1;
       PixelSums<float> z = sum_exponentials(es, et, terms, max_s, max_t);
       PixelGrad<float> grad;
@@ -318,14 +329,14 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
 #pragma unroll
         for (int i = 0; i < kClasses; ++i) {
           float zs, zt;
-          from[i].mix(tap_s, tap_t, zs, zt);
+          taps.mix(from[i], zs, zt);
           es[i] = fmaf(grad.ce, exp2_fast(fmaf(zs, kLog2E, -z.ce_base)), es[i]);
         }
       }
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const float g = i == y - first ? grad.target : es[i];
-        above[i] = fmaf(g, tap_s.near, above[i]), below[i] = fmaf(g, tap_s.far, below[i]);
+        above[i] = fmaf(g, taps.student.near, above[i]), below[i] = fmaf(g, taps.student.far, below[i]);
       }
     }
   }
@@ -373,37 +384,32 @@ DSCT_DEVICE void tiles_at(const Axis& axis, int i, int size, int& begin, int& en
   while (end < tiles && first(end) <= i) ++end;
 }
 
-// A row of the gradient: what the tiles have of it, from top to bottom and from left to right. A thread: one column,
-// kSlabClasses classes at a time.
-constexpr int kSlabThreads = 128, kSlabClasses = 8, kSlabRun = 32;
+// The gradient: what the tiles have of it, from top to bottom and from left to right. A block: one row of four classes.
+constexpr int kSlabThreads = 128;
 __global__ void __launch_bounds__(kSlabThreads) add_slabs(Upsampled in) {
-  const int height = in.grad.y.inputs, width = in.grad.x.inputs, runs = (in.classes + kSlabRun - 1) / kSlabRun;
-  const int k_first = blockIdx.x % runs * kSlabRun, row = blockIdx.x / runs % height;
-  const int64_t image = blockIdx.x / runs / height;
+  const int fours = in.groups * in.fours, height = in.grad.y.inputs;
+  const int run = blockIdx.x % fours, group = run / in.fours, row = blockIdx.x / fours % height;
+  const int64_t image = blockIdx.x / fours / height;
+  const int first = in.first_class(group) + run % in.fours * 4, classes = in.first_class(group + 1) - first;
   int y_begin, y_end, x_begin, x_end;
   tiles_at(in.grad.y, row, in.rows, y_begin, y_end);
-  for (int column = threadIdx.x; column < width; column += blockDim.x) {
+  for (int column = threadIdx.x; column < in.grad.x.inputs; column += blockDim.x) {
     tiles_at(in.grad.x, column, in.columns, x_begin, x_end);
-#pragma unroll 1
-    for (int k = k_first; k < std::min(k_first + kSlabRun, in.classes); k += kSlabClasses) {
-      float sum[kSlabClasses] = {};
-      for (int ty = y_begin; ty < y_end; ++ty) {
-        for (int tx = x_begin; tx < x_end; ++tx) {
-          const int64_t tile = (image * in.tiles_y + ty) * in.tiles_x + tx;
-          const float* from = in.slab(tile, row - tap_of(in.grad.y, ty * in.rows).low) + column -
-                              tap_of(in.grad.x, tx * in.columns).low;
+    Four sum{};
+    for (int ty = y_begin; ty < y_end; ++ty) {
+      for (int tx = x_begin; tx < x_end; ++tx) {
+        const Four* slab =
+            in.slab((image * in.tiles_y + ty) * in.tiles_x + tx, row - tap_of(in.grad.y, ty * in.rows).low);
+        const Four part = slab[run * in.slab_columns + column - tap_of(in.grad.x, tx * in.columns).low];
 #pragma unroll
-          for (int v = 0; v < kSlabClasses; ++v) {
-            if (k + v < in.classes) sum[v] += from[static_cast<int64_t>(k + v) * in.slab_columns];
-          }
-        }
+        for (int v = 0; v < 4; ++v) sum.lane[v] += part.lane[v];
       }
-      unsigned char* to = in.grad.data + image * in.grad.image + row * in.grad.row + column * in.grad.column;
+    }
+    unsigned char* to = in.grad.data + image * in.grad.image + row * in.grad.row + column * in.grad.column;
 #pragma unroll
-      for (int v = 0; v < kSlabClasses; ++v) {
-        if (k + v < in.classes)
-          store_number(to + (k + v) * static_cast<int64_t>(in.grad.step), in.grad.type, 0, sum[v]);
-      }
+    for (int v = 0; v < 4; ++v) {
+      const int64_t klass = (first + v) * static_cast<int64_t>(in.grad.step);
+      if (v < classes) store_number(to + klass, in.grad.type, 0, sum.lane[v]);
     }
   }
 }

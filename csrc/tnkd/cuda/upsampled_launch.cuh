@@ -22,7 +22,7 @@ struct UpsampledArgs : TnkdArgs {
 struct UpsampledPlan {
   Upsampled call{};
   int classes = 0;  // of a thread; 0: no variant takes the call
-  int groups = 1, count_blocks = 1;
+  int count_blocks = 1;
   int64_t blocks = 1;
   size_t shared = 0;
 };
@@ -96,20 +96,21 @@ inline UpsampledPlan upsampled_plan(const UpsampledArgs& args, const Device& dev
   for (int held : {16, 12, 8, 6}) {
     if (in.classes <= held) classes = held;
   }
+  in.fours = (classes + 3) / 4;
   in.columns = split ? kWarp : std::clamp<int>(ceil_div(in.width, kWarp) * kWarp, kWarp, kWholeThreads);
   for (;; in.columns /= 2) {
     const int whole = kWarp / std::min(in.columns, kWarp);  // groups of a warp
-    plan.groups = split ? static_cast<int>(ceil_div(ceil_div(in.classes, kMostHeld), whole) * whole) : 1;
-    const int threads = plan.groups * in.columns;
+    in.groups = split ? static_cast<int>(ceil_div(ceil_div(in.classes, kMostHeld), whole) * whole) : 1;
+    const int threads = in.groups * in.columns;
     in.tiles_x = static_cast<int>(ceil_div(in.width, in.columns));
     in.slab_columns = reach(in.student.x, in.columns);
     set_rows(in, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / threads));
-    plan.shared = reinterpret_cast<uintptr_t>(Shared(in, nullptr, threads, classes).end(in, plan.groups));
+    plan.shared = reinterpret_cast<uintptr_t>(Shared(in, nullptr, threads, classes).end(in));
     if (threads <= kMostWarps * kWarp && plan.shared <= static_cast<size_t>(device.shared_bytes) / 2) break;
     if (!split || in.columns == 8) break;  // with fewer of them a second block would fit beside it, no more
   }
   const int64_t tiles = int64_t{in.images} * in.tiles_x * in.tiles_y;
-  if (plan.groups * in.columns > kMostWarps * kWarp || plan.shared > static_cast<size_t>(device.shared_bytes) ||
+  if (in.groups * in.columns > kMostWarps * kWarp || plan.shared > static_cast<size_t>(device.shared_bytes) ||
       tiles > std::numeric_limits<int32_t>::max() || args.classes > kMostWarps * kMostClasses ||
       args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64) {
     return plan;
@@ -117,20 +118,22 @@ inline UpsampledPlan upsampled_plan(const UpsampledArgs& args, const Device& dev
   in.tiles = static_cast<unsigned>(tiles);
   plan.classes = classes;
   plan.blocks = std::clamp<int64_t>(
-      tiles, 1, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / (plan.groups * in.columns)));
+      tiles, 1, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / (in.groups * in.columns)));
   return plan;
 }
 
 inline int64_t upsampled_workspace_bytes(const UpsampledPlan& plan, const UpsampledArgs& args) {
   const Upsampled& in = plan.call;
-  const int64_t slabs = args.grad == nullptr ? 0 : int64_t{in.tiles} * in.slab_floats() * int64_t{sizeof(float)};
-  return workspace_bytes(plan.count_blocks, plan.blocks, int64_t{in.images} * in.height * in.width, plan.groups > 1) +
+  const int64_t slabs =
+      args.grad == nullptr ? 0 : int64_t{in.tiles} * in.slab_rows * in.slab_row() * int64_t{sizeof(Four)};
+  return workspace_bytes(plan.count_blocks, plan.blocks, int64_t{in.images} * in.height * in.width,
+                         plan.call.groups > 1) +
          slabs;
 }
 
 template <typename Body>
 void with_upsampled_kernel(const UpsampledPlan& plan, const Body& body) {
-  if (plan.groups > 1) return body(tnkd_upsampled_kernel<kMostHeld, true>);
+  if (plan.call.groups > 1) return body(tnkd_upsampled_kernel<kMostHeld, true>);
   if (plan.classes == 6) return body(tnkd_upsampled_kernel<6, false>);
   if (plan.classes == 8) return body(tnkd_upsampled_kernel<8, false>);
   if (plan.classes == 12) return body(tnkd_upsampled_kernel<12, false>);
@@ -141,13 +144,13 @@ void with_upsampled_kernel(const UpsampledPlan& plan, const Body& body) {
 // The whole op: three launches on `stream`, nothing else; two without a gradient.
 inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, cudaStream_t stream) {
   Upsampled in = plan.call;
-  const bool wide = plan.groups > 1;
+  const bool wide = plan.call.groups > 1;
   const int64_t pixels = int64_t{in.images} * in.height * in.width;
   const Workspace work = workspace_of(args.workspace, plan.count_blocks, plan.blocks);
   in.codes = work.codes;
   if (args.grad != nullptr) {
-    in.slabs = reinterpret_cast<float*>(static_cast<unsigned char*>(args.workspace) +
-                                        workspace_bytes(plan.count_blocks, plan.blocks, pixels, wide));
+    in.slabs = reinterpret_cast<Four*>(static_cast<unsigned char*>(args.workspace) +
+                                       workspace_bytes(plan.count_blocks, plan.blocks, pixels, wide));
   }
   if (args.target != nullptr) {
     encode(args, pixels, wide, work, stream);
@@ -157,11 +160,11 @@ inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, 
   }
   const Result<float> result = result_of(args, gathered(in.student.y) * gathered(in.student.x));
   with_upsampled_kernel(plan, [&](auto kernel) {
-    launch("tnkd_upsampled", kernel, plan.blocks, plan.groups * in.columns, plan.shared, stream, in, terms_of(args),
-           work, result);
+    launch("tnkd_upsampled", kernel, plan.blocks, in.groups * in.columns, plan.shared, stream, in, terms_of(args), work,
+           result);
   });
   if (args.grad == nullptr) return;
-  const int64_t rows = int64_t{in.images} * in.grad.y.inputs * ceil_div(in.classes, kSlabRun);
+  const int64_t rows = int64_t{in.images} * in.grad.y.inputs * in.groups * in.fours;
   const int threads = std::clamp<int>(ceil_div(in.grad.x.inputs, kWarp) * kWarp, kWarp, kSlabThreads);
   launch("tnkd_upsampled", add_slabs, rows, threads, 0, stream, in);
 }

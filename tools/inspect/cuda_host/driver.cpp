@@ -190,7 +190,7 @@ void run_upsampled(const Case& c) {
   Buffer workspace(upsampled_workspace_bytes(plan, args));
   args.workspace = workspace.data;
   upsampled_run(args, plan, nullptr);
-  std::cout << "upsampled_" << plan.classes << "_" << plan.groups << "_" << plan.call.columns << "\n";
+  std::cout << "upsampled_" << plan.classes << "_" << plan.call.groups << "_" << plan.call.columns << "\n";
   write_tnkd(c);
 }
 
