@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsct_kernels import backends
+from dsct_kernels.tnkd import native, triton
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ISAS = ("default", "avx2", "avx512")
@@ -50,6 +51,13 @@ for file, chosen in ast.literal_eval(sys.argv[1]).items():
     if code := pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-k", chosen, file], [Half()]):
         sys.exit(code)
 """
+
+
+def skip_unless_tnkd_serves(backend: str, *logits: Tensor) -> None:
+    """Ends a test here whose logits the backend does not serve, for its own reason: float64 on CUDA, say."""
+    reason = {"native": native.why_not, "triton": triton.why_not}.get(backend, backends.always)(*logits)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
 
 
 def run_again_with(isa: str, chosen: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from dsct_kernels import (
     matched_cafd_loss,
     tnkd_loss,
 )
-from tests.helpers import LAYOUTS, strided_copy
+from tests.helpers import LAYOUTS, skip_unless_tnkd_serves, strided_copy
 from tests.oracle import assert_as_good_as_reference, check_cafd, check_tnkd, features, problem, relative_error, tnkd
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -52,10 +52,11 @@ def test_gradcheck_of_every_loss(device, backend, reduction):
     def cafd(x):
         return cafd_loss(x, teacher[:, :3, :, :2], channel_temperature=0.7, reduction=reduction, backend=backend)
 
-    assert torch.autograd.gradcheck(tnkd, student)
     assert torch.autograd.gradcheck(cafd, student)
     attention = lambda x: channel_attention_map(x, spatial_temperature=2.0, backend=backend)  # noqa: E731
     assert torch.autograd.gradcheck(attention, student)
+    skip_unless_tnkd_serves(backend, student)
+    assert torch.autograd.gradcheck(tnkd, student)
     if reduction != "none":
         weight = torch.rand(4, dtype=torch.float64, device=device)
         assert torch.autograd.gradcheck(
@@ -78,6 +79,7 @@ def test_tnkd_shapes_and_dtypes(device, backend, shape, dtype):
         with pytest.raises(RuntimeError, match="1024 at most, got 1030"):
             check_tnkd(student, teacher, target, backend, ignore_index=ignored)
         return
+    skip_unless_tnkd_serves(backend, student)
     check_tnkd(student, teacher, target, backend, ignore_index=ignored)
 
 
@@ -111,9 +113,12 @@ def test_target_term_of_any_size_keeps_its_digits(device, backend, classes, temp
 @pytest.mark.parametrize("teacher_dtype", FLOATS, ids=str)
 def test_networks_of_different_dtype(device, backend, student_dtype, teacher_dtype):
     student, teacher, target = problem(device)
+    student, teacher = student.to(student_dtype), teacher.to(teacher_dtype)
     for reduction in ("mean", "none"):
-        check_tnkd(student.to(student_dtype), teacher.to(teacher_dtype), target, backend, reduction=reduction)
-        check_cafd(student.to(student_dtype), teacher.to(teacher_dtype), backend, reduction=reduction)
+        check_cafd(student, teacher, backend, reduction=reduction)
+    skip_unless_tnkd_serves(backend, student, teacher)
+    for reduction in ("mean", "none"):
+        check_tnkd(student, teacher, target, backend, reduction=reduction)
 
 
 def test_fp16_gradient_below_the_normal_numbers(device, backend, request):
@@ -133,7 +138,8 @@ def test_tnkd_property(device, backend, data):
         pytest.skip("the interpreter is too slow for this many examples; tests/tnkd/test_triton.py has its own")
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4), label="shape"))
     shape = (shape[0], shape[1] + 1, *shape[2:])
-    dtype = data.draw(st.sampled_from(FLOATS), label="dtype")
+    served = FLOATS[:3] if (device, backend) == ("cuda", "native") else FLOATS
+    dtype = data.draw(st.sampled_from(served), label="dtype")
     scale = data.draw(st.sampled_from([1e-3, 1.0, 30.0, 3000.0]), label="scale")
     student, teacher, target = problem(device, shape, dtype, data.draw(st.integers(0, 99), label="seed"), scale)
     ignore_index = data.draw(st.sampled_from([0, 1, -1, -100, 255, None]), label="ignore_index")
@@ -361,6 +367,7 @@ def losses_of(backend, device, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_backward_twice_gives_the_same_and_writes_nothing(device, backend, dtype):
+    skip_unless_tnkd_serves(backend, torch.zeros(1, 2, device=device, dtype=dtype))
     for name, loss in losses_of(backend, device, dtype).items():
         x = problem(device, dtype=dtype)[0].requires_grad_()
         before = x.detach().clone()
@@ -391,6 +398,7 @@ def test_backward_twice_at_upstream_gradient_one(device, backend):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_upstream_gradient_scales(device, backend, factor, dtype):
     student, teacher, target = problem(device, dtype=dtype)
+    skip_unless_tnkd_serves(backend, student)
     for scaled in (
         lambda x, b: tnkd_loss(x, teacher.to(x.dtype), target, backend=b) * factor,
         lambda x, b: (tnkd_loss(x, teacher.to(x.dtype), target, reduction="none", backend=b) * factor).sum(),

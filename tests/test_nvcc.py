@@ -44,3 +44,22 @@ def test_tnkd_takes_no_more_instructions(ce: bool, tmp_path: Path) -> None:
     assert found.keys() == INSTRUCTIONS[ce].keys()
     for case, count in found.items():
         assert count <= INSTRUCTIONS[ce][case] * MORE, f"{case}: {count:.0f}"
+
+
+# The same of logits at a quarter of the labels' size, each way.
+UPSAMPLED = {
+    False: {(6, "fp32"): 500, (6, "bf16"): 501, (19, "fp32"): 907, (19, "bf16"): 919,
+            (150, "fp32"): 7178, (150, "bf16"): 7290},
+    True: {(6, "fp32"): 593, (6, "bf16"): 594, (19, "fp32"): 1028, (19, "bf16"): 1040,
+           (150, "fp32"): 7761, (150, "bf16"): 7873},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ce", [False, True])
+def test_logits_smaller_than_the_labels_take_no_more_instructions(ce: bool, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="its nvdisasm reads the machine code")
+    found = nvcc.upsampled_instructions_per_pixel(90, tmp_path, ce)
+    print(f"\nthe same at a quarter of the labels' size, each way: {found}")
+    assert found.keys() == UPSAMPLED[ce].keys()
+    for case, count in found.items():
+        assert count <= UPSAMPLED[ce][case] * MORE, f"{case}: {count:.0f}"

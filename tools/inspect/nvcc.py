@@ -135,7 +135,8 @@ def per_upsampled_pixel(code: list[str], classes: int, groups: int, columns: int
     """The loop over label rows, and the loops in it by their trips: once a RATIO rows the gradient leaves (a loop with
     barriers) and each network's next row comes in (a loop over two slots, of which one is filled)."""
     at = {line: i for i, line in enumerate(code) if line.endswith(":")}
-    branches = [(i, at[b[1] + ":"]) for i, line in enumerate(code) if (b := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))]
+    found = [(i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for i, line in enumerate(code)]
+    branches = [(i, at[branch[1] + ":"]) for i, branch in found if branch]
     loops = sorted((to, i) for i, to in branches if to < i)
 
     def children(loop: tuple[int, int]) -> list[tuple[int, int]]:
