@@ -251,9 +251,9 @@ PLANTS |= {
         UPSAMPLED_KERNEL,
         """        }
         __syncthreads();
-        auto answer""",
+        grad = take_verdict""",
         """        }
-        auto answer""",
+        grad = take_verdict""",
         UpsampledCase("", (1, 40, 2, 9), size=(7, 36), needs_grad=False),
     ),
     "upsampled: a halo of one row too many": (

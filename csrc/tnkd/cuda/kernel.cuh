@@ -70,6 +70,18 @@ DSCT_DEVICE PixelSums<float> join_warps(const Left& part, int warps, const Terms
   return z;
 }
 
+// What came of all the sums: the factors of the gradient, the bases of all, and what takes the exponentials from a
+// warp's own bases there. Where none of its classes is there, there is nothing to scale.
+template <typename Answer>
+DSCT_DEVICE PixelGrad<float> take_verdict(const Answer& answer, float max_s, float max_t, const Terms<float>& terms,
+                                          PixelSums<float>& all, float& up_s, float& up_t) {
+  all = from_bases(answer(kAllS), answer(kAllT), terms);
+  const PixelSums<float> mine = from_bases(max_s, max_t, terms);
+  up_s = max_s == -infinity<float>() ? 0 : exp2_fast(mine.student_base - all.student_base);
+  up_t = max_t == -infinity<float>() ? 0 : exp2_fast(mine.teacher_base - all.teacher_base);
+  return {answer(kGradS), answer(kGradT), answer(kGradCe), answer(kGradTarget)};
+}
+
 constexpr int kWholeThreads = 128, kMostWarps = 16, kMostClasses = 20;  // a thread's
 constexpr int tile_pixels(bool split, int pixels) { return (split ? kWarp : kWholeThreads) * pixels; }
 constexpr int exchange_bytes(int warps, int tile) { return warps == 1 ? 0 : (kParts * warps + kVerdicts) * tile * 4; }
@@ -199,14 +211,11 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       __syncthreads();
       repeat<kPixels>([&](auto index) {
         constexpr int v = decltype(index)::value;
-        auto answer = [&](int i) { return verdicts[i * kTile + v * kWarp + lane]; };
-        const PixelSums<float> all = from_bases(answer(kAllS), answer(kAllT), terms);
-        const PixelSums<float> mine = from_bases(max_s[v], max_t[v], terms);
-        // Where none of its classes is there, there is nothing to scale.
-        const float up_s = max_s[v] == -infinity<float>() ? 0 : exp2_fast(mine.student_base - all.student_base);
-        const float up_t = max_t[v] == -infinity<float>() ? 0 : exp2_fast(mine.teacher_base - all.teacher_base);
-        target[v] = answer(kGradTarget);
-        const PixelGrad<float> grad = {answer(kGradS), answer(kGradT), answer(kGradCe), target[v]};
+        PixelSums<float> all;
+        float up_s, up_t;
+        const PixelGrad<float> grad = take_verdict([&](int i) { return verdicts[i * kTile + v * kWarp + lane]; },
+                                                   max_s[v], max_t[v], terms, all, up_s, up_t);
+        target[v] = grad.target;
         if (terms.own_exponentials()) {
           store_own<Source>(in, p, tiles, terms, v, y[v], all, grad);
         } else {

@@ -112,17 +112,16 @@ struct Tile {
 
 // A block's shared memory behind its head.
 struct Shared {
-  Held *held, *zeros;    // of a thread's classes, an odd number of places a thread: no bank conflicts; what an ignored
-                         // pixel reads
+  Held* held;            // of a thread's classes, an odd number of places a thread: no bank conflicts
+  Held* zeros;           // what an ignored pixel reads
   Taps *rows, *columns;  // of the tile; before its first row, no row; behind its last, where its gradient ends
   Tile* tile;
   int* begins;      // [c + 1]: the first column whose first tap is the tile's c-th of the student's, or a later one
   Four* grad;       // [group][four classes][column], a row of the gradient at the labels' width
   float* exchange;  // of groups that share classes: [kParts][group][column], [kVerdicts][column], [2][column]
 
-  static DSCT_HOST_DEVICE unsigned place(unsigned column) {
-    return column + column / 8;
-  }  // eight, every fourth: no bank twice
+  // Eight neighbours, or eight that are 2, 4 or 8 apart, meet no bank twice.
+  static DSCT_HOST_DEVICE unsigned place(unsigned column) { return column + column / 8; }
 
   DSCT_HOST_DEVICE Shared(const Upsampled& in, unsigned char* shared, int threads, int held_classes) {
     zeros = reinterpret_cast<Held*>(shared + kHeadBytes), held = zeros + held_classes;
@@ -197,6 +196,22 @@ DSCT_DEVICE void move_to(const SmallMap& net, const Tap& column, int64_t image, 
   }
 }
 
+// The row above, of which all is there, goes into shared memory; the one below takes its place.
+template <int kClasses>
+DSCT_DEVICE void leave_row(const Upsampled& in, const Shared& shared, int group, int column, float (&above)[kClasses],
+                           float (&below)[kClasses]) {
+  constexpr int kFours = (kClasses + 3) / 4;
+#pragma unroll
+  for (int i = 0; i < kClasses; i += 4) {
+    Four four{};
+#pragma unroll
+    for (int v = 0; v < 4 && i + v < kClasses; ++v) {
+      four.lane[v] = above[i + v], above[i + v] = below[i + v], below[i + v] = 0;
+    }
+    shared.grad[(group * kFours + i / 4) * Shared::place(in.columns) + Shared::place(column)] = four;
+  }
+}
+
 // One row of the student's gradient: from the columns of labels to those of the student.
 DSCT_DEVICE void narrow_row(const Upsampled& in, const Shared& shared, Four* slab) {
   const unsigned columns = shared.tile->columns;
@@ -229,7 +244,6 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
   const Call& call = set_up(memory, given, work, result);
   const Shared shared(in, memory, blockDim.x, kClasses);
   Terms<float> terms = call.terms;
-  constexpr int kFours = (kClasses + 3) / 4;
   int groups = kSplit ? in.groups : 1;
   DSCT_KNOWN_CALL(in, terms, groups)
   const int group = kSplit ? threadIdx.x / in.columns : 0, column = kSplit ? threadIdx.x % in.columns : threadIdx.x;
@@ -254,15 +268,7 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
     for (int r = 0;; ++r) {
       for (int row = std::max(shared.rows[r - 1].student.low, tile.first_row);
            in.slabs != nullptr && row < shared.rows[r].student.low; ++row) {
-#pragma unroll
-        for (int i = 0; i < kClasses; i += 4) {
-          Four four{};
-#pragma unroll
-          for (int v = 0; v < 4 && i + v < kClasses; ++v) {
-            four.lane[v] = above[i + v], above[i + v] = below[i + v], below[i + v] = 0;
-          }
-          shared.grad[(group * kFours + i / 4) * Shared::place(in.columns) + Shared::place(column)] = four;
-        }
+        leave_row(in, shared, group, column, above, below);
         __syncthreads();
         narrow_row(in, shared, in.slab(t, row - tile.first_row));
         __syncthreads();
@@ -315,16 +321,11 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
           for (int i = 0; i < kVerdicts; ++i) verdicts[i * in.columns] = answer[i];
         }
         __syncthreads();
-        auto answer = [&](int i) { return verdicts[i * in.columns]; };
-        const PixelSums<float> own = from_bases(max_s, max_t, terms);
-        z = from_bases(answer(kAllS), answer(kAllT), terms);
-        up_s = max_s == -infinity<float>() ? 0 : exp2_fast(own.student_base - z.student_base);
-        up_t = max_t == -infinity<float>() ? 0 : exp2_fast(own.teacher_base - z.teacher_base);
-        grad = {answer(kGradS), answer(kGradT), answer(kGradCe), answer(kGradTarget)};
+        grad = take_verdict([&](int i) { return verdicts[i * in.columns]; }, max_s, max_t, terms, z, up_s, up_t);
       }
-      PixelGrad<float> shared_grad = grad;
-      if (terms.own_exponentials()) shared_grad.ce = 0;
-      differentiate(es, et, terms, shared_grad, up_s, up_t);
+      PixelGrad<float> of_sums = grad;
+      if (terms.own_exponentials()) of_sums.ce = 0;
+      differentiate(es, et, terms, of_sums, up_s, up_t);
       if (terms.own_exponentials()) {
 #pragma unroll
         for (int i = 0; i < kClasses; ++i) {
@@ -380,7 +381,7 @@ DSCT_DEVICE void tiles_at(const Axis& axis, int i, int size, int& begin, int& en
   // Not before the outputs that look at i - 1, of which it may have the second tap.
   begin = axis.step > 0 ? static_cast<int>(fmax((i - 1) / axis.step - 2, 0.0)) / size : 0;
   while (begin < tiles - 1 && last(begin) < i) ++begin;
-  end = begin + 1;
+  end = begin;
   while (end < tiles && first(end) <= i) ++end;
 }
 
