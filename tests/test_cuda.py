@@ -121,6 +121,27 @@ def test_tnkd_edges(classes: int) -> None:
     assert grad.isnan().sum() == classes, "only the pixel with the bad label"
 
 
+@pytest.mark.parametrize("dtype", TNKD_DTYPES)
+@pytest.mark.parametrize("classes", [2, 6, 11, 19, 33, 150])
+@pytest.mark.parametrize("sizes", [((33, 40), (66, 20), (132, 160)), ((9, 300), (17, 128), (33, 600))], ids=str)
+def test_tnkd_of_logits_smaller_than_the_labels(
+    dtype: torch.dtype, classes: int, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    student_size, teacher_size, size = sizes
+    student, _, _ = make_tnkd((2, classes, *student_size), dtype)
+    _, teacher, _ = make_tnkd((2, classes, *teacher_size), torch.bfloat16)
+    _, _, target = make_tnkd((2, classes, *size), dtype)
+    weight = torch.rand(classes, device=DEVICE) + 0.5
+    for labels, class_weight in ((target, None), (target, weight), (None, None), (None, weight)):
+        check_tnkd(student, teacher, labels, class_weight, *WEIGHTS, 255, 1)
+    call = (student, teacher, target, weight, *WEIGHTS, 255, 2)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first = run_tnkd(*call)
+    assert torch.cuda.max_memory_allocated() - before < 2 * classes * size[0] * size[1] * student.element_size()
+    assert all(torch.equal(a, b) for a, b in zip(first, run_tnkd(*call), strict=True))
+
+
 def test_tnkd_mixed() -> None:
     student, teacher, target = make_tnkd((2, 6, 32, 32), torch.bfloat16)
     check_tnkd(student, strided_copy(teacher.float(), "channels_last"), target, None, *WEIGHTS, 255, 1)
