@@ -3,8 +3,8 @@
 A tap of weight 0 takes no part, so that a class that is -inf in a cell is absent where that cell has a part and nowhere
 else: F.interpolate makes NaN of 0 * -inf. Where every logit is finite, on the CPU, it serves all the same.
 
-The native kernels (csrc/tnkd/cpu/upsampled.h, csrc/tnkd/cuda/upsampled.cuh) have taps of their own, equal to `taps`, and
-none of these tensors.
+The native kernels (csrc/tnkd/cpu/upsampled.h, csrc/tnkd/cuda/upsampled.cuh) have taps of their own, equal to `taps`,
+and none of these tensors.
 """
 
 from typing import Any
