@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cuda(
   const int64_t bytes = cuda::upsampled_workspace_bytes(plan, args);
   const Tensor workspace = make_empty(student_logits, {bytes}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
-  cuda::upsampled_run(args, plan, cuda::stream_of(student_logits));
+  cuda::upsampled_run(args, plan, device, cuda::stream_of(student_logits));
   return {loss, parts, grad, grad_scale};
 }
 

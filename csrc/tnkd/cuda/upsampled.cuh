@@ -235,12 +235,20 @@ DSCT_DEVICE void narrow_row(const Upsampled& in, const Shared& shared, Four* sla
   }
 }
 
+// Blocks of a multiprocessor that registers have to be left for. sm_120 has shared memory for one or two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kWholeBlocks = 3;
+#else
+constexpr int kWholeBlocks = 4;
+#endif
+
 // A thread holds the classes of a column, both networks': all of them, or (kSplit) its group's; groups of `columns`
 // threads then meet twice a row, as the warps of tnkd_kernel do.
 template <int kClasses, bool kSplit>
-__global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : 4)
+__global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : kWholeBlocks)
     tnkd_upsampled_kernel(Upsampled in, Terms<float> given, Workspace work, Result<float> result) {
   DSCT_SHARED(memory);
+  wait_for_previous();
   const Call& call = set_up(memory, given, work, result);
   const Shared shared(in, memory, blockDim.x, kClasses);
   Terms<float> terms = call.terms;

@@ -142,7 +142,8 @@ void with_upsampled_kernel(const UpsampledPlan& plan, const Body& body) {
 }
 
 // The whole op: three launches on `stream`, nothing else; two without a gradient.
-inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, cudaStream_t stream) {
+inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, const Device& device,
+                          cudaStream_t stream) {
   Upsampled in = plan.call;
   const bool wide = plan.call.groups > 1;
   const int64_t pixels = int64_t{in.images} * in.height * in.width;
@@ -160,8 +161,8 @@ inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, 
   }
   const Result<float> result = result_of(args, gathered(in.student.y) * gathered(in.student.x));
   with_upsampled_kernel(plan, [&](auto kernel) {
-    launch("tnkd_upsampled", kernel, plan.blocks, in.groups * in.columns, plan.shared, stream, in, terms_of(args), work,
-           result);
+    launch_early("tnkd_upsampled", device, kernel, plan.blocks, in.groups * in.columns, plan.shared, stream, in,
+                 terms_of(args), work, result);
   });
   if (args.grad == nullptr) return;
   const int64_t rows = int64_t{in.images} * in.grad.y.inputs * in.groups * in.fours;

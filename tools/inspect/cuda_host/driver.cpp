@@ -189,7 +189,7 @@ void run_upsampled(const Case& c) {
   }
   Buffer workspace(upsampled_workspace_bytes(plan, args));
   args.workspace = workspace.data;
-  upsampled_run(args, plan, nullptr);
+  upsampled_run(args, plan, device_of(c), nullptr);
   std::cout << "upsampled_" << plan.classes << "_" << plan.call.groups << "_" << plan.call.columns << "\n";
   write_tnkd(c);
 }

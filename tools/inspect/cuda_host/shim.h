@@ -236,22 +236,30 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
 
 namespace dsct::cuda {
 
+// shared_limit: the most shared memory that a block of this launch may ask for.
 template <typename... Params, typename... Args>
-void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t,
-            Args... args) {
+void launch_within(size_t shared_limit, const char* name, void (*kernel)(Params...), int64_t blocks, int threads,
+                   size_t shared, Args... args) {
   if (blocks == 0) return;
-  if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max() || threads > 1024 || threads < 1) {
+  if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max() || threads > 1024 || threads < 1 ||
+      shared > shared_limit) {
     throw std::invalid_argument(std::string(name) + ": a launch of " + std::to_string(blocks) + " x " +
-                                std::to_string(threads));
+                                std::to_string(threads) + " with " + std::to_string(shared) + " bytes");
   }
   if (::shim::list_only) return ::shim::list(reinterpret_cast<const void*>(kernel), blocks, threads, shared);
   ::shim::run(static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared, [&] { kernel(args...); });
 }
 
+template <typename... Params, typename... Args>
+void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t,
+            Args... args) {
+  launch_within(48 * 1024, name, kernel, blocks, threads, shared, args...);  // as Device() has it
+}
+
 template <typename Device, typename... Params, typename... Args>
-void launch_early(const char* name, const Device&, void (*kernel)(Params...), int64_t blocks, int threads,
-                  size_t shared, cudaStream_t stream, Args... args) {
-  launch(name, kernel, blocks, threads, shared, stream, args...);
+void launch_early(const char* name, const Device& device, void (*kernel)(Params...), int64_t blocks, int threads,
+                  size_t shared, cudaStream_t, Args... args) {
+  launch_within(device.shared_bytes, name, kernel, blocks, threads, shared, args...);
 }
 
 }  // namespace dsct::cuda
