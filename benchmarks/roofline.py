@@ -290,8 +290,8 @@ def native_cases(case: Case) -> list[harness.Case]:
     return cases
 
 
-def native_bytes_of(case: Case, name: str) -> int:
-    """`name`: with its template arguments."""
+def native_bytes_of(case: Case, name: str, shared: int) -> int:
+    """`name`: with its template arguments; shared: bytes of a block."""
     logits, labels, features = sizes_of(case)
     kernel = name.split("<")[0]
     codes = labels // 8 * (1 if case.logits and case.logits[1] <= 20 else 2)
@@ -300,10 +300,12 @@ def native_bytes_of(case: Case, name: str) -> int:
     if kernel == "tnkd_kernel":  # each logit once
         return (3 if case.phase == FORWARD_BACKWARD else 2) * logits + codes
     # both networks: two reads; the student: one, and the gradient's write where there is one
-    times = {"row_stats": 2, "row_maps": 2, "column_stats": 2, "column_maps": 2, "row_backward": 2, "column_rho": 1,
-             "column_backward": 2}  # fmt: skip
-    again = kernel == "row_backward" and name.endswith(", 0>")  # a row too long to hold is read for each of its passes
-    return (times.get(kernel, 0) + again) * features
+    times = {"channel_stats": 2, "attention_maps": 2, "row_backward": 2, "column_rho": 1, "column_backward": 2}
+    asked = times.get(kernel, 0) * features
+    if kernel == "row_backward":  # what a block has no room for is read again
+        row = features // (case.features[0] * case.features[1])
+        asked += features * max(0, row - shared) // row
+    return asked
 
 
 class Native:
@@ -328,8 +330,8 @@ class Native:
             call.numbers |= self.device
             for launch in harness.launches(self.driver, call, self.folder / "case"):
                 r, name = self.resources[launch.kernel], self.names[launch.kernel]
-                asked = native_bytes_of(case, name)
                 shared = r.shared + launch.shared
+                asked = native_bytes_of(case, name, shared)
                 found.append(Kernel(name, launch.blocks, launch.threads // 32, r.registers, r.in_memory, shared, asked,
                                     instructions=self.instructions(case, name, launch)))  # fmt: skip
         return found

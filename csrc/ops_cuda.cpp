@@ -11,4 +11,6 @@ STABLE_TORCH_LIBRARY_IMPL(dsct_kernels, CUDA, m) {
   m.impl("cafd", TORCH_BOX(&dsct::cafd_cuda));
   m.impl("attention_map", TORCH_BOX(&dsct::attention_map_cuda));
   m.impl("attention_map_backward", TORCH_BOX(&dsct::attention_map_backward_cuda));
+  m.impl("matched_cafd", TORCH_BOX(&dsct::matched_cafd_cuda));
+  m.impl("matched_cafd_backward", TORCH_BOX(&dsct::matched_cafd_backward_cuda));
 }

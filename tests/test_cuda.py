@@ -1,5 +1,7 @@
 """The CUDA kernels on a real GPU, through torch.ops and the public functions, against the float64 reference."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,8 +27,7 @@ def why_skip() -> str | None:
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_skip() is not None, reason=why_skip() or "")]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TNKD_DTYPES = DTYPES[:3]  # of 16 and 32 bits
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of 16 and 32 bits
 HALF_ULP = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 DEVICE = "cuda"
 
@@ -72,7 +73,7 @@ def make_tnkd(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contigu
 WEIGHTS = (0.7, 1.0, 2.0, 2.0)  # cross-entropy, TCKD, NCKD, temperature
 
 
-@pytest.mark.parametrize("dtype", TNKD_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("classes", [2, 6, 8, 19, 24, 150])
 def test_tnkd_layouts(dtype: torch.dtype, layout: str, classes: int) -> None:
@@ -99,7 +100,7 @@ def test_tnkd_labels_and_class_weights(label: torch.dtype, classes: int) -> None
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 3.0])
-@pytest.mark.parametrize("dtype", TNKD_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tnkd_magnitudes(dtype: torch.dtype, temperature: float) -> None:
     for classes in (6, 19):
         student, teacher, target = make_tnkd((1, classes, 16, 16), dtype, scale=1e4)
@@ -154,7 +155,7 @@ def test_tnkd_mixed() -> None:
     assert loss == 0 and grad.shape == empty.shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_scale(dtype: torch.dtype) -> None:
     grad = torch.randn(100_003, device=DEVICE).to(dtype)
     factor = torch.tensor(0.25, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32))
@@ -209,6 +210,33 @@ def test_cafd_edges() -> None:
     assert dsct_kernels.cafd_loss(features, features.flip(1), backend="native").isnan()
 
 
+def run_matched(backend: str, student: Tensor, teacher: Tensor, target: Tensor, tau_c: float | None,
+                upstream: float) -> tuple[Tensor, ...]:  # fmt: skip
+    keywords = {"channel_temperature": tau_c, "temperature": 2.0, "backend": backend}
+    loss_of = partial(dsct_kernels.matched_cafd_loss, teacher_logits=teacher, target=target, **keywords)
+    return learnt(loss_of, student, lambda loss: torch.full_like(loss, upstream))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 6, 128, 128), (2, 19, 33, 31), (1, 150, 32, 32), (3, 4, 1, 1)])
+def test_matched_cafd(dtype: torch.dtype, layout: str, shape: tuple[int, int, int, int]) -> None:
+    """Masked, the teacher of another layout too, both forms of weights."""
+    torch.manual_seed(0)
+    plain = [torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2)]
+    target = (torch.rand(shape[0], *shape[2:], device=DEVICE) < 0.2) * 255
+    for teacher_layout, tau_c, upstream in ((layout, 1.0, 1.0), ("channels_last", None, 65536.0)):
+        student, teacher = strided_copy(plain[0], layout), strided_copy(plain[1], teacher_layout)
+        rest = target, tau_c, upstream
+        got, again = (run_matched("native", student, teacher, *rest) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(got, again))
+        own = run_matched("reference", student, teacher, *rest)
+        truth = run_matched("reference", student.double(), teacher.double(), *rest)
+        assert_as_good_as_reference(got[0], own[0], truth[0], f"loss {shape} {dtype} {layout}", 2e-6, 2e-6)
+        extra = HALF_ULP.get(dtype, 2e-6)
+        assert_as_good_as_reference(got[1], own[1], truth[1], f"gradient {shape} {dtype} {layout}", extra)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_map(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -220,7 +248,7 @@ def test_attention_map(dtype: torch.dtype) -> None:
 
 
 class Step:
-    """Forward and backward of both losses over fixed tensors."""
+    """Forward and backward of the losses over fixed tensors."""
 
     def __init__(self) -> None:
         self.student, self.teacher, self.target = make_tnkd((2, 19, 64, 64), torch.float32)
@@ -233,6 +261,7 @@ class Step:
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         loss = dsct_kernels.tnkd_loss(self.student, self.teacher, self.target, backend="native")
         loss = loss + dsct_kernels.cafd_loss(self.features, self.teacher_features, backend="native")
+        loss = loss + dsct_kernels.matched_cafd_loss(self.student, self.teacher, self.target, backend="native")
         return loss, *torch.autograd.grad(loss * self.factor, (self.student, self.features))
 
 

@@ -79,9 +79,10 @@ def test_tnkd_and_kd(device, backend, dtype, reduction, needs_grad):
 )
 def test_cafd(device, backend, dtype, reduction, needs_grad):
     student, teacher = features(device, dtype=dtype)
+    teacher = teacher[:, :3] if (device, backend) == ("cuda", "native") else teacher[:, :3, :4]  # one size on CUDA
     for layout in ("contiguous", "channels_last"):
         leaf = strided_copy(student, layout).requires_grad_(needs_grad)
-        arguments = (leaf, teacher[:, :3, :4], TEMPERATURES, reduction, needs_grad)
+        arguments = (leaf, teacher, TEMPERATURES, reduction, needs_grad)
         torch.library.opcheck(op("cafd", backend), arguments, test_utils=CHECKS)
 
 

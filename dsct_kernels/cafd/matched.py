@@ -61,7 +61,7 @@ def matched_cafd_loss(
             channel weighs the same.
         ignore_index: as for `jaccard_loss`.
         reduction: "mean" over the batch, "sum", or "none" for (N,).
-        backend: "auto", "reference", "native" (CPU) or "triton" (GPUs). DSCT_KERNELS_BACKEND sets what "auto" means.
+        backend: "auto", "reference", "native" or "triton" (GPUs). DSCT_KERNELS_BACKEND sets what "auto" means.
 
     Returns:
         The loss, float32 (float64 where an input is float64). Its gradient has the student's dtype. N = 0: 0. A teacher

@@ -1,22 +1,17 @@
-"""Matched CAFD through the compiled kernels of csrc/cafd: C++ on CPU."""
+"""Matched CAFD through the compiled kernels of csrc/cafd: C++ on CPU, CUDA on NVIDIA."""
 
 from torch import Tensor
 
 from .. import values
-from ..backends import NATIVE_MISSING, why_not_native
+from ..backends import NATIVE_MISSING
 from ..values import Number
 from . import matched_op
+from .native import why_not
 
 __all__ = ["matched_cafd", "why_not"]
 
 if NATIVE_MISSING is None:
     _ops = matched_op.register("")
-
-
-def why_not(*tensors: Tensor) -> str | None:
-    if tensors[0].device.type != "cpu":
-        return f"matched_cafd_loss has a native kernel for cpu alone, not for {tensors[0].device.type}"
-    return why_not_native(*tensors)
 
 
 def matched_cafd(

@@ -33,7 +33,7 @@ class Ops(NamedTuple):
 def fake(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperatures: Tensor, uniform: bool, reduction: int
 ) -> tuple[Tensor, Tensor]:
-    """What the forward op returns, empty. stats: MatchedStat in csrc/cafd/cpu/matched_args.h, for every backend."""
+    """What the forward op returns, empty. stats: MatchedStat in csrc/cafd/stats.h, for every backend."""
     n, c = student.shape[:2]
     loss = student.new_empty([n] if reduction == 0 else [], dtype=acc_dtype(student, teacher))
     return loss, student.new_empty([n, 5, c], dtype=torch.float64)

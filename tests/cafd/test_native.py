@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsct_kernels import backends, values
+from dsct_kernels.cafd import native as native_cafd
 from dsct_kernels.cafd import reference
 from dsct_kernels.dtypes import acc_dtype
 
@@ -111,6 +112,30 @@ def test_shapes_dtypes_layouts(shape: tuple[int, ...], dtype: torch.dtype, layou
         shape = (30, *shape[1:3], 7, *shape[1:3])
     student, teacher = features(2, *shape[:3], dtype=dtype), features(2, *shape[3:], dtype=dtype, seed=1)
     compare(student, teacher, layout)
+
+
+@pytest.mark.parametrize("shape", [(8, 13, 11, 9, 6, 14), (4, 8, 8, 5, 4, 4), (3, 4, 5, 3, 8, 10)], ids=str)
+@pytest.mark.parametrize("reduction", (NONE, MEAN))
+@pytest.mark.parametrize("near", (False, True))
+def test_maps_of_two_sizes_pooled_outside_of_the_kernels_as_on_cuda(
+    shape: tuple[int, ...], reduction: int, near: bool
+) -> None:
+    """With the kernels of the CPU, which is all that the composition asks for."""
+    student, teacher = features(2, *shape[:3]), features(2, *shape[3:], seed=1)
+    if near:
+        teacher = torch.nn.functional.interpolate(student, shape[4:])
+    options = 0.7, 0.5, reduction
+    got = learnt(lambda s: native_cafd.cafd_pooled(s, teacher, *options), student)
+    truth = eager(student.double(), teacher.double(), *options)
+    own = eager(student, teacher, *options)
+    assert_cafd_as_good_as_reference(got, own, truth, student, teacher, f"of {shape}", *options)
+    assert got[0].dtype == torch.float32
+
+
+def test_the_cuda_kernels_take_16_and_32_bits() -> None:
+    half, wide = torch.zeros(1, 2, 2, 2).half(), torch.zeros(1, 2, 2, 2).double()
+    assert native_cafd.why_not_cuda(half, half.float()) is None
+    assert "not float64" in (native_cafd.why_not_cuda(half, wide) or ""), "the teacher counts too"
 
 
 @pytest.mark.parametrize("channel_t", (0.01, 0.3, 1.0, 10.0))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsct_kernels.cafd import reference as cafd_reference
 from dsct_kernels.dtypes import acc_dtype
+from dsct_kernels.selftest import relative_error
 from dsct_kernels.tnkd import reference as tnkd_reference
 from dsct_kernels.tnkd.objective import Objective
 from tests.helpers import strided_copy
@@ -600,6 +601,10 @@ class CafdCase:
         numbers["reduction"] = self.reduction
         return Case("cafd", {"student": self.student, "teacher": self.teacher_features} | more, outputs, numbers)
 
+    def addressing(self) -> tuple[Any, ...]:
+        layouts = self.layout, self.teacher_layout, self.dtype, self.teacher_dtype
+        return self.kernels, self.shape, self.teacher, *layouts, self.reduction == 0, self.on_device
+
     def check(self, kernels: str, got: dict[str, Tensor]) -> None:
         assert kernels == self.kernels, self
         temperatures = self.channel_temperature, self.spatial_temperature
@@ -611,7 +616,7 @@ class CafdCase:
             teacher = self.teacher_features.to(dtype)
             return learnt(lambda s: cafd_reference.cafd(s, teacher, *temperatures, self.reduction), student)
 
-        truth, own = reference(torch.float64), reference(torch.float32 if self.dtype != torch.float64 else self.dtype)
+        truth, own = reference(torch.float64), reference(torch.float32)
         result = got["map"] if self.teacher is None else got["loss"]
         if truth[0].isnan().any():
             assert torch.equal(result.isnan(), truth[0].isnan()), self
@@ -638,13 +643,15 @@ CAFD = [
     *(CafdCase("any any any", (2, 5, 3, 5), (2, 3, 3, 5), layout=layout) for layout in (
         "contiguous", "sliced", "transposed", "channels_last")),
     CafdCase("any any any", (2, 4, 4, 4), (2, 4, 4, 4), layout="offset"),
-    CafdCase("any any any", (2, 4, 4, 4), (2, 6, 4, 4), torch.float64),
-    CafdCase("rows any rows", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.float64),
-    CafdCase("any rows any", (2, 4, 4, 4), (2, 6, 2, 8), torch.float64, torch.float32),
-    *(CafdCase("rows rows rows", s, t, why="sizes differ") for s, t in (
-        ((1, 4, 8, 8), (1, 4, 4, 4)), ((1, 4, 4, 4), (1, 4, 8, 8)), ((1, 4, 6, 10), (1, 4, 4, 15)))),
-    CafdCase("any any any", (2, 3, 7, 5), (2, 3, 5, 7), why="overlapping bins"),
-    CafdCase("rows rows rows", (1, 1, 2, 2), (1, 1, 2, 2), why="one channel"),
+    *(CafdCase(kernels, (2, c, 4, 4), (2, 2 * c, 4, 4), *dtypes, layout=layout, why="dtypes of a pair")
+      for kernels, c, layout in (("rows rows rows", 3, "contiguous"), ("columns columns columns", 8, "channels_last"))
+      for dtypes in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32))),
+    CafdCase("any any any", (2, 3, 7, 5), (2, 3, 7, 5), torch.float16),
+    *(CafdCase("rows rows rows", (2, 3, 5, 4), (2, 2, 5, 4), layout=layout, why="runs of eight, and four positions")
+      for layout in ("contiguous",)),
+    CafdCase("columns columns columns", (2, 12, 3, 5), (2, 20, 3, 5), layout="channels_last",
+             why="eight channels, and four"),
+    CafdCase("rows rows rows", (1, 1, 4, 4), (1, 1, 4, 4), why="one channel"),
     CafdCase("any any any", (2, 4, 1, 1), (2, 4, 1, 1), why="one position"),
     CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=0.0, why="all-zero features"),
     CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=float("nan")),
@@ -669,13 +676,158 @@ CAFD_ON_DEVICE = [
         ("columns columns columns", (2, 24, 3, 5), (2, 40, 3, 5), torch.float16, None, "channels_last"),
         ("rows columns rows", (2, 3, 4, 4), (2, 300, 4, 4), torch.float32, None, "contiguous", "channels_last"),
         ("any any any", (2, 5, 3, 5), (2, 3, 3, 5), torch.float32, None, "sliced"),
-        ("any any any", (2, 4, 4, 4), (2, 6, 4, 4), torch.float64),
-        ("rows any rows", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.float64),
-        ("any rows any", (2, 4, 4, 4), (2, 6, 2, 8), torch.float64, torch.float32),
+        ("rows rows rows", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.bfloat16),
         ("rows rows", (1, 3, 64, 32)),
         ("columns columns", (1, 24, 20, 20), None, torch.bfloat16, None, "channels_last"),
-        ("any any", (1, 3, 7, 5), None, torch.float64),
     )
+]  # fmt: skip
+
+
+@dataclass
+class MatchedCase:
+    """Shapes, dtypes and layouts of one call of matched_cafd and its backward."""
+
+    kernels: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype = torch.float32
+    teacher_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+    teacher_layout: str | None = None
+    reduction: int = 1
+    channel_temperature: float | None = 1.0
+    temperature: float = 4.0
+    scale: float = 2.0
+    masked: float | None = None  # so much of the positions, where the logits hold NaN
+    near: float | None = None  # the teacher is the student, and so much noise
+    upstream: float = 1.0
+    maps: Any = None  # (student, teacher) -> None, edits them in place
+    on_device: bool = False
+    why: str = ""
+
+    def case(self) -> Case:
+        torch.manual_seed(sum(self.shape))
+        student, teacher = (torch.randn(self.shape) * self.scale for _ in range(2))
+        if self.near is not None:
+            teacher = student + self.near * teacher
+        student, teacher = student.to(self.dtype), teacher.to(self.teacher_dtype or self.dtype)
+        if self.maps is not None:
+            self.maps(student, teacher)
+        n, _, h, w = self.shape
+        self.mask = None
+        if self.masked is not None:
+            self.mask = torch.rand(n, 1, h, w) >= self.masked
+            for x in (student, teacher):
+                x.masked_fill_(~self.mask, float("nan"))
+        self.student = lay_out(student, self.layout)
+        self.teacher = lay_out(teacher, self.teacher_layout or self.layout)
+        tensors = {"student": self.student, "teacher": self.teacher}
+        tensors["upstream"] = torch.full([n] if self.reduction == 0 else [], self.upstream)
+        tensors |= {} if self.mask is None else {"mask": self.mask}
+        tau_c = 1.0 if self.channel_temperature is None else self.channel_temperature
+        numbers = {"channel_temperature": tau_c, "spatial_temperature": self.temperature}
+        if self.on_device:  # and the numbers that the host would use are none
+            tensors["temperatures"] = torch.tensor([*numbers.values()], dtype=torch.float64)
+            numbers = dict.fromkeys(numbers, float("nan"))
+        numbers |= {"uniform": self.channel_temperature is None, "reduction": self.reduction}
+        outputs = {"loss": torch.empty([n] if self.reduction == 0 else []), "grad": torch.empty_like(self.student)}
+        return Case("matched", tensors, outputs, numbers)
+
+    def addressing(self) -> tuple[Any, ...]:
+        layouts = self.layout, self.teacher_layout, self.dtype, self.teacher_dtype
+        return self.kernels, self.shape, *layouts, self.reduction == 0, self.masked is None, self.on_device
+
+    def check(self, kernels: str, got: dict[str, Tensor]) -> None:
+        """The error rule, and two roundings: of 1, of which KL is a difference where the networks are near each other,
+        of the temperature, and, of a channel's strength, in the exponent of its weight."""
+        assert kernels == self.kernels, self
+
+        def reference(dtype: torch.dtype, nudge: float = 1.0) -> tuple[Tensor, Tensor]:
+            teacher, temperature = self.teacher.to(dtype), self.temperature * nudge
+            rest = teacher, self.mask, self.channel_temperature, temperature, self.reduction
+            loss_of = partial(cafd_reference.matched_cafd, **dict(zip(MATCHED_ARGUMENTS, rest, strict=True)))
+            return learnt(loss_of, self.student.to(dtype), lambda loss: torch.full_like(loss, self.upstream))
+
+        eps = torch.finfo(torch.float32).eps
+        truth, own = reference(torch.float64), reference(torch.float32)
+        own = own[0], own[1].to(self.dtype)
+        extra = 1e-6 + (0.0 if self.channel_temperature is None else 2 * eps / self.channel_temperature)
+        floor = 2 * eps * self.temperature**2 * (1 if self.reduction == 1 else len(self.student))
+        half = {torch.float16: 2**-11, torch.bfloat16: 4e-3}.get(self.dtype, 0.0)
+        if self.temperature < 1 and truth[0].isfinite().all():  # else next to nothing
+            moved = reference(torch.float64, 1 + 2 * eps)
+            extra += max(relative_error(x, y) for x, y in zip(moved, truth, strict=True))
+        assert_as_good_as_reference(got["loss"], own[0], truth[0], f"loss of {self}", extra, floor)
+        what = f"gradient of {self}"
+        assert_as_good_as_reference(got["grad"], own[1], truth[1], what, extra + half, 1e-12 * self.upstream)
+        if self.mask is not None:
+            assert not got["grad"].masked_select(~self.mask).any(), f"a gradient where nothing counts: {self}"
+        if self.near == 0:
+            assert not got["loss"].any() and not got["grad"].any(), self
+
+
+MATCHED_ARGUMENTS = "teacher", "mask", "channel_temperature", "temperature", "reduction"
+
+
+def minus_inf(*where: Any) -> Any:
+    """-inf there, in the student, the teacher or both; -1: in that network's whole channel."""
+
+    def edit(student: Tensor, teacher: Tensor) -> None:
+        for network, channel, position in where:
+            for x in {"student": (student,), "teacher": (teacher,), "both": (student, teacher)}[network]:
+                x.flatten(2)[:, channel, position] = -float("inf")
+
+    return edit
+
+
+def bad_number(network: int, value: float, others: float | None = None) -> Any:
+    def edit(student: Tensor, teacher: Tensor) -> None:
+        if others is not None:
+            teacher[0, 1] = others  # the row has no mass in the teacher
+        (student, teacher)[network].flatten(2)[0, 1, -1] = value
+
+    return edit
+
+
+ALL, SOME = slice(None), slice(0, 40)
+# Kernels, shape, layout: long rows that several blocks share, rows of one block, channels side by side in one tile and
+# in several, neither.
+MATCHED_LAYOUTS = (
+    ("rows rows", (1, 2, 96, 96), "contiguous"), ("rows rows", (2, 5, 8, 12), "contiguous"),
+    ("columns columns", (2, 19, 13, 9), "channels_last"), ("columns columns", (1, 6, 40, 51), "channels_last"),
+    ("columns columns", (1, 150, 5, 7), "channels_last"), ("any any", (2, 5, 13, 7), "contiguous"),
+)  # fmt: skip
+MATCHED = [
+    *(MatchedCase(*at[:2], dtype, layout=at[2], reduction=r, channel_temperature=tau_c, masked=masked)
+      for at in MATCHED_LAYOUTS for dtype in DTYPES
+      for r, tau_c, masked in ((1, 1.0, None), (0, None, 0.3))),
+    *(MatchedCase(*at[:2], layout=at[2], temperature=tau, channel_temperature=tau_c, reduction=2)
+      for at in MATCHED_LAYOUTS[1:4] for tau, tau_c in ((0.3, 0.3), (10.0, 10.0), (0.01, 1.0))),
+    *(MatchedCase(*at[:2], layout=at[2], near=near, reduction=0, why="the networks agree")
+      for at in MATCHED_LAYOUTS for near in (0.0, 0.1, 1e-3)),
+    *(MatchedCase(*at[:2], dtype, layout=at[2], scale=LARGE[dtype] / 4, temperature=t)
+      for at in MATCHED_LAYOUTS[1:3] for dtype in DTYPES for t in (1.0, 100.0)),
+    *(MatchedCase(*at[:2], torch.float16, layout=at[2], upstream=65536.0, why="comes in before halves are rounded")
+      for at in MATCHED_LAYOUTS),
+    *(MatchedCase(*at[:2], layout=at[2], reduction=0, maps=edit) for at in MATCHED_LAYOUTS[:4] for edit in (
+        minus_inf(("both", ALL, SOME)), minus_inf(("teacher", 0, ALL)), minus_inf(("both", 1, ALL)),
+        minus_inf(("student", 1, 5)), minus_inf(("student", 1, ALL)), minus_inf(("teacher", ALL, SOME)),
+        minus_inf(("teacher", 1, ALL), ("student", 1, SOME)))),
+    *(MatchedCase(*at[:2], layout=at[2], reduction=0, maps=bad_number(network, bad, others))
+      for at in MATCHED_LAYOUTS[1:4] for network in (0, 1) for bad in (float("nan"), float("inf"))
+      for others in (None, -float("inf"))),
+    *(MatchedCase(*at[:2], layout=at[2], masked=1.0, why="nothing counts") for at in MATCHED_LAYOUTS[:4]),
+    *(MatchedCase("any any" if "columns" not in layouts[0] else "columns columns", (2, 6, 4, 6), *dtypes,
+                  *layouts[1:], masked=0.2, why="every pair")
+      for layouts in (("rows", "contiguous", "channels_last"), ("columns", "channels_last", "contiguous"),
+                      ("rows", "offset", "contiguous"), ("rows", "sliced", "transposed"))
+      for dtypes in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32))),
+    *(MatchedCase("rows rows", (2, 6, 4, 6), *dtypes, masked=0.2) for dtypes in (
+        (torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16))),
+    MatchedCase("columns columns", (3, 4, 1, 1), why="one position"),
+    MatchedCase("rows rows", (2, 1, 8, 8), why="one channel"),
+    MatchedCase("rows rows", (1, 2, 4, 4), scale=0.0, why="nobody speaks"),
+    *(MatchedCase(*at[:2], layout=at[2], on_device=True, channel_temperature=tau_c, reduction=r)
+      for at in MATCHED_LAYOUTS[1:4] for tau_c, r in ((0.7, 1), (None, 0))),
 ]  # fmt: skip
 
 # For ThreadSanitizer, whose threads are slow: every kernel and every barrier once.
@@ -700,6 +852,10 @@ SMALL_CAFD = [
     CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
     CafdCase("rows rows", (1, 3, 32, 96), why="several warps a row"),
     CafdCase("columns columns columns", (1, 24, 3, 5), (1, 40, 3, 5), torch.bfloat16, layout="channels_last"),
-    CafdCase("any any any", (1, 3, 7, 5), (1, 3, 5, 7), why="pooled"),
+    CafdCase("any any any", (1, 3, 7, 5), (1, 3, 7, 5)),
     CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), on_device=True),
+]
+SMALL_MATCHED = [
+    MatchedCase("rows rows", (1, 2, 40, 96), torch.bfloat16, masked=0.2),
+    MatchedCase("columns columns", (2, 19, 8, 9), layout="channels_last", on_device=True),
 ]

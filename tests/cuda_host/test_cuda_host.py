@@ -23,16 +23,20 @@ from .cases import (
     CAFD,
     CAFD_ON_DEVICE,
     LAYOUTS_OF_KERNELS,
+    MATCHED,
+    MATCHED_LAYOUTS,
     ON_DEVICE,
     PLANES,
     PLANES_SPLIT,
     SMALL_CAFD,
+    SMALL_MATCHED,
     SMALL_TNKD,
     SMALL_UPSAMPLED,
     TILES,
     TNKD,
     UPSAMPLED,
     CafdCase,
+    MatchedCase,
     TnkdCase,
     UpsampledCase,
     cells_of_ignored,
@@ -46,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cuda_host")
 
 
-def check_all(driver: Path, folder: Path, cases: list[TnkdCase] | list[CafdCase]) -> None:
+def check_all(driver: Path, folder: Path, cases: list[TnkdCase] | list[CafdCase] | list[MatchedCase]) -> None:
     results = run(driver, [case.case() for case in cases], folder)
     for case, (kernels, got) in zip(cases, results):
         case.check(kernels, got)
@@ -108,6 +112,10 @@ def test_cafd(plain: Path, folder: Path) -> None:
     check_all(plain, folder / "cafd", CAFD)
 
 
+def test_matched_cafd(plain: Path, folder: Path) -> None:
+    check_all(plain, folder / "matched", MATCHED)
+
+
 TEMPERATURES = [(1.0, 1.0), (0.1, 0.5), (3.0, 0.05)]
 
 
@@ -128,6 +136,9 @@ def test_temperatures_in_device_memory_that_the_host_would_refuse_make_everythin
 ) -> None:
     cases = [case(channel_temperature=bad) for case in CAFD_ON_DEVICE]
     cases += [case(spatial_temperature=bad, reduction=0) for case in CAFD_ON_DEVICE]
+    for kernels, shape, layout in MATCHED_LAYOUTS[1:4]:
+        matched = partial(MatchedCase, kernels, shape, layout=layout, on_device=True)
+        cases += [matched(temperature=bad), matched(channel_temperature=bad, reduction=0)]
     for case, (_, got) in zip(cases, run(plain, [c.case() for c in cases], folder / "cafd_refused"), strict=True):
         assert got["loss" if "loss" in got else "map"].isnan().all(), case
 
@@ -149,16 +160,21 @@ def test_no_race(folder: Path) -> None:
     check_all(driver, folder / "race_tnkd", SMALL_TNKD)
     check_all(driver, folder / "race_upsampled", SMALL_UPSAMPLED)
     check_all(driver, folder / "race_cafd", SMALL_CAFD)
+    check_all(driver, folder / "race_matched", SMALL_MATCHED)
 
 
 def test_no_overrun(folder: Path) -> None:
     """AddressSanitizer over every case, of those that touch the same memory one."""
     driver = build(folder, "address")
-    check_all(driver, folder / "overrun_tnkd", list({case.addressing(): case for case in TNKD}.values()))
-    check_all(driver, folder / "overrun_upsampled", list({case.addressing(): case for case in UPSAMPLED}.values()))
-    check_all(driver, folder / "overrun_on_device", ON_DEVICE)
-    check_all(driver, folder / "overrun_cafd", CAFD)
-    check_all(driver, folder / "overrun_cafd_on_device", [case() for case in CAFD_ON_DEVICE])
+    groups = {
+        "tnkd": TNKD,
+        "upsampled": UPSAMPLED,
+        "on_device": ON_DEVICE,
+        "cafd": CAFD + [case() for case in CAFD_ON_DEVICE],
+        "matched": MATCHED,
+    }
+    for name, cases in groups.items():
+        check_all(driver, folder / f"overrun_{name}", list({case.addressing(): case for case in cases}.values()))
 
 
 # What is broken, and what is put in its place: the sanitizer has to find each of them.
@@ -183,11 +199,11 @@ PLANTS = {
     by_size(in.grad""",
         TnkdCase(TILES, (1, 19, 10, 20), layout="channels_last"),
     ),
-    "row_backward: the warps' sums are read before they are all there": (
+    "row_backward: a channel's sum is read before it is there": (
         "thread",
         "cafd/cuda/backward.cuh",
-        "warps[warp] = rho;\n  __syncthreads();",
-        "warps[warp] = rho;",
+        "  __syncthreads();\n  if (!place.inside) return;",
+        "  if (!place.inside) return;",
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
     "planes: lanes beyond the last pixel": (
@@ -204,11 +220,11 @@ PLANTS = {
         "in.student.pitch * tile",
         TnkdCase(TILES, (1, 6, 3, 7), layout="stepped"),
     ),
-    "row_backward: shared memory for one warp too few": (
+    "row_backward: shared memory for one run too few": (
         "address",
         "cafd/cuda/launch.cuh",
-        "kCafdWarps * sizeof(A), stream",
-        "(kCafdWarps - 1) * sizeof(A), stream",
+        "plan.held * kCafdThreads",
+        "(plan.held - 1) * kCafdThreads",
         CafdCase("rows rows", (1, 3, 32, 96)),
     ),
     "planes that start off 16 bytes": (
@@ -220,10 +236,38 @@ PLANTS = {
     ),
     "maps that start off 16 bytes": (
         "plain",
-        "cafd/cuda/plan.cuh",
-        "net.maps = {workspace, plan.shares",
-        "net.maps = {workspace + 1, plan.shares",
+        "cafd/cuda/network.cuh",
+        "float* shares = workspace + kHead;",
+        "float* shares = workspace + kHead + 1;",
         CafdCase("rows rows", (1, 3, 32, 96)),
+    ),
+    "matched_sums: threads' sums are joined before they are all there": (
+        "thread",
+        "cafd/cuda/network.cuh",
+        "    __syncthreads();\n    if (row < half",
+        "    if (row < half",
+        SMALL_MATCHED[0],
+    ),
+    "matched_sums: shared memory for one thread too few": (
+        "address",
+        "cafd/cuda/matched.cuh",
+        "in.threads * sizeof(MatchedSums<float>)",
+        "(in.threads - 1) * sizeof(MatchedSums<float>)",
+        SMALL_MATCHED[0],
+    ),
+    "matched CAFD: positions beyond the last": (
+        "address",
+        "cafd/cuda/matched.cuh",
+        "      if (i >= place.last) break;\n      raw_s[k]",
+        "      raw_s[k]",
+        MatchedCase("any any", (2, 5, 13, 7)),
+    ),
+    "rows that start off 16 bytes": (
+        "plain",
+        "cafd/cuda/features.cuh",
+        "on_16_bytes(x.data) && ",
+        "",
+        MatchedCase("any any", (2, 6, 4, 6), layout="offset"),
     ),
 }
 UPSAMPLED_KERNEL = "tnkd/cuda/upsampled.cuh"

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "args.h"
+#include "cafd/stats.h"
 
 namespace dsct {
 
@@ -17,18 +18,6 @@ struct MatchedMaps {
 
 // What a block of positions knows of a channel, as doubles: fields of C numbers each, padded (pitch_c).
 enum MatchedField { kTeacherMax, kStudentMax, kTeacherSum, kStudentSum, kCross, kStrength, kMatchedFields };
-
-// Rows of stats (N, 5, C), double: what the backward needs. The maximum of a row that is -inf throughout counts as 0
-// and the inverse of its sum as 0; where the teacher's is, the student's inverse is 0 too, for there is nothing to
-// learn.
-enum MatchedStat {
-  kStatStudentMax,
-  kStatStudentInverse,
-  kStatTeacherMax,
-  kStatTeacherInverse,
-  kStatWeight,
-  kMatchedStats
-};
 
 // The loops in one type of arithmetic, float or double.
 struct MatchedLoops {

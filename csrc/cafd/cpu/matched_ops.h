@@ -12,7 +12,7 @@ namespace dsct {
 using torch::stable::Tensor;
 
 // Returns the loss and stats (N, 5, C), float64: what the backward needs of every row, see MatchedStat in
-// matched_args.h. mask: (N, 1, H, W) bool, contiguous; where it is false both networks are taken to be -inf. uniform:
+// ../stats.h. mask: (N, 1, H, W) bool, contiguous; where it is false both networks are taken to be -inf. uniform:
 // every channel weighs 1 / C, and the channel temperature is not looked at.
 std::tuple<Tensor, Tensor> matched_cafd_cpu(const Tensor& student, const Tensor& teacher,
                                             const std::optional<Tensor>& mask, const Tensor& temperatures, bool uniform,

@@ -1,108 +1,64 @@
-// The CAFD ops on CUDA: what the kernels (launch.cuh) need to know of torch's tensors.
+// The ops of CAFD, of either form, on CUDA: what the kernels (launch.cuh, matched.cuh) need to know of torch's tensors.
 #include "common/cuda_tensor.h"
 #include "launch.cuh"
+#include "matched.cuh"
 #include "ops.h"
 
 namespace dsct {
 namespace {
 
-using cuda::CafdPlan;
-using cuda::Features;
-using cuda::Temperatures;
-
-Temperatures temperatures_of(const Tensor& temperatures, const Tensor& like) {
+cuda::Temperatures temperatures_of(const Tensor& temperatures, const Tensor& like) {
   const double* values = numbers_of<double>("temperatures", temperatures, 2, like);
   if (temperatures.is_cpu()) return {values[0], values[1]};
   return {1, 1, values};
 }
 
-Features features_of(const char* name, const Tensor& tensor) {
+cuda::Features features_of(const char* name, const Tensor& tensor) {
   int64_t size[4], stride[4];
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.dim() == 4, name, ": expected (N, C, H, W) on a CUDA device");
   for (int d = 0; d < 4; ++d) size[d] = tensor.size(d), stride[d] = tensor.stride(d);
-  const Features f = cuda::make_features(tensor.const_data_ptr(), float_type(name, tensor), size, stride);
-  STD_TORCH_CHECK(f.positions() <= std::numeric_limits<int32_t>::max(), name, ": more than 2^31 positions a sample");
+  const cuda::Features f = cuda::make_features(tensor.const_data_ptr(), float_type(name, tensor), size, stride);
+  STD_TORCH_CHECK(f.type != FloatType::kF64, name, ": expected a dtype of 16 or 32 bits, got float64");
   return f;
 }
 
-ScalarType acc_of(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <typename A>
-constexpr ScalarType scalar_type() {
-  return std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-}
-
-template <typename A>
-A* data_of(const Tensor& tensor) {
-  return static_cast<A*>(tensor.mutable_data_ptr());
-}
+float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // One network, and the tensors that its kernels write.
-template <typename A>
 struct Prepared {
-  CafdPlan plan;
+  cuda::CafdPlan plan;
   Tensor stats, workspace;
-  cuda::Network<A> network;
-  Prepared(const Tensor& tensor, const Features& f, A* map, const cuda::Device& device)
-      : plan(cuda::cafd_plan(f, nullptr, device)),
-        stats(make_empty(tensor, {f.samples, stats_row(f.channels, f.positions())}, scalar_type<A>())),
-        workspace(make_empty(tensor, {cuda::map_workspace(f, plan)}, scalar_type<A>())),
-        network(cuda::network<A>(f, plan, data_of<A>(stats), map, data_of<A>(workspace))) {}
+  cuda::Network network;
+  Prepared(const char* name, const Tensor& tensor, float* map, const cuda::Device& device) {
+    const cuda::Features f = features_of(name, tensor);
+    plan = cuda::cafd_plan(f, nullptr, device);
+    stats = make_empty(tensor, {f.samples, stats_row(f.channels, f.positions())}, ScalarType::Float);
+    workspace = make_empty(tensor, {cuda::map_workspace(f, plan)}, ScalarType::Float);
+    network = cuda::network_of(f, plan, data_of(stats), map, data_of(workspace));
+  }
 };
 
-template <typename SA, typename TA>
-std::tuple<Tensor, Tensor, Tensor> run_cafd(const Tensor& student, const Tensor& teacher,
-                                            const Temperatures& temperatures, int64_t reduction, bool needs_grad,
-                                            const cuda::Device& device, cudaStream_t stream) {
-  using A = std::common_type_t<SA, TA>;
-  const Features s = features_of("student_features", student), t = features_of("teacher_features", teacher);
-  const Prepared<SA> s_run(student, s, nullptr, device);
-  const Prepared<TA> t_run(teacher, t, nullptr, device);
-  const ScalarType acc = scalar_type<A>();
-  const bool none = reduction == 0;
-  const Tensor loss = none ? make_empty(student, {s.samples}, acc) : make_empty(student, {}, acc);
-  const Tensor grad_map = needs_grad ? make_empty(student, {s.samples, s.height, s.width}, scalar_type<SA>())
-                                     : make_empty(student, {0}, scalar_type<SA>());
-  cuda::Comparison<A> comparison{};
-  auto grid = [](const Features& f) { return cuda::Grid{static_cast<int>(f.height), static_cast<int>(f.width)}; };
-  comparison.student = grid(s), comparison.teacher = grid(t);
-  comparison.common = {std::min(comparison.student.height, comparison.teacher.height),
-                       std::min(comparison.student.width, comparison.teacher.width)};
-  const int64_t positions = static_cast<int64_t>(comparison.common.height) * comparison.common.width;
-  // 16 bytes for the ticket, the losses of the samples, and the pooled maps.
-  const Tensor workspace =
-      make_empty(student, {16 / static_cast<int64_t>(sizeof(A)) + s.samples * (1 + 3 * positions)}, acc);
-  comparison.ticket = static_cast<unsigned*>(workspace.mutable_data_ptr());
-  comparison.losses = none ? data_of<A>(loss) : data_of<A>(workspace) + 16 / sizeof(A);
-  comparison.pooled = data_of<A>(workspace) + 16 / sizeof(A) + s.samples;
-  comparison.samples = s.samples;
-  comparison.norm = reduction == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
-  comparison.loss = none ? nullptr : data_of<A>(loss);
-  cuda::cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, temperatures,
-                 needs_grad ? data_of<SA>(grad_map) : nullptr, device, stream);
-  return {loss, grad_map, s_run.stats};
+cuda::Matched matched_of(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+                         int64_t reduction) {
+  cuda::Matched in{};
+  in.student = features_of("student", student), in.teacher = features_of("teacher", teacher);
+  for (int d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(student.size(d) == teacher.size(d), "teacher: expected the shape of student");
+  }
+  if (mask) {
+    STD_TORCH_CHECK(mask->is_cuda() && mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
+                        mask->numel() == in.student.samples * in.student.positions(),
+                    "mask: expected contiguous bools, (N, 1, H, W) of student, on its device");
+    in.mask = static_cast<const bool*>(mask->const_data_ptr());
+  }
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ",
+                  reduction);
+  in.none = reduction == 0;
+  in.norm = reduction == 1 ? 1 / static_cast<double>(std::max<int64_t>(in.student.samples, 1)) : 1;
+  return in;
 }
 
-template <typename A>
-Tensor run_map(const Tensor& features, const Features& f, const Tensor& map, const Temperatures& temperatures,
-               const cuda::Device& device, cudaStream_t stream) {
-  const Prepared<A> run(features, f, data_of<A>(map), device);
-  cuda::maps_run(&run.network, 1, run.plan.layout, temperatures, nullptr, device, stream);
-  return run.stats;
-}
-
-template <typename A>
-Tensor run_backward(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
-                    const Temperatures& temperatures, const cuda::Device& device, cudaStream_t stream) {
-  const Tensor grad = empty_like(features);
-  const Features f = features_of("features", features), out = features_of("grad", grad);
-  const CafdPlan plan = cuda::cafd_plan(f, &out, device);
-  const Tensor workspace = make_empty(features, {cuda::backward_workspace(f, plan)}, scalar_type<A>());
-  cuda::backward_run<A>(f, out, plan, temperatures, data_of<A>(stats), data_of<A>(grad_map), data_of<A>(workspace),
-                        device, stream);
-  return grad;
-}
+double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
 }  // namespace
 
@@ -110,33 +66,96 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, con
                                              const Tensor& temperatures, int64_t reduction, bool needs_grad) {
   const torch::stable::accelerator::DeviceGuard guard(student_features.get_device_index());
   const cuda::Device device = cuda::device_of(student_features.get_device_index());
-  const bool s = acc_of(student_features) == ScalarType::Double, t = acc_of(teacher_features) == ScalarType::Double;
-  auto run = s ? (t ? run_cafd<double, double> : run_cafd<double, float>)
-               : (t ? run_cafd<float, double> : run_cafd<float, float>);
-  return run(student_features, teacher_features, temperatures_of(temperatures, student_features), reduction, needs_grad,
-             device, cuda::stream_of(student_features));
+  const Prepared student("student_features", student_features, nullptr, device);
+  const Prepared teacher("teacher_features", teacher_features, nullptr, device);
+  const cuda::Features &s = student.network.f, &t = teacher.network.f;
+  STD_TORCH_CHECK(s.samples == t.samples && s.height == t.height && s.width == t.width,
+                  "teacher_features: expected N, H and W of student_features; maps of other sizes are pooled outside");
+  const bool none = reduction == 0;
+  Tensor loss = none ? make_empty(student_features, {s.samples}, ScalarType::Float)
+                     : make_empty(student_features, {}, ScalarType::Float);
+  const Tensor losses = none ? loss : make_empty(student_features, {s.samples}, ScalarType::Float);
+  const Tensor grad_map = needs_grad ? make_empty(student_features, {s.samples, s.height, s.width}, ScalarType::Float)
+                                     : make_empty(student_features, {0}, ScalarType::Float);
+  if (s.samples == 0) return {torch::stable::zero_(loss), grad_map, student.stats};
+  cuda::Comparison comparison{};
+  comparison.losses = data_of(losses);
+  comparison.norm = reduction == 1 ? 1 / static_cast<float>(s.samples) : 1.0f;
+  comparison.loss = none ? nullptr : data_of(loss);
+  comparison.grad_map = needs_grad ? data_of(grad_map) : nullptr;
+  cuda::cafd_run(comparison, {student.network, teacher.network}, temperatures_of(temperatures, student_features),
+                 data_of(student.workspace), device, cuda::stream_of(student_features));
+  return {loss, grad_map, student.stats};
 }
 
 std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, const Tensor& temperatures) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
-  const Features f = features_of("features", features);
-  const Tensor map = make_empty(features, {f.samples, f.height, f.width}, acc_of(features));
-  cudaStream_t stream = cuda::stream_of(features);
-  auto run = acc_of(features) == ScalarType::Double ? run_map<double> : run_map<float>;
-  const Tensor stats = run(features, f, map, temperatures_of(temperatures, features), device, stream);
-  return {map, stats};
+  const Tensor map = make_empty(features, {features.size(0), features.size(2), features.size(3)}, ScalarType::Float);
+  const Prepared run("features", features, data_of(map), device);
+  if (features.size(0) > 0) {
+    cuda::maps_run(&run.network, 1, temperatures_of(temperatures, features), data_of(run.workspace), device,
+                   cuda::stream_of(features));
+  }
+  return {map, run.stats};
 }
 
 Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_map, const Tensor& stats,
                                    const Tensor& temperatures) {
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
-  auto run = acc_of(features) == ScalarType::Double ? run_backward<double> : run_backward<float>;
   // Another op may hand over a strided D, or a slice that starts anywhere; the kernels read 16 bytes of a row at once.
   Tensor dense = grad_map.is_contiguous() ? grad_map : torch::stable::contiguous(grad_map);
   if (!cuda::on_16_bytes(dense.const_data_ptr())) dense = torch::stable::clone(dense);
-  return run(features, dense, stats, temperatures_of(temperatures, features), device, cuda::stream_of(features));
+  const Tensor grad = empty_like(features);
+  const cuda::Features f = features_of("features", features), out = features_of("grad", grad);
+  const cuda::CafdPlan plan = cuda::cafd_plan(f, &out, device);
+  const Tensor workspace = make_empty(features, {cuda::backward_workspace(f, plan)}, ScalarType::Float);
+  cuda::backward_run(f, out, plan, temperatures_of(temperatures, features), data_of(stats), data_of(dense),
+                     data_of(workspace), device, cuda::stream_of(features));
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> matched_cafd_cuda(const Tensor& student, const Tensor& teacher,
+                                             const std::optional<Tensor>& mask, const Tensor& temperatures,
+                                             bool uniform, int64_t reduction) {
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
+  const cuda::Device device = cuda::device_of(student.get_device_index());
+  cuda::Matched in = matched_of(student, teacher, mask, reduction);
+  const Tensor stats =
+      make_empty(student, {in.student.samples, kMatchedStats, in.student.channels}, ScalarType::Double);
+  Tensor loss = in.none ? make_empty(student, {in.student.samples}, ScalarType::Float)
+                        : make_empty(student, {}, ScalarType::Float);
+  if (in.student.samples == 0) return {torch::stable::zero_(loss), stats};
+  in.uniform = uniform;
+  in.stats = doubles(stats), in.loss = static_cast<float*>(loss.mutable_data_ptr());
+  cuda::plan_matched(in, device, false);
+  const Tensor workspace = make_empty(student, {cuda::matched_workspace(in)}, ScalarType::Double);
+  cuda::matched_run(in, temperatures_of(temperatures, student), doubles(workspace), device, cuda::stream_of(student));
+  return {loss, stats};
+}
+
+Tensor matched_cafd_backward_cuda(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
+                                  const Tensor& stats, const Tensor& temperatures, const Tensor& grad_output,
+                                  int64_t reduction) {
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
+  cuda::Matched in = matched_of(student, teacher, mask, reduction);
+  STD_TORCH_CHECK(stats.is_cuda() && stats.scalar_type() == ScalarType::Double && stats.is_contiguous() &&
+                      stats.numel() == in.student.samples * kMatchedStats * in.student.channels,
+                  "stats: expected what the forward returned for these maps");
+  STD_TORCH_CHECK(grad_output.is_cuda() && grad_output.scalar_type() == ScalarType::Float &&
+                      grad_output.dim() == (in.none ? 1 : 0) && (!in.none || grad_output.size(0) == in.student.samples),
+                  "grad_output: expected the shape and dtype of the loss");
+  const Tensor grad = empty_like(student);
+  if (in.student.samples == 0) return grad;
+  in.out = features_of("grad", grad);
+  in.stats = doubles(stats);
+  in.upstream = static_cast<const float*>(grad_output.const_data_ptr());
+  in.upstream_stride = in.none ? grad_output.stride(0) : 0;
+  cuda::plan_matched(in, cuda::device_of(student.get_device_index()), true);
+  const Tensor head = make_empty(student, {cuda::kHead / 2}, ScalarType::Double);
+  cuda::matched_backward_run(in, temperatures_of(temperatures, student), doubles(head), cuda::stream_of(student));
+  return grad;
 }
 
 }  // namespace dsct

@@ -10,6 +10,7 @@
 // A build may leave out what its cases do not need: the planted mistakes are compiled one op at a time.
 #ifndef WITHOUT_CAFD
 #include "cafd/cuda/launch.cuh"
+#include "cafd/cuda/matched.cuh"
 #endif
 #if !defined(WITHOUT_TNKD) || !defined(WITHOUT_UPSAMPLED)
 #include "tnkd/cuda/scale.cuh"
@@ -43,9 +44,9 @@ struct Tensor {
   std::shared_ptr<Buffer> buffer;
   int64_t offset = 0;
   int itemsize() const {
-    static const std::map<std::string, int> sizes = {{"float32", 4},  {"float64", 8}, {"float16", 2},
-                                                     {"bfloat16", 2}, {"uint8", 1},   {"int8", 1},
-                                                     {"int16", 2},    {"int32", 4},   {"int64", 8}};
+    static const std::map<std::string, int> sizes = {{"float32", 4}, {"float64", 8}, {"float16", 2}, {"bfloat16", 2},
+                                                     {"uint8", 1},   {"bool", 1},    {"int8", 1},    {"int16", 2},
+                                                     {"int32", 4},   {"int64", 8}};
     return sizes.at(dtype);
   }
   void* data() const { return static_cast<char*>(buffer->data) + offset * itemsize(); }
@@ -216,65 +217,78 @@ Features features_of(const Tensor& tensor) {
   return make_features(tensor.data(), float_type(tensor.dtype), tensor.size.data(), tensor.stride.data());
 }
 
-template <typename A>
+float* floats(const Buffer& buffer) { return static_cast<float*>(buffer.data); }
+
 struct Prepared {
   Features f;
   CafdPlan plan;
   Buffer stats, workspace;
-  Network<A> network;
-  Prepared(const Case& c, const std::string& name, A* map)
+  Network network;
+  Prepared(const Case& c, const std::string& name)
       : f(features_of(*c.find(name))),
         plan(cafd_plan(f, nullptr, device_of(c))),
-        stats(f.samples * dsct::stats_row(f.channels, f.positions()) * sizeof(A)),
-        workspace(map_workspace(f, plan) * sizeof(A)),
-        network(dsct::cuda::network<A>(f, plan, static_cast<A*>(stats.data), map, static_cast<A*>(workspace.data))) {
-    std::cout << layout_name(plan.layout) << " ";
+        stats(f.samples * dsct::stats_row(f.channels, f.positions()) * sizeof(float)),
+        workspace(map_workspace(f, plan) * sizeof(float)),
+        network(network_of(f, plan, floats(stats), static_cast<float*>(c.data("map")), floats(workspace))) {
+    std::cout << plan.name() << " ";
   }
 };
 
-template <typename A>
-void run_backward(const Case& c, const std::string& name, const Buffer& stats, const void* grad_map) {
+void run_backward(const Case& c, const std::string& name, const Prepared& forward, const void* grad_map) {
   const Features f = features_of(*c.find(name)), out = features_of(*c.find("grad"));
   const CafdPlan plan = cafd_plan(f, &out, device_of(c));
-  Buffer workspace(backward_workspace(f, plan) * sizeof(A));
-  backward_run<A>(f, out, plan, temperatures_of(c), static_cast<A*>(stats.data), static_cast<const A*>(grad_map),
-                  static_cast<A*>(workspace.data), device_of(c), nullptr);
-  std::cout << layout_name(plan.layout) << "\n";
+  Buffer workspace(backward_workspace(f, plan) * sizeof(float));
+  backward_run(f, out, plan, temperatures_of(c), floats(forward.stats), static_cast<const float*>(grad_map),
+               floats(workspace), device_of(c), nullptr);
+  std::cout << plan.name() << "\n";
   c.write("grad");
 }
 
-template <typename SA, typename TA>
 void run_cafd(const Case& c) {
-  using A = std::common_type_t<SA, TA>;
-  const Features s = features_of(*c.find("student")), t = features_of(*c.find("teacher"));
-  const Prepared<SA> s_run(c, "student", nullptr);
-  const Prepared<TA> t_run(c, "teacher", nullptr);
-  auto grid = [](const Features& f) { return Grid{static_cast<int>(f.height), static_cast<int>(f.width)}; };
-  Comparison<A> comparison{};
-  comparison.student = grid(s), comparison.teacher = grid(t);
-  comparison.common = {std::min(comparison.student.height, comparison.teacher.height),
-                       std::min(comparison.student.width, comparison.teacher.width)};
-  Buffer losses(s.samples * sizeof(A)), ticket(4);
-  Buffer pooled(s.samples * 3 * comparison.common.height * comparison.common.width * sizeof(A));
-  const bool none = c.numbers.at("reduction") == 0;
-  comparison.pooled = static_cast<A*>(pooled.data);
-  comparison.losses = static_cast<A*>(none ? c.data("loss") : losses.data);
-  comparison.norm = c.numbers.at("reduction") == 1 ? A(1) / static_cast<A>(std::max<int64_t>(s.samples, 1)) : A(1);
-  comparison.samples = s.samples;
-  comparison.loss = none ? nullptr : static_cast<A*>(c.data("loss"));
-  comparison.ticket = static_cast<unsigned*>(ticket.data);
-  cafd_run(comparison, s_run.network, s_run.plan, t_run.network, t_run.plan, temperatures_of(c),
-           static_cast<SA*>(c.data("grad_map")), device_of(c), nullptr);
+  const Prepared student(c, "student"), teacher(c, "teacher");
+  Buffer losses(student.f.samples * sizeof(float));
+  const double reduction = c.numbers.at("reduction");
+  Comparison comparison{};
+  comparison.losses = static_cast<float*>(reduction == 0 ? c.data("loss") : losses.data);
+  comparison.norm = reduction == 1 ? 1 / static_cast<float>(student.f.samples) : 1.0f;
+  comparison.loss = reduction == 0 ? nullptr : static_cast<float*>(c.data("loss"));
+  comparison.grad_map = static_cast<float*>(c.data("grad_map"));
+  cafd_run(comparison, {student.network, teacher.network}, temperatures_of(c), floats(student.workspace), device_of(c),
+           nullptr);
   c.write("loss"), c.write("grad_map");
-  run_backward<SA>(c, "student", s_run.stats, c.data("grad_map"));
+  run_backward(c, "student", student, c.data("grad_map"));
 }
 
-template <typename A>
 void run_attention_map(const Case& c) {
-  const Prepared<A> run(c, "features", static_cast<A*>(c.data("map")));
-  maps_run(&run.network, 1, run.plan.layout, temperatures_of(c), nullptr, device_of(c), nullptr);
+  const Prepared run(c, "features");
+  maps_run(&run.network, 1, temperatures_of(c), floats(run.workspace), device_of(c), nullptr);
   c.write("map");
-  run_backward<A>(c, "features", run.stats, c.data("map_grad"));
+  run_backward(c, "features", run, c.data("map_grad"));
+}
+
+void run_matched(const Case& c) {
+  Matched in{};
+  in.student = features_of(*c.find("student")), in.teacher = features_of(*c.find("teacher"));
+  in.mask = static_cast<const bool*>(c.data("mask"));
+  in.uniform = c.numbers.at("uniform") != 0, in.none = c.numbers.at("reduction") == 0;
+  in.norm = c.numbers.at("reduction") == 1 ? 1 / static_cast<double>(in.student.samples) : 1;
+  Buffer stats(in.student.samples * dsct::kMatchedStats * in.student.channels * sizeof(double));
+  in.stats = static_cast<double*>(stats.data), in.loss = static_cast<float*>(c.data("loss"));
+  plan_matched(in, device_of(c), false);
+  Buffer workspace(matched_workspace(in) * sizeof(double)), head(kHead * sizeof(float));
+  matched_run(in, temperatures_of(c), static_cast<double*>(workspace.data), device_of(c), nullptr);
+  c.write("loss");
+  std::cout << in.name();
+  if (c.find("grad") != nullptr) {
+    in.out = features_of(*c.find("grad"));
+    in.upstream = static_cast<const float*>(c.data("upstream"));
+    in.upstream_stride = in.none ? c.find("upstream")->stride[0] : 0;
+    plan_matched(in, device_of(c), true);
+    matched_backward_run(in, temperatures_of(c), static_cast<double*>(head.data), nullptr);
+    c.write("grad");
+    std::cout << " " << in.name();
+  }
+  std::cout << "\n";
 }
 
 #endif
@@ -290,10 +304,9 @@ void run(const Case& c) {
   if (c.op == "scale") return run_scale(c);
 #endif
 #ifndef WITHOUT_CAFD
-  auto wide = [&](const char* name) { return c.find(name)->dtype == "float64"; };
-  if (c.op == "map") return wide("features") ? run_attention_map<double>(c) : run_attention_map<float>(c);
-  if (wide("student")) return wide("teacher") ? run_cafd<double, double>(c) : run_cafd<double, float>(c);
-  return wide("teacher") ? run_cafd<float, double>(c) : run_cafd<float, float>(c);
+  if (c.op == "map") return run_attention_map(c);
+  if (c.op == "cafd") return run_cafd(c);
+  if (c.op == "matched") return run_matched(c);
 #endif
 }
 
