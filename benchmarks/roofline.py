@@ -271,7 +271,7 @@ def native_cases(case: Case) -> list[harness.Case]:
         return torch.empty((), device="meta")
 
     cases = []
-    if case.logits and case.loss not in ("matched", "jaccard"):  # of which there is no CUDA kernel
+    if case.logits and case.loss not in ("matched", "jaccard"):  # of the latter there is no CUDA kernel
         with_ce = case.loss == "dsct"
         target = torch.empty((case.logits[0], *case.logits[2:]), dtype=torch.int64, device="meta")
         outputs = {"loss": number(), "parts": torch.empty(3, device="meta"), "grad_scale": number()}
@@ -280,6 +280,13 @@ def native_cases(case: Case) -> list[harness.Case]:
         numbers |= {"ignore_index": IGNORE_INDEX, "reduction": 1, "with_ce": with_ce, "coupled": False}
         tensors = {"student": empty(case.logits, case), "teacher": empty(case.logits, case), "target": target}
         cases.append(harness.Case("tnkd", tensors, outputs, numbers))
+    if case.logits and case.loss in ("matched", "dsct"):
+        n, _, h, w = case.logits
+        mask = torch.empty(n, 1, h, w, dtype=torch.bool, device="meta")
+        tensors = {"student": empty(case.logits, case), "teacher": empty(case.logits, case), "mask": mask}
+        outputs = {"loss": number()} | ({"grad": empty(case.logits, case)} if backward else {})
+        numbers = {"channel_temperature": 1.0, "spatial_temperature": 4.0, "uniform": False, "reduction": 1}
+        cases.append(harness.Case("matched", tensors | {"upstream": number()}, outputs, numbers))
     if case.features:
         n, _, h, w = case.features
         outputs = {"loss": number(), "grad_map": torch.empty(n, h, w, device="meta")}
@@ -299,6 +306,11 @@ def native_bytes_of(case: Case, name: str, shared: int) -> int:
         return labels + codes
     if kernel == "tnkd_kernel":  # each logit once
         return (3 if case.phase == FORWARD_BACKWARD else 2) * logits + codes
+    cells = labels // torch.int64.itemsize  # a mask's bytes, which torch makes of the labels
+    if kernel == "matched_sums":
+        return 2 * logits + cells + (0 if case.loss == "dsct" else labels)
+    if kernel == "matched_gradient":
+        return 3 * logits + cells
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"channel_stats": 2, "attention_maps": 2, "row_backward": 2, "column_rho": 1, "column_backward": 2}
     asked = times.get(kernel, 0) * features

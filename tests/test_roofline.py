@@ -67,7 +67,9 @@ def test_maps_are_read_once_forward_and_once_backward(loss, cell, layout):
     launches = roofline.launches_of(case)
     assert len(launches) == (3 if loss == "matched" else 4) and all(roofline.trips_of(x) for x in launches)
     joined = cases.Case("dsct", "2x6x32x32", layout, "fp32", cases.FORWARD_BACKWARD)
-    assert len(roofline.launches_of(joined)) == 3 + 3 + 4 and roofline.native_cases(case) == []
+    assert len(roofline.launches_of(joined)) == 3 + 3 + 4
+    assert [call.op for call in roofline.native_cases(case)] == (["matched"] if loss == "matched" else [])
+    assert [call.op for call in roofline.native_cases(joined)] == ["tnkd", "matched"]
 
 
 def test_issue_time_counts_every_warp_of_what_is_known():
@@ -135,3 +137,8 @@ def test_native_launches_are_the_plans_of_the_cuda_sources(tmp_path):
         -1
     ]  # a row takes more than half of what a block may have
     assert long[3] < 114 * 1024 and 2.5 < long[-1] / (4 * 8 * 256 * 256) < 2.6
+    size, cells = 4 * 4 * 6 * 128 * 128, 4 * 128 * 128
+    for layout in cases.LAYOUTS:  # the mask of its labels, of 8 bytes each, is made first
+        asked = {row[0]: row[-1] for row in listed("matched", "4x6x128x128", layout, "fp32")}
+        assert asked == {"matched_sums": 2 * size + 9 * cells, "matched_weights": 0,
+                         "matched_gradient": 3 * size + cells}  # fmt: skip
