@@ -122,7 +122,7 @@ def test_tnkd_edges(classes: int) -> None:
     assert grad.isnan().sum() == classes, "only the pixel with the bad label"
 
 
-@pytest.mark.parametrize("dtype", TNKD_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [2, 6, 11, 19, 33, 150])
 @pytest.mark.parametrize("sizes", [((33, 40), (66, 20), (132, 160)), ((9, 300), (17, 128), (33, 600))], ids=str)
 def test_tnkd_of_logits_smaller_than_the_labels(
