@@ -310,15 +310,15 @@ PLANTS |= {
     "upsampled: lanes beyond the last column": (
         "address",
         UPSAMPLED_KERNEL,
-        "(inside ? column : 0), inside",
-        "column, inside",
+        "* in.width + (inside ? column : 0),",
+        "* in.width + column,",
         UpsampledCase("", (1, 6, 2, 2), size=(8, 5), needs_grad=False),
     ),
     "upsampled: shared memory without the targets' logits": (
         "address",
         UPSAMPLED_KERNEL,
-        "(kParts * groups + kVerdicts + 2) * in.columns;",
-        "(kParts * groups + kVerdicts) * in.columns;",
+        "kParts * in.groups + kVerdicts + 2) * in.columns);",
+        "kParts * in.groups + kVerdicts) * in.columns);",
         UpsampledCase("", (1, 40, 2, 9), size=(7, 36)),
     ),
 }
