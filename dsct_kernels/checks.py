@@ -96,7 +96,9 @@ def label_size(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | 
     """The resolution of a TNKD call: the labels', or, without them, the larger of the two networks'."""
     if target is not None:
         return list(target.shape[1:])
-    return [torch.sym_max(a, b) for a, b in zip(student_logits.shape[2:], teacher_logits.shape[2:])]
+    # Dynamo turns max into sym_max where sizes are symbols; of ints torch 2.10 cannot trace sym_max itself.
+    larger = max if torch.compiler.is_dynamo_compiling() else torch.sym_max
+    return [larger(a, b) for a, b in zip(student_logits.shape[2:], teacher_logits.shape[2:])]
 
 
 def logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None) -> None:

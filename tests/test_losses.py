@@ -818,6 +818,7 @@ def test_every_public_keyword_is_documented():
 
 def test_there_is_one_set_of_defaults():
     """In functions, modules and trainer alike: what was measured."""
+    pytest.importorskip("PIL", reason="the trainer's extra [train] is not installed")
     from dsct_kernels.distill.config import Loss
 
     def defaults(f):
