@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) matched_weights(const __grid_
     }
     const double z_t = sums.sum_t, z_s = sums.sum_s, nothing = z_s - z_s;  // 0, or the NaN that the student has
     // The log of the ratio, not a difference of two logs: it keeps its digits where the networks agree.
-    kl[c] = sums.cross / z_t * (scales.spatial2 * 0.6931471805599453) + ::log(z_s / z_t);
+    kl[c] = sums.cross / z_t * (scales.spatial2 * std::numbers::ln2) + ::log(z_s / z_t);
     if (z_s == 0 && z_t == z_t) kl[c] = infinity<double>();
     if (z_t == 0) kl[c] = nothing;
     stats[kStatStudentMax * channels + c] = base_of(sums.max_s);
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) matched_weights(const __grid_
     strength[c] = sums.strength;
     weight[c] = 1 / static_cast<double>(channels);
   }
-  if (!in.uniform) weigh(strength, weight, channels, 1.4426950408889634 / scales.channel_temperature, scratch);
+  if (!in.uniform) weigh(strength, weight, channels, std::numbers::log2e / scales.channel_temperature, scratch);
   double loss[1] = {0};
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {  // a weight that is only rounded to 0 hides nothing
     loss[0] += weight[c] == 0 && kl[c] == infinity<double>() ? kl[c] : weight[c] * kl[c];

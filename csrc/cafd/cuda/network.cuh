@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numbers>
 
 #include "cafd/stats.h"
 #include "features.cuh"
@@ -99,7 +100,7 @@ struct Scales {
   DSCT_DEVICE Scales get() const { return on_device == nullptr ? *this : *on_device; }
 };
 DSCT_HOST_DEVICE Scales scales_of(double channel, double spatial) {
-  constexpr double kLog2E = 1.4426950408889634074;
+  constexpr double kLog2E = std::numbers::log2e;
   return {static_cast<float>(1 / channel),
           static_cast<float>(1 / spatial),
           static_cast<float>(kLog2E / channel),
