@@ -51,6 +51,33 @@ def _both(s_at, t_at, v_at, s_step, t_step, inside, one_inside, k, scale, NUM_CL
     return v, e_s, sum_s, e_t, sum_t
 
 
+@triton.jit
+def _tile(tile, student, teacher, share, size_1, size_2, inner, blocks, s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2,
+          t_p, v_0, v_1, v_2, v_p, scale, NUM_CLASSES: tl.constexpr, CHUNKS: tl.constexpr, PIXELS: tl.constexpr,
+          CLASSES: tl.constexpr, RANK: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """What `_both` makes of a tile, which of it is there, and where it is."""
+    i_0, i_1, i_2, start_p = _place(tile, blocks, size_1, size_2, RANK)
+    start_p *= PIXELS
+    k = tl.arange(0, CLASSES)[:, None]
+    p = tl.arange(0, PIXELS)[None, :]
+    k_wide = k.to(tl.int64)
+    p_wide = p.to(tl.int64)
+    one = tl.arange(0, PIXELS).to(tl.int64)
+    inside = (k >= 0) & (p >= 0)
+    if not WHOLE:
+        inside = inside & (p < inner - start_p)
+    s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2 + start_p * s_p) + (k_wide * s_k + p_wide * s_p)
+    t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p_wide * t_p)
+    v_at = share
+    if share is not None:
+        v_at = share + (i_0 * v_0 + i_1 * v_1 + i_2 * v_2 + start_p * v_p) + one * v_p
+    s_step = tl.full([], CLASSES, tl.int64) * s_k
+    t_step = tl.full([], CLASSES, tl.int64) * t_k
+    v, e_s, sum_s, e_t, sum_t = _both(s_at, t_at, v_at, s_step, t_step, inside, one < inner - start_p, k, scale,
+                                      NUM_CLASSES, CHUNKS, CLASSES, WHOLE, ACC)  # fmt: skip
+    return v, e_s, sum_s, e_t, sum_t, inside, i_0, i_1, i_2, start_p
+
+
 @triton.jit(do_not_specialize=["size_1", "size_2", "blocks", "tiles"])
 def jaccard_sums_kernel(
     student, teacher, share, partial, over_tau_: tl.float64, temperature, size_1, size_2, inner, blocks, tiles,
@@ -63,13 +90,6 @@ def jaccard_sums_kernel(
     if DENSE:
         s_p = NUM_CLASSES
         t_p = NUM_CLASSES
-    k = tl.arange(0, CLASSES)[:, None]
-    p = tl.arange(0, PIXELS)[None, :]
-    k_wide = k.to(tl.int64)
-    p_wide = p.to(tl.int64)
-    one = tl.arange(0, PIXELS).to(tl.int64)
-    s_step = tl.full([], CLASSES, tl.int64) * s_k
-    t_step = tl.full([], CLASSES, tl.int64) * t_k
     theirs = ()
     both = ()
     apart = ()
@@ -78,18 +98,9 @@ def jaccard_sums_kernel(
         both += (tl.zeros([CLASSES, PIXELS], ACC),)
         apart += (tl.zeros([CLASSES, PIXELS], ACC),)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        i_0, i_1, i_2, start_p = _place(tile, blocks, size_1, size_2, RANK)
-        start_p *= PIXELS
-        inside = (k >= 0) & (p >= 0)
-        if not WHOLE:
-            inside = inside & (p < inner - start_p)
-        s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2 + start_p * s_p) + (k_wide * s_k + p_wide * s_p)
-        t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p_wide * t_p)
-        v_at = share
-        if share is not None:
-            v_at = share + (i_0 * v_0 + i_1 * v_1 + i_2 * v_2 + start_p * v_p) + one * v_p
-        v, e_s, sum_s, e_t, sum_t = _both(s_at, t_at, v_at, s_step, t_step, inside, one < inner - start_p, k, scale,
-                                          NUM_CLASSES, CHUNKS, CLASSES, WHOLE, ACC)  # fmt: skip
+        v, e_s, sum_s, e_t, sum_t, _inside, _0, _1, _2, _start_p = _tile(
+            tile, student, teacher, share, size_1, size_2, inner, blocks, s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2,
+            t_p, v_0, v_1, v_2, v_p, scale, NUM_CLASSES, CHUNKS, PIXELS, CLASSES, RANK, WHOLE, ACC)  # fmt: skip
         by_s = v * _reciprocal(sum_s, FAST)
         by_t = v * _reciprocal(sum_t, FAST)
         theirs_now = ()
@@ -166,9 +177,6 @@ def jaccard_write_kernel(
     p = tl.arange(0, PIXELS)[None, :]
     k_wide = k.to(tl.int64)
     p_wide = p.to(tl.int64)
-    one = tl.arange(0, PIXELS).to(tl.int64)
-    s_step = tl.full([], CLASSES, tl.int64) * s_k
-    t_step = tl.full([], CLASSES, tl.int64) * t_k
     g_step = tl.full([], CLASSES, tl.int64) * g_k
     above = ()
     below = ()
@@ -178,18 +186,9 @@ def jaccard_write_kernel(
         above += ((a + b).to(ACC),)
         below += ((a - b).to(ACC),)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        i_0, i_1, i_2, start_p = _place(tile, blocks, size_1, size_2, RANK)
-        start_p *= PIXELS
-        inside = (k >= 0) & (p >= 0)
-        if not WHOLE:
-            inside = inside & (p < inner - start_p)
-        s_at = student + (i_0 * s_0 + i_1 * s_1 + i_2 * s_2 + start_p * s_p) + (k_wide * s_k + p_wide * s_p)
-        t_at = teacher + (i_0 * t_0 + i_1 * t_1 + i_2 * t_2 + start_p * t_p) + (k_wide * t_k + p_wide * t_p)
-        v_at = share
-        if share is not None:
-            v_at = share + (i_0 * v_0 + i_1 * v_1 + i_2 * v_2 + start_p * v_p) + one * v_p
-        v, e_s, sum_s, e_t, sum_t = _both(s_at, t_at, v_at, s_step, t_step, inside, one < inner - start_p, k, scale,
-                                          NUM_CLASSES, CHUNKS, CLASSES, WHOLE, ACC)  # fmt: skip
+        v, e_s, sum_s, e_t, sum_t, inside, i_0, i_1, i_2, start_p = _tile(
+            tile, student, teacher, share, size_1, size_2, inner, blocks, s_k, s_0, s_1, s_2, s_p, t_k, t_0, t_1, t_2,
+            t_p, v_0, v_1, v_2, v_p, scale, NUM_CLASSES, CHUNKS, PIXELS, CLASSES, RANK, WHOLE, ACC)  # fmt: skip
         by_s = _reciprocal(sum_s, FAST)
         by_t = _reciprocal(sum_t, FAST)
         h = ()

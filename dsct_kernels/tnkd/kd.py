@@ -1,14 +1,14 @@
 """KD, plain knowledge distillation of logits, per pixel: the kernels of TNKD with coupled weights."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from .. import checks
 from ..checks import Reduction
-from ..module import LossModule, keywords_of
+from ..module import keywords_of
 from ..values import DEFAULT_IGNORE_INDEX, IgnoreIndex, Number, Temperature, label_value, positive
-from .loss import logit_loss
+from .loss import PixelLoss, logit_loss
 from .objective import Objective
 
 
@@ -73,7 +73,7 @@ def kd_loss(
     return logit_loss(student_logits, teacher_logits, target, objective, backend, items)[0]
 
 
-class KDLoss(LossModule):
+class KDLoss(PixelLoss):
     """`kd_loss` as a module: the keywords are given once.
 
     Example:
@@ -84,20 +84,8 @@ class KDLoss(LossModule):
         torch.Size([])
     """
 
+    function = staticmethod(kd_loss)
+
     @keywords_of(kd_loss)
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        num_items: Number | None = None,
-    ) -> Tensor:
-        """The loss; shapes, and num_items, which changes at every step, as for `kd_loss`."""
-        return kd_loss(student_logits, teacher_logits, target, num_items=num_items, **self.keywords())
-
-    if TYPE_CHECKING:
-        __call__ = forward

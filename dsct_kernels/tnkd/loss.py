@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -138,7 +138,30 @@ def logit_loss(
     return serving.tnkd(student_logits, teacher, target, objective)
 
 
-class TNKDLoss(LossModule):
+class PixelLoss(LossModule):
+    """What TNKDLoss and KDLoss share: how they are called."""
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        num_items: Number | None = None,
+    ) -> Tensor:
+        """The loss; shapes, and num_items, which changes at every step, as for the function."""
+        loss: Tensor = type(self).function(
+            student_logits, teacher_logits, target, num_items=num_items, **self.keywords()
+        )
+        return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+class TNKDLoss(PixelLoss):
     """`tnkd_loss` as a module: the keywords are given once.
 
     Example:
@@ -149,20 +172,8 @@ class TNKDLoss(LossModule):
         torch.Size([])
     """
 
+    function = staticmethod(tnkd_loss)
+
     @keywords_of(tnkd_loss)
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
-
-    def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        target: Tensor | None = None,
-        *,
-        num_items: Number | None = None,
-    ) -> Tensor:
-        """The loss; shapes, and num_items, which changes at every step, as for `tnkd_loss`."""
-        return tnkd_loss(student_logits, teacher_logits, target, num_items=num_items, **self.keywords())
-
-    if TYPE_CHECKING:
-        __call__ = forward
