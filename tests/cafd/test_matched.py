@@ -282,6 +282,21 @@ def test_upstream_factors_come_in_before_halves_are_rounded(dtype: torch.dtype, 
         assert (plain.double() * 65536 - truth).norm() / truth.norm() > 5 * error
 
 
+@each_backend
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_what_is_ignored_gets_0_whatever_comes_from_upstream(backend: str, layout: str, reduction: str) -> None:
+    student, teacher = (laid_out(features(2, 3, 5, 7, seed=i), layout) for i in range(2))
+    target = torch.zeros(2, 5, 7, dtype=torch.uint8)
+    target[0, 1:3], target[1, 4, 2:] = 255, 255
+    for upstream in (NAN, INF, torch.tensor([1.0, NAN])):
+        if reduction == "mean" and isinstance(upstream, Tensor):
+            continue
+        grad = run(student, teacher, backend, upstream, target=target, reduction=reduction)[1]
+        assert (grad.movedim(1, -1)[target == 255] == 0).all()
+        assert grad.isnan().any(), "what counts must show it"
+
+
 # --- edges ---
 
 

@@ -4,6 +4,7 @@
 // bitwise the same for any number of threads.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -161,6 +162,17 @@ std::tuple<Tensor, Tensor> matched_cafd_cpu(const Tensor& student, const Tensor&
   return {loss, stats};
 }
 
+static void zero_ignored(const MatchedMaps& m, int64_t n, Tensor& grad) {
+  const int64_t C = m.student.C, H = m.student.H, W = m.student.W;
+  const size_t bytes = static_cast<size_t>(grad.element_size());
+  char* const data = static_cast<char*>(grad.mutable_data_ptr());
+  for (int64_t i = 0; i < H * W; i++) {
+    if (m.mask[n * H * W + i]) continue;
+    const int64_t at = n * grad.stride(0) + i / W * grad.stride(2) + i % W * grad.stride(3);
+    for (int64_t c = 0; c < C; c++) memset(data + (at + c * grad.stride(1)) * static_cast<int64_t>(bytes), 0, bytes);
+  }
+}
+
 Tensor matched_cafd_backward_cpu(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& mask,
                                  const Tensor& stats, const Tensor& temperatures, const Tensor& grad_output,
                                  int64_t reduction) {
@@ -209,6 +221,9 @@ Tensor matched_cafd_backward_cpu(const Tensor& student, const Tensor& teacher, c
       loops.backward_rows(call.maps, n, begin, end, first, count, row, scale[static_cast<size_t>(n)], out, stream,
                           scratch);
   });
+  // 0 * inf: what does not count gets exactly 0, whatever comes from upstream.
+  for (int64_t n = 0; n < N; n++)
+    if (call.maps.mask != nullptr && !std::isfinite(scale[static_cast<size_t>(n)])) zero_ignored(call.maps, n, grad);
   return grad;
 }
 
