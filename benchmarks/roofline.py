@@ -40,7 +40,17 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, FORWARD_BACKWARD, IGNORE_INDEX, LAYOUTS, LOWRES, PHASES, Case, make_cases
+from benchmarks.cases import (
+    DTYPES,
+    FORWARD_BACKWARD,
+    IGNORE_INDEX,
+    LAYOUTS,
+    LOWRES,
+    PHASES,
+    SHAPES_CUDA,
+    Case,
+    make_cases,
+)
 from dsct_kernels import triton_common
 from dsct_kernels.cafd import matched_triton as matched
 from dsct_kernels.cafd import triton as cafd
@@ -55,7 +65,6 @@ from tools.inspect.cuda_host import harness
 NOTE = "ESTIMATE, not a measurement: nothing was run on a GPU"
 BACKENDS = ("native", "triton")
 LOSSES = ("tnkd", "cafd", "matched", "jaccard", "dsct", "lowres-tnkd", "lowres")  # those with kernels for a GPU
-LOWRES_SHAPES = ("16x6x128x128", "16x19x128x128", "16x150x128x128")
 GPUS = {  # data sheet: GB/s, compute capability, multiprocessors; highest clock in GHz
     "a100": ("A100 80GB SXM", 2039, 80, 108, 1.41),
     "rtx4090": ("RTX 4090", 1008, 89, 128, 2.52),
@@ -472,7 +481,9 @@ def main() -> None:
     chosen = args.layout, args.dtype, args.phase
     cases = make_cases([x for x in args.loss if x not in LOWRES], "cuda", False, args.only_shape, *chosen)
     chosen = args.layout or ["contiguous"], args.dtype or ["fp32", "bf16"], args.phase
-    cases += make_cases([x for x in args.loss if x in LOWRES], "cuda", False, args.only_shape or LOWRES_SHAPES, *chosen)
+    cases += make_cases(
+        [x for x in args.loss if x in LOWRES], "cuda", False, args.only_shape or SHAPES_CUDA["lowres"], *chosen
+    )
     with tempfile.TemporaryDirectory() as folder:
         sources = [
             (

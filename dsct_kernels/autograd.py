@@ -1,6 +1,7 @@
 """What the autograd of both losses shares: one rule for second derivatives, compiled or not."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,3 +46,18 @@ def first_derivative_only(grad: Tensor, anchor: Tensor, name: str) -> Tensor:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return grad
     return _FirstOnly.apply(grad, anchor, name)
+
+
+class Ops(NamedTuple):
+    """A backend's op, and the one that takes its gradient."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+def with_fakes(names: Iterable[str], suffix: str, fake: Callable[..., Any]) -> Ops:
+    """The two ops of these names and this suffix, given their fakes: a gradient is like the student, which is first."""
+    forward, backward = (f"{name}{suffix}" for name in names)
+    torch.library.register_fake(f"dsct_kernels::{forward}", fake)
+    torch.library.register_fake(f"dsct_kernels::{backward}", lambda student, *_: torch.empty_like(student))
+    return Ops(*(getattr(torch.ops.dsct_kernels, name).default for name in (forward, backward)))

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,13 @@ FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs 
 LIBRARY = torch.library.Library("dsct_kernels", "FRAGMENT")
 # Inputs are read at the strides they have, and the fake kernels promise the student's: Inductor must not re-lay them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def define(name: str, signature: str, run: Callable[..., Any]) -> None:
+    """The op of this name. On the CPU only the interpreter runs it."""
+    LIBRARY.define(name + signature, tags=TAGS)
+    for device in ("CUDA", "CPU"):
+        LIBRARY.impl(name, run, device)
 
 
 def interpreted() -> bool:

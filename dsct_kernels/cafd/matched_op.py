@@ -5,12 +5,12 @@ writes the gradient once, the upstream factor multiplied in before anything is r
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import first_derivative_only
+from ..autograd import Ops, first_derivative_only, with_fakes
 from ..dtypes import acc_dtype
 from ..torch_private import BelowAutograd
 
@@ -23,13 +23,6 @@ SIGNATURES = {
 }
 
 
-class Ops(NamedTuple):
-    """A backend's."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
 def fake(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperatures: Tensor, uniform: bool, reduction: int
 ) -> tuple[Tensor, Tensor]:
@@ -37,10 +30,6 @@ def fake(
     n, c = student.shape[:2]
     loss = student.new_empty([n] if reduction == 0 else [], dtype=acc_dtype(student, teacher))
     return loss, student.new_empty([n, 5, c], dtype=torch.float64)
-
-
-def _fake_backward(student: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(student)
 
 
 def _gradient(ctx: Any, backward: Callable[..., Any], grad_output: Tensor | None) -> Tensor | None:
@@ -53,11 +42,7 @@ def _gradient(ctx: Any, backward: Callable[..., Any], grad_output: Tensor | None
 
 def register(suffix: str) -> Ops:
     """The ops with this suffix, given their fakes and autograd."""
-    names = [f"{name}{suffix}" for name in SIGNATURES]
-    fakes: tuple[Callable[..., Any], ...] = (fake, _fake_backward)
-    for name, result in zip(names, fakes, strict=True):
-        torch.library.register_fake(f"dsct_kernels::{name}", result)
-    ops = Ops(*(getattr(torch.ops.dsct_kernels, name).default for name in names))
+    ops = with_fakes(SIGNATURES, suffix, fake)
 
     def context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         student, teacher, mask, temperatures, _, ctx.reduction = inputs
@@ -68,7 +53,7 @@ def register(suffix: str) -> Ops:
     def gradient(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, ops.backward, grad_output), None, None, None, None, None
 
-    torch.library.register_autograd(f"dsct_kernels::{names[0]}", gradient, setup_context=context)
+    torch.library.register_autograd(f"dsct_kernels::matched_cafd{suffix}", gradient, setup_context=context)
     return ops
 
 
@@ -76,21 +61,13 @@ class _Eager(torch.autograd.Function):
     """The op with its gradient, outside of torch.compile: half the overhead of the op's own registered autograd."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        ops: Ops,
-        student: Tensor,
-        teacher: Tensor,
-        mask: Tensor | None,
-        temperatures: Tensor,
-        uniform: bool,
-        reduction: int,
-    ) -> Tensor:
+    def forward(ctx: Any, ops: Ops, *args: Any) -> Tensor:
         with BelowAutograd():
-            loss, stats = ops.forward(student, teacher, mask, temperatures, uniform, reduction)
+            loss, stats = ops.forward(*args)
+        student, teacher, mask, temperatures, _, ctx.reduction = args
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, mask, stats, temperatures)
-        ctx.backward_op, ctx.reduction = ops.backward, reduction
+        ctx.backward_op = ops.backward
         return loss
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import values
-from ..triton_common import LIBRARY, TAGS, launch, next_power_of_2, on_device, why_not
+from ..triton_common import define, launch, next_power_of_2, on_device, why_not
 from ..values import Number
 from . import matched_op
 from .triton import Config, Network, Temperatures, Tile, fit
@@ -115,10 +115,8 @@ def backward(
     return grad
 
 
-for (_name, _signature), _run in zip(matched_op.SIGNATURES.items(), (forward, backward), strict=True):
-    LIBRARY.define(f"{_name}_triton{_signature}", tags=TAGS)
-    LIBRARY.impl(f"{_name}_triton", _run, "CUDA")
-    LIBRARY.impl(f"{_name}_triton", _run, "CPU")  # only the interpreter runs it
+define("matched_cafd_triton", matched_op.SIGNATURES["matched_cafd"], forward)
+define("matched_cafd_backward_triton", matched_op.SIGNATURES["matched_cafd_backward"], backward)
 _ops = matched_op.register("_triton")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import values
 from ..dtypes import acc_dtype
 from ..pool import pooling
-from ..triton_common import LIBRARY, LOG2_E, TAGS, launch, next_power_of_2, on_device, why_not
+from ..triton_common import LOG2_E, define, launch, next_power_of_2, on_device, why_not
 from ..values import Number
 from . import op
 
@@ -302,9 +302,7 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
 
 
 for _name, _run in (("cafd", forward), ("attention_map", map_forward), ("attention_map_backward", map_backward)):
-    LIBRARY.define(f"{_name}_triton{op.SIGNATURES[_name]}", tags=TAGS)
-    LIBRARY.impl(f"{_name}_triton", _run, "CUDA")
-    LIBRARY.impl(f"{_name}_triton", _run, "CPU")  # only the interpreter runs it
+    define(f"{_name}_triton", op.SIGNATURES[_name], _run)
 _cafd, _map, _backward = op.register("_triton", _results)
 
 

@@ -60,13 +60,14 @@ def _group(rows: Rows) -> Iterator[str]:
     classes = REGISTRY[data].classes if data in REGISTRY else ()
     count = len(rows[0]["iou"])
     classes = classes if len(classes) == count else tuple(f"class {k}" for k in range(count))
-    teacher = rows[-1]["teacher"]  # those without one come first
+    teacher = rows[-1]["settings"].get("teacher")  # those without one come first
     labelled = rows[0]["settings"].get("labelled", 1)
     known = f", {labelled:.0%} of the labels" if labelled < 1 else ""
-    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}{known}, taught by {teacher}')}</h2>"
+    by = f", taught by {teacher}" if teacher else ""
+    yield f"<h2>{page.text(f'{student}, {steps:,} steps, {data}{known}{by}')}</h2>"
     best = max(names, key=lambda n: statistics.fmean(r["miou"] for r in rows if r["method"] == n))
     gain = paired(rows, best, against, lambda r: r["miou"])
-    facts = [("teacher", teacher), ("runs", str(len(rows))), ("best on average", best)]
+    facts = [("teacher", teacher or "none"), ("runs", str(len(rows))), ("best on average", best)]
     yield page.facts([*facts, (f"against {against}", _gain(gain))] if best != against else facts)
     yield _methods(rows, names, against)
     figure = chart(rows, names, against)

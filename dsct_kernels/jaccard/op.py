@@ -5,12 +5,12 @@ coefficients, in float64, before a small number can underflow in a float16 gradi
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import first_derivative_only
+from ..autograd import Ops, first_derivative_only, with_fakes
 from ..dtypes import acc_dtype
 from ..torch_private import BelowAutograd
 
@@ -23,21 +23,10 @@ SIGNATURES = {
 }
 
 
-class Ops(NamedTuple):
-    """A backend's."""
-
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
 def fake(student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """What the forward op returns, empty."""
     loss = student.new_empty([], dtype=acc_dtype(student, teacher))
     return loss, student.new_empty([2, student.shape[1]], dtype=torch.float64)
-
-
-def _fake_backward(student: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(student)
 
 
 def _gradient(ctx: Any, backward: Callable[..., Any], grad_output: Tensor | None) -> Tensor | None:
@@ -69,11 +58,7 @@ class EagerJaccard(torch.autograd.Function):
 
 def register(suffix: str) -> Ops:
     """The ops with this suffix, given their fakes and autograd."""
-    names = [f"{name}{suffix}" for name in SIGNATURES]
-    fakes: tuple[Callable[..., Any], ...] = (fake, _fake_backward)
-    for name, result in zip(names, fakes, strict=True):
-        torch.library.register_fake(f"dsct_kernels::{name}", result)
-    ops = Ops(*(getattr(torch.ops.dsct_kernels, name).default for name in names))
+    ops = with_fakes(SIGNATURES, suffix, fake)
 
     def context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _, coefficients = output
@@ -84,7 +69,7 @@ def register(suffix: str) -> Ops:
     def gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _gradient(ctx, ops.backward, grad_output), None, None, None
 
-    torch.library.register_autograd(f"dsct_kernels::{names[0]}", gradient, setup_context=context)
+    torch.library.register_autograd(f"dsct_kernels::jaccard{suffix}", gradient, setup_context=context)
     return ops
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import values
 from ..tnkd import plan
 from ..tnkd.triton import PIXEL_RANK, why_not
-from ..triton_common import LIBRARY, TAGS, fast, fold, launch, most_programs, next_power_of_2, on_device, product
+from ..triton_common import define, fast, fold, launch, most_programs, next_power_of_2, on_device, product
 from ..values import Number
 from . import op
 
@@ -142,10 +142,8 @@ def backward(
     return grad
 
 
-for (_name, _signature), _run in zip(op.SIGNATURES.items(), (forward, backward), strict=True):
-    LIBRARY.define(f"{_name}_triton{_signature}", tags=TAGS)
-    LIBRARY.impl(f"{_name}_triton", _run, "CUDA")
-    LIBRARY.impl(f"{_name}_triton", _run, "CPU")  # only the interpreter runs it
+define("jaccard_triton", op.SIGNATURES["jaccard"], forward)
+define("jaccard_backward_triton", op.SIGNATURES["jaccard_backward"], backward)
 _ops = op.register("_triton")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_common
-from ..triton_common import LIBRARY, TAGS, fast, fold, launch, most_programs, next_power_of_2, on_device, product
+from ..triton_common import define, fast, fold, launch, most_programs, next_power_of_2, on_device, product
 from . import op
 from .objective import MEAN, NONE, Objective
 from .plan import MOST_CLASSES, Config, candidates, choose
@@ -219,9 +219,7 @@ def scale_in_place(grad: Tensor, factor: Tensor) -> None:
         launch(kernels.scale_kernel, -(-total // SCALE_BLOCK), 4, grad, factor, total, BLOCK=SCALE_BLOCK)
 
 
-LIBRARY.define("tnkd_triton" + op.SIGNATURE, tags=TAGS)
-LIBRARY.impl("tnkd_triton", forward, "CUDA")
-LIBRARY.impl("tnkd_triton", forward, "CPU")  # only the interpreter runs it
+define("tnkd_triton", op.SIGNATURE, forward)
 _op = op.register("tnkd_triton", op.fake)
 
 

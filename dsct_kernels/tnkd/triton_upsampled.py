@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..triton_common import LIBRARY, TAGS, fast, launch, most_programs, next_power_of_2, on_device
+from ..triton_common import define, fast, launch, most_programs, next_power_of_2, on_device
 from . import op, triton
 from .objective import MEAN, NONE, Objective
 from .plan import MOST_CLASSES, UpsampledConfig, choose_upsampled
@@ -133,9 +133,7 @@ def forward(
     return loss, parts, grad, grad_scale
 
 
-LIBRARY.define("tnkd_triton_upsampled" + op.UPSAMPLED_SIGNATURE, tags=TAGS)
-LIBRARY.impl("tnkd_triton_upsampled", forward, "CUDA")
-LIBRARY.impl("tnkd_triton_upsampled", forward, "CPU")  # only the interpreter runs it
+define("tnkd_triton_upsampled", op.UPSAMPLED_SIGNATURE, forward)
 _op = op.register("tnkd_triton_upsampled", op.fake_upsampled)
 
 

@@ -330,9 +330,7 @@ def collect_kernel(
             down = (row - FIRST) % ROWS
             at = slab + ((n * strips + strip) * (ROWS + 1) * NUM_CLASSES + classes) * (2 * side)
             total = _slab_row(at + down * (NUM_CLASSES * 2) * side, side, columns, w_s, parts, there)
-            if (
-                strip > 0 and down == 0
-            ):  # the strip above has something, too: its last row, right before this strip's first
+            if strip > 0 and down == 0:  # the strip above has something, too: its last row, right before this one
                 total += _slab_row(at - NUM_CLASSES * 2 * side, side, columns, w_s, parts, there)
             g_at = grad + n * g_n + row.to(tl.int64) * g_y + classes.to(tl.int64) * g_k + columns.to(tl.int64) * g_x
             tl.store(g_at, (total * factor).to(grad.dtype.element_ty), mask=there)

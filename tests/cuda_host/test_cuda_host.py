@@ -116,6 +116,17 @@ def test_matched_cafd(plain: Path, folder: Path) -> None:
     check_all(plain, folder / "matched", MATCHED)
 
 
+def test_masked_positions_get_0_whatever_comes_from_upstream(plain: Path, folder: Path) -> None:
+    cases = [
+        MatchedCase(*at[:2], layout=at[2], masked=0.2, reduction=r, upstream=upstream)
+        for at in MATCHED_LAYOUTS[1:4]
+        for r, upstream in ((1, float("nan")), (0, float("inf")))
+    ]
+    for case, (_, got) in zip(cases, run(plain, [c.case() for c in cases], folder / "upstream"), strict=True):
+        counts = case.mask.expand_as(got["grad"])
+        assert not got["grad"][~counts].any() and not got["grad"][counts].isfinite().any(), case
+
+
 TEMPERATURES = [(1.0, 1.0), (0.1, 0.5), (3.0, 0.05)]
 
 

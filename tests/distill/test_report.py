@@ -209,7 +209,7 @@ def test_what_two_teachers_taught_stands_apart_and_runs_without_a_teacher_beside
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     assert cli.main(["report", str(tmp_path)]) == 0
     this = Page(tmp_path / "report.html")
-    assert "taught by a" in this.words and "taught by b" in this.words
+    assert this.words.count("taught by") == 2 and "taught by a" in this.words and "taught by b" in this.words
     assert "+0.100" in this.words and "+0.300" in this.words and "+0.200" not in this.words
 
 

@@ -276,7 +276,8 @@ __global__ void __launch_bounds__(kCafdThreads, 3) matched_gradient(const __grid
 #pragma unroll
           for (int v = 0; v < kCount; ++v) {
             const float e_s = exp2_fast((s[part][v] - base_s) * k), e_t = exp2_fast((t[part][v] - base_t) * k);
-            g[v] = (e_s - e_t) * both + (e_s * more_s + e_t * more_t);
+            const bool nobody = s[part][v] == -infinity<float>() && t[part][v] == -infinity<float>();
+            g[v] = nobody ? 0 : (e_s - e_t) * both + (e_s * more_s + e_t * more_t);  // whatever comes from upstream
           }
           store_numbers(in.out, out_row + in.out.offset(i), g);
         }
