@@ -7,8 +7,9 @@
 # make docs   the documents as a site, in build/site; without the network once the tools are there
 PYTHON ?= python3
 VENV ?= .venv
-# A teacher, its steps, and the student.
-COMPARED := efficientnet-lite0/600/upernet-tiny efficientnet-lite0/600/segformer-tiny segformer-tiny/2000/upernet-tiny
+# Teacher, its steps, student, its steps.
+COMPARED := efficientnet-lite0/600/upernet-tiny/1000 efficientnet-lite0/600/segformer-tiny/1000 \
+  segformer-tiny/2000/upernet-tiny/1000 efficientnet-lite0/600/upernet-tiny/4000 efficientnet-lite0/600/segformer-tiny/4000
 COMPARE ?= --folds 2 --seeds 3,4,5,6,7 --batch 8 --jobs 2 --out runs/compare
 TORCH ?= torch==2.13.0
 # What some examples need, of the torch above: beside the environment, not in it (tests/test_examples.py says why).
@@ -44,7 +45,7 @@ compare: $(VENV)/.built
 	$(PIP) --requirement $(VENV)/pretrained.txt
 	for one in $(COMPARED); do set -- $$(echo $$one | tr / ' '); \
 	  $(RUN) -m dsct_kernels.distill compare --data dubai --root "$(DUBAI)" --downscale 2 --window 256 --crop 128 \
-	    --teacher $$1 --teacher-steps $$2 --student $$3 --student-steps 1000 $(COMPARE) || exit; \
+	    --teacher $$1 --teacher-steps $$2 --student $$3 --student-steps $$4 $(COMPARE) || exit; \
 	done
 
 bench: $(VENV)/.test
