@@ -111,7 +111,7 @@ def extension(archs: str) -> Extension:
     return (CUDAExtension if archs else CppExtension)(
         "dsct_kernels._C",
         sorted(os.path.relpath(p, HERE) for pattern in patterns for p in (HERE / "csrc").glob(pattern)),
-        include_dirs=[str(HERE / "csrc"), pybind11.get_include()],
+        include_dirs=[str(HERE / "csrc"), str(HERE), pybind11.get_include()],
         define_macros=macros + ([("USE_CUDA", None)] if archs else []),
         extra_compile_args={"cxx": CXX_FLAGS + ([] if debug else ["-g0"]), "nvcc": NVCC_FLAGS},
         extra_link_args=["-Wl,--strip-all"] if strip else [],

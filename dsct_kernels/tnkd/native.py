@@ -6,12 +6,14 @@ from torch import Tensor
 from ..backends import NATIVE_MISSING, why_not_native
 from . import op
 from .objective import NONE, Objective
+from .plan import PLANES
 from .upsample import smaller, to_labels
 
 __all__ = ["UPSAMPLES_ON", "tnkd", "tnkd_upsampled", "why_not"]
 
 UPSAMPLES_ON = ("cpu", "cuda")  # where logits smaller than the labels are read as they are; on CUDA not for a map
-MOST_CLASSES_ON_CUDA = 320  # csrc/tnkd/cuda/kernel.cuh: 16 warps share out a pixel's classes, 20 each
+# csrc/tnkd/cuda/kernel.cuh: at most 16 warps share out a pixel's classes.
+MOST_CLASSES_ON_CUDA = max(most for most, _, lanes, _ in PLANES if lanes <= 16)
 
 
 def why_not(*logits: Tensor) -> str | None:

@@ -2,10 +2,12 @@
 
 A table for each layout, found by the instructions of compiled kernels (docs/gpu.md): what is done once a pixel, some
 190 instructions, is repeated by every lane that holds some of its classes, so that a lane holds as many as registers
-allow without a spill. Nothing here needs torch or a GPU.
+allow without a spill. Nothing here needs torch, a GPU or a native build.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 MOST_CLASSES = 1024  # that registers hold; the reference takes the others
 
@@ -23,14 +25,19 @@ class Config:
         return -(-num_classes // self.classes) * max(1, self.pixels * self.classes // (32 * self.warps))
 
 
+def read_planes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
+    """The rows of planes.inc, which csrc/tnkd/plan.h includes."""
+    rows = re.findall(r"^{(\d+), (\d+), (\d+), (\d+)},$", path.read_text(), re.MULTILINE)
+    return tuple((int(most), int(lane_bytes), int(lanes), int(warps)) for most, lane_bytes, lanes, warps in rows)
+
+
 # NCHW, lanes along pixels: (most classes, bytes of adjacent pixels a lane holds, lanes that share a pixel's classes,
-# warps). Up to 160 classes they are in warps of their own, each of which reads whole lines; above, lanes of one warp
-# share, too, in rows of 64, 32 and 16 bytes. A lane holds 20 classes of its pixels at most.
-PLANES = ((8, 8, 1, 1), (20, 4, 1, 1), (40, 4, 2, 2), (80, 4, 4, 4), (160, 4, 8, 8), (320, 4, 16, 8), (640, 4, 32, 8),
-          (1024, 4, 64, 8))  # fmt: skip
+# warps).
+PLANES = read_planes(Path(__file__).with_name("planes.inc"))
 
 # channels_last, lanes along classes: (most classes, pixels and classes of a tile, warps). Lanes next to each other read
-# runs of 32 bytes or more where there are classes for them.
+# runs of 32 bytes or more where there are classes for them. CUDA has no such table: its lanes run along pixels in both
+# layouts.
 CHANNELS_LAST = ((8, 64, 2, 1), (32, 32, 4, 1), (64, 16, 16, 1), (160, 8, 16, 1), (320, 4, 32, 1), (640, 2, 64, 1),
                  (1024, 1, 128, 1))  # fmt: skip
 
@@ -73,10 +80,8 @@ def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[C
     return found
 
 
-# Logits smaller than the labels, lanes along the pixels of a row: (most classes, pixels a lane holds, lanes that share
-# a pixel's classes, warps). Beside a pixel's exponentials a lane holds six numbers of each class, from row to row.
-UPSAMPLED = ((8, 2, 1, 1), (20, 1, 1, 1), (40, 1, 2, 2), (80, 1, 4, 4), (160, 1, 8, 8), (320, 1, 16, 8),
-             (640, 1, 32, 8), (1024, 1, 64, 8))  # fmt: skip
+# Logits smaller than the labels, lanes along the pixels of a row: the same, but a lane holds pixels as if of 4 bytes,
+# whatever the dtype. Beside a pixel's exponentials it holds six numbers of each class, from row to row.
 MOST_SLOTS = 32  # pixels between two cells of a row that a warp adds up
 STRIP_ROWS = 32  # of labels: the first of a strip fetches its logits anew, and one row of gradients more is written
 
@@ -95,8 +100,8 @@ def choose_upsampled(
     num_classes: int, cells: tuple[int, int], labels: tuple[int, int], align_corners: bool
 ) -> UpsampledConfig:
     """The launch for K classes, the student's height and width, and those of the labels."""
-    held, share, warps = next(row[1:] for row in UPSAMPLED if num_classes <= row[0])
-    pixels = 32 * warps * held // share
+    lane_bytes, share, warps = next(row[1:] for row in PLANES if num_classes <= row[0])
+    pixels = 32 * warps * (lane_bytes // 4) // share
     ends = 1 if align_corners and cells[1] > 1 else 0  # are cells: one interval fewer
     most = -(-(labels[1] - ends) // (cells[1] - ends))  # pixels of an interval
     slots = min(MOST_SLOTS, pixels, _next_power_of_2(most))

@@ -10,6 +10,7 @@ or LLVM IR, not packaged). compute-sanitizer needs a GPU.
 """
 
 import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.inspect.cuda_host.harness import ROOT, Case, build, run, run_raw
+from dsct_kernels.tnkd import plan
+from tools.inspect.cuda_host.harness import ROOT, Case, build, launches, run, run_raw
 
 from .cases import (
     CAFD,
@@ -63,6 +65,36 @@ def plain(folder: Path) -> Path:
 
 def test_tnkd(plain: Path, folder: Path) -> None:
     check_all(plain, folder / "tnkd", TNKD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_launches_in_planes_are_those_of_tritons_table(plain: Path, folder: Path, dtype: torch.dtype) -> None:
+    fewest = 2
+    for most, lane_bytes, lanes, _ in plan.PLANES[:6]:
+        for k in (fewest, most):
+            case = TnkdCase(PLANES, (1, k, 16, 512), dtype).case()
+            case.numbers["multiprocessors"] = 1024  # a block for every tile
+            _, kernel = launches(plain, case, folder / "launches")
+            assert kernel.threads == (128 if lanes == 1 else 32 * lanes), k
+            assert 16 * 512 / kernel.blocks * lanes / kernel.threads == lane_bytes // dtype.itemsize, k
+        fewest = most + 1
+
+
+def test_cuda_and_triton_read_one_table_of_planes(tmp_path: Path) -> None:
+    for edit in (str, lambda text: text.replace("{20, 4, 1, 1}", "{16, 4, 1, 2}")):
+        table = tmp_path / "dsct_kernels/tnkd/planes.inc"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(edit((ROOT / "dsct_kernels/tnkd/planes.inc").read_text()))
+        rows = "".join(f"static_assert(p[{i}].most_classes == {most} && p[{i}].lane_bytes == {size} && "
+                       f"p[{i}].lanes == {lanes} && p[{i}].warps == {warps});\n"
+                       for i, (most, size, lanes, warps) in enumerate(plan.read_planes(table)))  # fmt: skip
+        source = tmp_path / "rows.cpp"
+        source.write_text(f'#include "tnkd/plan.h"\nconstexpr auto& p = dsct::kPlanes;\n{rows}'
+                          f"static_assert(sizeof(p) / sizeof(*p) == {len(plan.PLANES)});\n")  # fmt: skip
+        command = ["g++", "-std=c++20", "-fsyntax-only", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}", str(source)]
+        subprocess.run(command, check=True)
+        if edit is not str:
+            assert plan.read_planes(table) != plan.PLANES
 
 
 def test_tnkd_of_logits_smaller_than_the_labels(plain: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ SOURCES = ("tnkd/cuda/tnkd.cu", "cafd/cuda/cafd.cu")
 # As in setup.py.
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "--prec-div=false"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+INCLUDE = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT}"]
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -46,8 +47,7 @@ class Resources:
 def resources(source: str, arch: int, folder: Path) -> dict[str, Resources]:
     """What every kernel of csrc/`source` takes on sm_`arch`, by symbol."""
     assert NVCC is not None
-    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{ROOT / 'csrc'}"]
-    command = [NVCC, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", *include, "-c", str(ROOT / "csrc" / source)]
+    command = [NVCC, *FLAGS, f"-arch=sm_{arch}", "-Xptxas", "-v", *INCLUDE, "-c", str(ROOT / "csrc" / source)]
     done = subprocess.run([*command, "-o", str(folder / "kernels.o")], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found = {}
@@ -72,7 +72,7 @@ namespace dsct::cuda {{
 INSTANCE = "template __global__ void tnkd_kernel<Planes<{t}, {t}, {pixels}>, {classes}, {split}>"
 ARGUMENTS = "(Logits, Terms<float>, Workspace, Result<float>);\n"
 # K: classes of a thread, pixels of a thread in fp32 and bf16, warps that share a pixel: launch.cuh's plan.
-VARIANTS = {6: (6, 4, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
+VARIANTS = {6: (6, 2, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
 
 
 def instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int, str], float]:
@@ -86,8 +86,7 @@ def instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int,
             source += INSTANCE.format(t=type_, pixels=pixels, classes=classes, split=split) + ARGUMENTS
             keys.append((k, dtype, pixels, warps, f"Planes<{type_}, {type_}, {pixels}>, {classes}, {split}>"))
     (folder / "known.cu").write_text(source + "}\n")
-    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{ROOT / 'csrc'}"]
-    command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *include, "-cubin", str(folder / "known.cu")]
+    command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *INCLUDE, "-cubin", str(folder / "known.cu")]
     subprocess.run([*command, "-o", str(folder / "known.cubin")], capture_output=True, timeout=600, check=True)
     codes = machine_code(folder / "known.cubin")
     named = dict(zip(demangled(list(codes)), codes.values(), strict=True))
@@ -117,14 +116,13 @@ def upsampled_instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[
     """Thread instructions of tnkd_upsampled_kernel for a pixel, by K and dtype, of logits at a RATIO-th of the labels'
     size; what is done once a tile is left out."""
     assert NVCC is not None
-    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{ROOT / 'csrc'}"]
     found = {}
     for k, (classes, groups, columns) in UPSAMPLED.items():
         for dtype, type_ in (("fp32", "kF32"), ("bf16", "kBF16")):
             call = {"type": type_, "ce": str(ce).lower(), "groups": groups, "classes": classes}
             source, cubin = folder / "upsampled.cu", folder / "upsampled.cubin"
             source.write_text(KNOWN_UPSAMPLED.format(split=str(groups > 1).lower(), **call))
-            command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *include, "-cubin", str(source), "-o", str(cubin)]
+            command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *INCLUDE, "-cubin", str(source), "-o", str(cubin)]
             subprocess.run(command, capture_output=True, timeout=600, check=True)
             code = next(code for name, code in machine_code(cubin).items() if "tnkd_upsampled" in name)
             found[k, dtype] = per_upsampled_pixel(code, min(k, classes), groups, columns)

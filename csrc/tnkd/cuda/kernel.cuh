@@ -3,6 +3,7 @@
 
 #include "planes.cuh"
 #include "result.cuh"
+#include "tnkd/plan.h"
 
 // What a build that only counts instructions knows of a call, so that its code has one path (tools/inspect/nvcc.py).
 #ifndef DSCT_KNOWN
@@ -82,7 +83,8 @@ DSCT_DEVICE PixelGrad<float> take_verdict(const Answer& answer, float max_s, flo
   return {answer(kGradS), answer(kGradT), answer(kGradCe), answer(kGradTarget)};
 }
 
-constexpr int kWholeThreads = 128, kMostWarps = 16, kMostClasses = 20;  // a thread's
+constexpr int kWholeThreads = 128, kMostWarps = 16;  // a block's; of these each has classes of its own
+constexpr int kMostClasses = most_held(kMostWarps);  // a thread's
 constexpr int tile_pixels(bool split, int pixels) { return (split ? kWarp : kWholeThreads) * pixels; }
 constexpr int exchange_bytes(int warps, int tile) { return warps == 1 ? 0 : (kParts * warps + kVerdicts) * tile * 4; }
 

@@ -65,11 +65,13 @@ inline bool planes_take(FloatType student, FloatType teacher) {
   return student == teacher || student == FloatType::kF32;
 }
 
-// Fewest warps that hold the classes, `unit` of which stay together.
-inline int warps_for(int64_t classes, int unit) {
-  int warps = 1;
-  while (ceil_div(classes / unit, warps) * unit > kMostClasses) ++warps;
-  return warps;
+// Of the plan, the row for so many classes, `unit` of which stay together in a warp; nullptr: there are too many.
+constexpr const PlanesRow* row_for(int64_t classes, int unit = 1) {
+  for (const PlanesRow& row : kPlanes) {
+    const bool held = row.lanes == 1 || ceil_div(classes / unit, row.lanes) * unit <= kMostClasses;
+    if (classes <= row.most_classes && held) return row.lanes <= kMostWarps ? &row : nullptr;
+  }
+  return nullptr;
 }
 
 inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
@@ -80,7 +82,9 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
     return planes_take(args.student_type, args.teacher_type) && in_planes(args, in.student, pixels) &&
            in_planes(args, in.teacher, pixels) && in_planes(args, in.grad, pixels);
   };
-  const int pixels = args.classes <= 8 ? 4 : args.student_type == FloatType::kF32 ? 1 : 2;
+  const PlanesRow* row = row_for(args.classes);
+  if (row == nullptr) return plan;
+  const int pixels = row->lane_bytes / size_of(args.student_type);
   plan.planes = all_in_planes(pixels);
   if (plan.planes) {
     plan.pixels = pixels;
@@ -88,9 +92,10 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
     for (const LogitMap& net : {in.student, in.teacher}) {
       if (net.runs) plan.unit = std::max(plan.unit, 16 / size_of(net.type));
     }
-    if (warps_for(args.classes, plan.unit) > kMostWarps) plan.unit = 1;  // at the price of bank conflicts
+    if (row_for(args.classes, plan.unit) == nullptr) plan.unit = 1;  // at the price of bank conflicts
+    row = row_for(args.classes, plan.unit);
   }
-  plan.warps = warps_for(args.classes, plan.unit);
+  plan.warps = row->lanes;
   const bool split = plan.warps > 1;
   const int tile = tile_pixels(split, plan.pixels);
   plan.shared += exchange_bytes(plan.warps, tile);
@@ -100,7 +105,7 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
   }
   plan.tiles_per_image = std::max<int64_t>(ceil_div(args.pixels, tile), 1);
   plan.tiles = args.images * ceil_div(args.pixels, tile);
-  if (args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64 || plan.warps > kMostWarps ||
+  if (args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64 ||
       plan.shared > static_cast<size_t>(device.shared_bytes) || plan.tiles > std::numeric_limits<int32_t>::max()) {
     return plan;
   }
@@ -151,11 +156,11 @@ inline void encode(const TnkdArgs& args, int64_t pixels, bool wide, const Worksp
 // Calls body with the variant that the plan names.
 template <typename S, typename T, typename Body>
 void with_planes(const TnkdPlan& plan, const Body& body) {
-  constexpr int kFew = sizeof(S) == 4 ? 1 : 2;
+  constexpr int kFew = row_for(kMostClasses)->lane_bytes / sizeof(S), kMany = row_for(8)->lane_bytes / sizeof(S);
   if (plan.warps > 1) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, true>);
   if (plan.classes == kMostClasses) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, false>);
-  if (plan.classes == 8) return body(tnkd_kernel<Planes<S, T, 4>, 8, false>);
-  return body(tnkd_kernel<Planes<S, T, 4>, 6, false>);
+  if (plan.classes == 8) return body(tnkd_kernel<Planes<S, T, kMany>, 8, false>);
+  return body(tnkd_kernel<Planes<S, T, kMany>, 6, false>);
 }
 template <typename Body>
 void with_kernel(const TnkdPlan& plan, FloatType student, FloatType teacher, const Body& body) {

@@ -21,7 +21,7 @@ FLAGS = {
     "plain": ["-O1", "-D_GLIBCXX_ASSERTIONS", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"],
     "thread": ["-O0", "-g1", "-fsanitize=thread", "-DSHIM_THREADS"],
     "address": ["-O0", "-g1", "-fsanitize=address"],
-    "list": ["-O0", "-rdynamic"],  # for `launches`: the kernels' symbols, and as little compiling as will do
+    "list": ["-O0"],  # for `launches`: as little compiling as will do
 }
 
 
@@ -32,8 +32,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def build(folder: Path, check: str, csrc: Path = ROOT / "csrc", more: Sequence[str] = ()) -> Path:
     """The driver, compiled against the kernels in `csrc` with the sanitizer of `check`."""
     out = folder / f"driver_{check}"
-    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{csrc}", f"-I{HERE}"]
-    command = ["g++", "-std=c++20", "-DDSCT_HOST_SHIM", "-pthread", "-w", *FLAGS[check], *more, *include]
+    include = [f"-I{Path(torch.__path__[0]) / 'include'}", f"-I{csrc}", f"-I{ROOT}", f"-I{HERE}"]
+    command = ["g++", "-std=c++20", "-DDSCT_HOST_SHIM", "-pthread", "-rdynamic", "-w", *FLAGS[check], *more, *include]
     done = subprocess.run([*command, str(HERE / "driver.cpp"), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
