@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cuda(
     const std::optional<Tensor>& class_weight, const Tensor& values, const std::optional<Tensor>& ignore_index,
     bool coupled, int64_t reduction, bool align_corners, bool needs_grad);
 
-// grad *= factor; grad is any dense tensor, factor () in float32 or float64 on the same device.
+// grad *= factor; grad is any dense tensor of 16 or 32 bits, factor () in float32 on the same device.
 void scale_cuda_(Tensor& grad, const Tensor& factor);
 
 }  // namespace dsct

@@ -7,55 +7,39 @@
 
 namespace dsct::cuda {
 
-// grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written. 0 stays
-// 0 whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
-template <typename A, typename T>
-DSCT_DEVICE T times(T value, A by) {
-  const A wide = static_cast<A>(value);
-  return wide == 0 ? value : static_cast<T>(wide * by);
-}
+constexpr int kScaleThreads = 256;
 
-template <typename T, typename A>
-__global__ void scale_in_place(T* grad, const A* factor, int64_t count, bool packs) {
-  const A by = *factor;
-  if (by == 1) return;
+// 0 stays 0 whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
+template <typename E>
+DSCT_DEVICE void scale_numbers(E* grad, float by, int64_t count) {
+  const auto times = [&](E& z) { z = static_cast<float>(z) == 0 ? z : static_cast<E>(static_cast<float>(z) * by); };
   const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  if (packs) {
-    for (int64_t i = first; i < count / Pack<T>::kSize; i += step) {
-      Pack<T> pack = load_pack(grad + i * Pack<T>::kSize);
+  constexpr int kSize = Pack<E>::kSize;
+  const int64_t packs = reinterpret_cast<uintptr_t>(grad) % 16 == 0 ? count / kSize : 0;
+  for (int64_t i = first; i < packs; i += step) {
+    Pack<E> pack = load_pack(grad + i * kSize);
 #pragma unroll
-      for (int v = 0; v < Pack<T>::kSize; ++v) pack.lane[v] = times(pack.lane[v], by);
-      store_pack(grad + i * Pack<T>::kSize, pack);
-    }
+    for (int v = 0; v < kSize; ++v) times(pack.lane[v]);
+    store_pack(grad + i * kSize, pack);
   }
-  const int64_t done = packs ? count / Pack<T>::kSize * Pack<T>::kSize : 0;
-  for (int64_t i = done + first; i < count; i += step) grad[i] = times(grad[i], by);
+  for (int64_t i = packs * kSize + first; i < count; i += step) times(grad[i]);
 }
 
-template <typename T, typename A>
-void launch_scale(void* grad, const void* factor, int64_t count, const Device& device, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(count, 256 * Pack<T>::kSize), device.multiprocessors * 8);
-  launch("scale_", scale_in_place<T, A>, blocks, 256, 0, stream, static_cast<T*>(grad), static_cast<const A*>(factor),
-         count, on_16_bytes(grad));
+// grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written.
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_in_place(void* grad, FloatType type, const float* factor, int64_t count) {
+  const float by = *factor;
+  if (by == 1) return;
+  if (type == FloatType::kF32) return scale_numbers(static_cast<float*>(grad), by, count);
+  if (type == FloatType::kBF16) return scale_numbers(static_cast<BFloat16*>(grad), by, count);
+  scale_numbers(static_cast<Half*>(grad), by, count);
 }
 
-// `factor` is () in float32, or in float64 (`wide`).
-inline void scale_run(void* grad, FloatType type, const void* factor, bool wide, int64_t count, const Device& device,
+inline void scale_run(void* grad, FloatType type, const float* factor, int64_t count, const Device& device,
                       cudaStream_t stream) {
-  switch (type) {
-    case FloatType::kF64:
-      return launch_scale<double, double>(grad, factor, count, device, stream);
-    case FloatType::kF32:
-      return wide ? launch_scale<float, double>(grad, factor, count, device, stream)
-                  : launch_scale<float, float>(grad, factor, count, device, stream);
-    case FloatType::kF16:
-      return wide ? launch_scale<Half, double>(grad, factor, count, device, stream)
-                  : launch_scale<Half, float>(grad, factor, count, device, stream);
-    default:
-      return wide ? launch_scale<BFloat16, double>(grad, factor, count, device, stream)
-                  : launch_scale<BFloat16, float>(grad, factor, count, device, stream);
-  }
+  const int64_t blocks = std::min<int64_t>(ceil_div(count, kScaleThreads * 4), device.multiprocessors * 8);
+  launch("scale_", scale_in_place, blocks, kScaleThreads, 0, stream, grad, type, factor, count);
 }
 
 }  // namespace dsct::cuda

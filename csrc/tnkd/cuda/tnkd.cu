@@ -56,8 +56,10 @@ void set_call(cuda::TnkdArgs& args, const Tensor& student_logits, const Tensor& 
 }
 
 void check_plan(int classes, int64_t wanted) {
-  STD_TORCH_CHECK(classes != 0, "student_logits: expected at most ", cuda::kMostWarps * cuda::kMostClasses,
-                  " classes, got ", wanted);
+  constexpr int kMost = most_classes(cuda::kMostWarps);
+  STD_TORCH_CHECK(wanted <= kMost, "student_logits: expected at most ", kMost, " classes, got ", wanted);
+  STD_TORCH_CHECK(classes != 0, "student_logits, teacher_logits: sizes or strides beyond what the CUDA kernels' ",
+                  "indices or this GPU's shared memory hold");
 }
 
 }  // namespace
@@ -167,9 +169,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tnkd_upsampled_cuda(
 void scale_cuda_(Tensor& grad, const Tensor& factor) {
   if (grad.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  cuda::scale_run(grad.mutable_data_ptr(), float_type("grad", grad), factor.const_data_ptr(),
-                  factor.scalar_type() == ScalarType::Double, grad.numel(), cuda::device_of(grad.get_device_index()),
-                  cuda::stream_of(grad));
+  const FloatType type = float_type("grad", grad);
+  STD_TORCH_CHECK(type != FloatType::kF64, "grad: expected a dtype of 16 or 32 bits, got float64");
+  STD_TORCH_CHECK(factor.scalar_type() == ScalarType::Float && factor.numel() == 1,
+                  "factor: expected one number of float32");
+  cuda::scale_run(grad.mutable_data_ptr(), type, static_cast<const float*>(factor.const_data_ptr()), grad.numel(),
+                  cuda::device_of(grad.get_device_index()), cuda::stream_of(grad));
 }
 
 }  // namespace dsct

@@ -199,7 +199,7 @@ void run_upsampled(const Case& c) {
 
 void run_scale(const Case& c) {
   const Tensor &grad = *c.find("grad"), &factor = *c.find("factor");
-  scale_run(grad.data(), float_type(grad.dtype), factor.data(), factor.dtype == "float64",
+  scale_run(grad.data(), float_type(grad.dtype), static_cast<const float*>(factor.data()),
             static_cast<int64_t>(grad.buffer->bytes / grad.itemsize()) - grad.offset, device_of(c), nullptr);
   std::cout << "scale\n";
   c.write("grad");
