@@ -28,7 +28,18 @@ def offset_copy(x: Tensor, offset: int = 1) -> Tensor:
 def lay_out(x: Tensor, layout: str) -> Tensor:
     if layout == "stepped":  # every second number of a larger buffer: pixels and classes still at one stride each
         return torch.stack((torch.full_like(x, float("nan")), x), -1)[..., 1]
+    if layout == "tokens":  # (N, L, C) behind a class token, viewed as images
+        tokens = (
+            torch.cat((torch.full_like(x[:, :, :1, 0], float("nan")), x.flatten(2)), 2).transpose(1, 2).contiguous()
+        )
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, x.shape[2:])
     return offset_copy(x) if layout == "offset" else strided_copy(x, layout)
+
+
+def served(x: Tensor) -> Tensor:
+    """As cafd.cu has it before the launch."""
+    _, _, h, w = x.shape
+    return x if h == 1 or w == 1 or x.stride(2) == w * x.stride(3) else x.contiguous()
 
 
 def walks(*logits: Tensor) -> int:
@@ -550,7 +561,10 @@ ON_DEVICE = [
 
 @dataclass
 class CafdCase:
-    """Shapes, dtypes and layouts of one call of cafd, or (teacher None) of attention_map and its backward."""
+    """Shapes, dtypes and layouts of one call of cafd, or (teacher None) of attention_map and its backward.
+
+    `kernels`: how the maps lie, and whether backward holds a row or reads it twice.
+    """
 
     kernels: str
     shape: tuple[int, int, int, int]
@@ -566,6 +580,7 @@ class CafdCase:
     fill: float | None = None
     near: float | None = None  # the teacher is the student, and so much noise
     on_device: bool = False  # the kernels read the temperatures from the device's memory
+    shared_bytes: int = 232_448
     why: str = ""
 
     def case(self) -> Case:
@@ -577,15 +592,16 @@ class CafdCase:
                 if self.fill is None
                 else torch.full(shape, self.fill, dtype=dtype)
             )
-            return lay_out(x, layout)
+            return served(lay_out(x, layout))
 
         self.student = make(self.shape, self.dtype, self.layout)
         n, _, h, w = self.shape
         numbers = {"channel_temperature": self.channel_temperature, "spatial_temperature": self.spatial_temperature}
+        numbers["shared_bytes"] = self.shared_bytes
         more = {}
         if self.on_device:  # and the numbers that the host would use are none
-            more["temperatures"] = torch.tensor([*numbers.values()], dtype=torch.float64)
-            numbers = dict.fromkeys(numbers, float("nan"))
+            more["temperatures"] = torch.tensor([*numbers.values()][:2], dtype=torch.float64)
+            numbers |= dict.fromkeys([*numbers][:2], float("nan"))
         acc = acc_dtype(self.student)
         outputs = {"grad": torch.empty_like(self.student)}
         if self.teacher is None:
@@ -603,7 +619,7 @@ class CafdCase:
 
     def addressing(self) -> tuple[Any, ...]:
         layouts = self.layout, self.teacher_layout, self.dtype, self.teacher_dtype
-        return self.kernels, self.shape, self.teacher, *layouts, self.reduction == 0, self.on_device
+        return self.kernels, self.shape, self.teacher, *layouts, self.reduction == 0, self.on_device, self.shared_bytes
 
     def check(self, kernels: str, got: dict[str, Tensor]) -> None:
         assert kernels == self.kernels, self
@@ -633,52 +649,56 @@ class CafdCase:
 
 
 CAFD = [
-    *(CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), dtype, reduction=r)
+    *(CafdCase("rows rows held", (2, 5, 4, 8), (2, 7, 4, 8), dtype, reduction=r)
       for dtype in DTYPES for r in (0, 1, 2)),
-    *(CafdCase("columns columns columns", (2, 24, 3, 5), (2, 40, 3, 5), dtype, layout="channels_last")
+    *(CafdCase("columns columns twice", (2, 24, 3, 5), (2, 40, 3, 5), dtype, layout="channels_last")
       for dtype in DTYPES),
-    CafdCase("columns rows columns", (2, 8, 4, 4), (2, 3, 4, 4), layout="channels_last", teacher_layout="contiguous",
+    CafdCase("columns rows twice", (2, 8, 4, 4), (2, 3, 4, 4), layout="channels_last", teacher_layout="contiguous",
              why="a CNN taught by tokens, and the reverse"),
-    CafdCase("rows columns rows", (2, 3, 4, 4), (2, 300, 4, 4), teacher_layout="channels_last", why="channel tiles"),
-    *(CafdCase("any any any", (2, 5, 3, 5), (2, 3, 3, 5), layout=layout) for layout in (
-        "contiguous", "sliced", "transposed", "channels_last")),
-    CafdCase("any any any", (2, 4, 4, 4), (2, 4, 4, 4), layout="offset"),
+    CafdCase("rows columns held", (2, 3, 4, 4), (2, 300, 4, 4), teacher_layout="channels_last", why="channel tiles"),
+    *(CafdCase("any any held", (2, 5, 3, 5), (2, 3, 3, 5), layout=layout) for layout in (
+        "contiguous", "sliced", "transposed", "stepped")),
+    *(CafdCase("columns columns twice", (2, 5, 3, 5), (2, 67, 3, 5), dtype, layout=layout)
+      for layout in ("channels_last", "tokens") for dtype in DTYPES[:2]),
+    CafdCase("any any held", (2, 4, 4, 4), (2, 4, 4, 4), layout="offset"),
     *(CafdCase(kernels, (2, c, 4, 4), (2, 2 * c, 4, 4), *dtypes, layout=layout, why="dtypes of a pair")
-      for kernels, c, layout in (("rows rows rows", 3, "contiguous"), ("columns columns columns", 8, "channels_last"))
+      for kernels, c, layout in (("rows rows held", 3, "contiguous"), ("columns columns twice", 8, "channels_last"))
       for dtypes in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32))),
-    CafdCase("any any any", (2, 3, 7, 5), (2, 3, 7, 5), torch.float16),
-    *(CafdCase("rows rows rows", (2, 3, 5, 4), (2, 2, 5, 4), layout=layout, why="runs of eight, and four positions")
+    CafdCase("any any held", (2, 3, 7, 5), (2, 3, 7, 5), torch.float16),
+    *(CafdCase("rows rows held", (2, 3, 5, 4), (2, 2, 5, 4), layout=layout, why="runs of eight, and four positions")
       for layout in ("contiguous",)),
-    CafdCase("columns columns columns", (2, 12, 3, 5), (2, 20, 3, 5), layout="channels_last",
+    CafdCase("columns columns twice", (2, 12, 3, 5), (2, 20, 3, 5), layout="channels_last",
              why="eight channels, and four"),
-    CafdCase("rows rows rows", (1, 1, 4, 4), (1, 1, 4, 4), why="one channel"),
-    CafdCase("any any any", (2, 4, 1, 1), (2, 4, 1, 1), why="one position"),
-    CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=0.0, why="all-zero features"),
-    CafdCase("rows rows rows", (2, 4, 4, 4), (2, 4, 4, 4), fill=float("nan")),
-    *(CafdCase("rows rows rows", shape, shape, near=near, why="a small loss is exact, too")
+    CafdCase("rows rows held", (1, 1, 4, 4), (1, 1, 4, 4), why="one channel"),
+    CafdCase("columns columns twice", (2, 4, 1, 1), (2, 4, 1, 1), why="one position"),
+    CafdCase("rows rows held", (2, 4, 4, 4), (2, 4, 4, 4), fill=0.0, why="all-zero features"),
+    CafdCase("rows rows held", (2, 4, 4, 4), (2, 4, 4, 4), fill=float("nan")),
+    *(CafdCase("rows rows held", shape, shape, near=near, why="a small loss is exact, too")
       for shape in ((2, 16, 8, 8), (1, 8, 64, 64)) for near in (0.1, 1e-3, 1e-5)),
-    *(CafdCase("columns columns columns", shape, shape, layout="channels_last", near=near, why="the same by columns")
+    *(CafdCase("columns columns twice", shape, shape, layout="channels_last", near=near, why="the same by columns")
       for shape in ((2, 24, 8, 8), (1, 40, 24, 24)) for near in (0.1, 1e-3, 1e-5)),
-    CafdCase("columns columns columns", (2, 4, 3, 4), (2, 4, 3, 4), fill=float("inf"), layout="channels_last"),
-    *(CafdCase("rows rows rows", (2, 4, 4, 8), (2, 4, 4, 8), dtype, scale=LARGE[dtype] / 4, channel_temperature=0.1,
+    CafdCase("columns columns twice", (2, 4, 3, 4), (2, 4, 3, 4), fill=float("inf"), layout="channels_last"),
+    *(CafdCase("rows rows held", (2, 4, 4, 8), (2, 4, 4, 8), dtype, scale=LARGE[dtype] / 4, channel_temperature=0.1,
                spatial_temperature=0.01) for dtype in DTYPES),
-    *(CafdCase("rows rows", (1, 3, 64, size), why="rows of one to several packs a thread") 
+    *(CafdCase("rows held", (1, 3, 64, size), why="rows of one to several packs a thread") 
       for size in (8, 32, 96, 400)),
-    CafdCase("columns columns", (1, 24, 20, 20), dtype=torch.bfloat16, layout="channels_last", why="chunks"),
-    CafdCase("rows rows", (2, 70, 2, 4), spatial_temperature=0.5, why="shares of channels"),
+    CafdCase("columns twice", (1, 24, 20, 20), dtype=torch.bfloat16, layout="channels_last", why="chunks"),
+    CafdCase("rows held", (2, 70, 2, 4), spatial_temperature=0.5, why="more channels than threads share"),
+    *(CafdCase("rows twice", (1, 3, 64, size), shared_bytes=49_152, why="a row that finds no room")
+      for size in (100, 400)),
 ]  # fmt: skip
 
 # Every kernel, either accumulation dtype, and networks that do not share their launches.
 CAFD_ON_DEVICE = [
     partial(CafdCase, *case, on_device=True) for case in (
-        ("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
-        ("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), torch.bfloat16),
-        ("columns columns columns", (2, 24, 3, 5), (2, 40, 3, 5), torch.float16, None, "channels_last"),
-        ("rows columns rows", (2, 3, 4, 4), (2, 300, 4, 4), torch.float32, None, "contiguous", "channels_last"),
-        ("any any any", (2, 5, 3, 5), (2, 3, 3, 5), torch.float32, None, "sliced"),
-        ("rows rows rows", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.bfloat16),
-        ("rows rows", (1, 3, 64, 32)),
-        ("columns columns", (1, 24, 20, 20), None, torch.bfloat16, None, "channels_last"),
+        ("rows rows held", (2, 5, 4, 8), (2, 7, 4, 8)),
+        ("rows rows held", (2, 5, 4, 8), (2, 7, 4, 8), torch.bfloat16),
+        ("columns columns twice", (2, 24, 3, 5), (2, 40, 3, 5), torch.float16, None, "channels_last"),
+        ("rows columns held", (2, 3, 4, 4), (2, 300, 4, 4), torch.float32, None, "contiguous", "channels_last"),
+        ("any any held", (2, 5, 3, 5), (2, 3, 3, 5), torch.float32, None, "sliced"),
+        ("rows rows held", (2, 4, 4, 4), (2, 6, 4, 4), torch.float32, torch.bfloat16),
+        ("rows held", (1, 3, 64, 32)),
+        ("columns twice", (1, 24, 20, 20), None, torch.bfloat16, None, "channels_last"),
     )
 ]  # fmt: skip
 
@@ -718,8 +738,8 @@ class MatchedCase:
             self.mask = torch.rand(n, 1, h, w) >= self.masked
             for x in (student, teacher):
                 x.masked_fill_(~self.mask, float("nan"))
-        self.student = lay_out(student, self.layout)
-        self.teacher = lay_out(teacher, self.teacher_layout or self.layout)
+        self.student = served(lay_out(student, self.layout))
+        self.teacher = served(lay_out(teacher, self.teacher_layout or self.layout))
         tensors = {"student": self.student, "teacher": self.teacher}
         tensors["upstream"] = torch.full([n] if self.reduction == 0 else [], self.upstream)
         tensors |= {} if self.mask is None else {"mask": self.mask}
@@ -816,10 +836,10 @@ MATCHED = [
       for at in MATCHED_LAYOUTS[1:4] for network in (0, 1) for bad in (float("nan"), float("inf"))
       for others in (None, -float("inf"))),
     *(MatchedCase(*at[:2], layout=at[2], masked=1.0, why="nothing counts") for at in MATCHED_LAYOUTS[:4]),
-    *(MatchedCase("any any" if "columns" not in layouts[0] else "columns columns", (2, 6, 4, 6), *dtypes,
-                  *layouts[1:], masked=0.2, why="every pair")
-      for layouts in (("rows", "contiguous", "channels_last"), ("columns", "channels_last", "contiguous"),
-                      ("rows", "offset", "contiguous"), ("rows", "sliced", "transposed"))
+    *(MatchedCase(kernels, (2, 6, 4, 6), *dtypes, *layouts, masked=0.2, why="every pair")
+      for kernels, *layouts in (("rows columns", "contiguous", "channels_last"), ("any rows", "offset", "contiguous"),
+                                ("columns rows", "channels_last", "contiguous"), ("rows rows", "sliced", "transposed"),
+                                ("any columns", "stepped", "tokens"))
       for dtypes in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32))),
     *(MatchedCase("rows rows", (2, 6, 4, 6), *dtypes, masked=0.2) for dtypes in (
         (torch.float32, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16, torch.float16))),
@@ -849,11 +869,11 @@ SMALL_UPSAMPLED = [
     UpsampledCase("upsampled_19_4_8", (1, 40, 2, 3), size=(7, 9), shared_bytes=40_000, temperature=3.0),
 ]  # fmt: skip
 SMALL_CAFD = [
-    CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8)),
-    CafdCase("rows rows", (1, 3, 32, 96), why="several warps a row"),
-    CafdCase("columns columns columns", (1, 24, 3, 5), (1, 40, 3, 5), torch.bfloat16, layout="channels_last"),
-    CafdCase("any any any", (1, 3, 7, 5), (1, 3, 7, 5)),
-    CafdCase("rows rows rows", (2, 5, 4, 8), (2, 7, 4, 8), on_device=True),
+    CafdCase("rows rows held", (2, 5, 4, 8), (2, 7, 4, 8)),
+    CafdCase("rows held", (1, 3, 32, 96), why="several warps a row"),
+    CafdCase("columns columns twice", (1, 24, 3, 5), (1, 40, 3, 5), torch.bfloat16, layout="channels_last"),
+    CafdCase("any any held", (1, 3, 7, 5), (1, 3, 7, 5)),
+    CafdCase("rows rows held", (2, 5, 4, 8), (2, 7, 4, 8), on_device=True),
 ]
 SMALL_MATCHED = [
     MatchedCase("rows rows", (1, 2, 40, 96), torch.bfloat16, masked=0.2),

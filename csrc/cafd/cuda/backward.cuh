@@ -1,4 +1,4 @@
-// map_products, row_backward, column_rho, column_backward.
+// map_products, channel_rho, channel_gradient.
 #pragma once
 
 #include "network.cuh"
@@ -7,17 +7,28 @@ namespace dsct::cuda {
 
 // All that the backward kernels know.
 struct Backward {
-  Features f, out;
+  Features f, out, grad_map;  // grad_map: D
   CafdPlan plan;
-  Scales scales;
+  Temperatures temperatures;
   Stats stats;
-  const float* grad_map;      // D, (samples, positions)
   float *products, *partial;  // (samples, 3); [samples][chunks][channels]
+  int64_t held;  // bytes: one read of the features, a block has a channel, which waits in shared memory; else 0
 };
 
-inline int64_t backward_workspace(const Features& f, const CafdPlan& plan) {
-  return kHead + f.samples * (3 + plan.chunks * f.channels);
+constexpr int64_t kSumsBytes = kCafdThreads * sizeof(float);
+
+// Without `products` and `partial`, one after the other, which take backward_size() numbers.
+inline Backward make_backward(const Features& f, const Features& out, float* stats, const float* grad_map,
+                              const Temperatures& temperatures, const Device& device) {
+  Backward in{f, out, make_map(grad_map, f), cafd_plan(f, device, false), temperatures};
+  in.stats = {stats, f.channels, f.positions};
+  const int64_t step = in.plan.threads * kRun, bytes = ceil_div(f.positions, step) * step * sizeof(float);
+  // As long as a multiprocessor has room for two blocks or more.
+  in.held = f.columns() || kSumsBytes + bytes > device.shared_bytes / 2 ? 0 : bytes;
+  if (in.held == 0) in.plan = cafd_plan(f, device);
+  return in;
 }
+inline int64_t backward_size(const Backward& in) { return in.f.samples * (3 + in.plan.chunks * in.f.channels); }
 
 // Per sample: sum_i A_i D_i = sum_c w_c rho_c, sum_i B_i D_i = sum_c w_c r_c rho_c, sum_c w_c r_c.
 __global__ void __launch_bounds__(1024, 1) map_products(const __grid_constant__ Backward in) {
@@ -25,29 +36,47 @@ __global__ void __launch_bounds__(1024, 1) map_products(const __grid_constant__ 
   DSCT_SHARED(shared);
   const Stats& stats = in.stats;
   const int64_t n = blockIdx.x;
+  const float* grad_map = static_cast<const float*>(in.grad_map.data) + n * stats.positions;
   float sums[3] = {0, 0, 0};
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < stats.positions; i += blockDim.x) {
-    const float d = in.grad_map[n * stats.positions + i];
-    sums[0] += stats.map(n)[i] * d;
-    sums[1] += stats.relative_map(n)[i] * d;
+    sums[0] += stats.map(n)[i] * grad_map[i];
+    sums[1] += stats.relative_map(n)[i] * grad_map[i];
   }
-  for (int64_t c = threadIdx.x; c < stats.channels; c += blockDim.x)
+  for (int64_t c = threadIdx.x; c < stats.channels; c += blockDim.x) {
     sums[2] += stats.weight(n)[c] * stats.relative(n)[c];
-  block_sum(sums, reinterpret_cast<float*>(shared));
-  if (threadIdx.x == 0) {
-    for (int k = 0; k < 3; ++k) in.products[n * 3 + k] = sums[k];
   }
+  block_sum(sums, reinterpret_cast<float*>(shared));
+  if (threadIdx.x < 3) in.products[n * 3 + threadIdx.x] = sums[threadIdx.x];
+}
+
+// sum_i exp_ci D_i over a chunk of positions. Only the products come from the launch before.
+__global__ void __launch_bounds__(kCafdThreads, 4) channel_rho(const __grid_constant__ Backward in) {
+  release_next();
+  DSCT_SHARED(shared);
+  const float scale2 = in.temperatures.get().spatial2;
+  const CafdPlace place = place_of(in.f, in.plan, blockIdx.x);
+  const float max = place.inside ? in.stats.max(place.n)[place.c] : 0.0f;
+  float rho = 0;
+  walk_pairs(in.f, in.grad_map, place, nullptr, 0, [&](const auto& x, const auto& d, int64_t) {
+#pragma unroll
+    for (int v = 0; v < kRun; ++v) rho += exp2_fast((x[v] - max) * scale2) * d[v];
+  });
+  wait_for_previous();
+  float* sums = reinterpret_cast<float*>(shared);
+  join_rows(sums, rho, place, in.plan.lanes, [](float& to, float other) { to += other; });
+  if (place.row > 0 || !place.inside) return;
+  in.partial[(place.n * in.plan.chunks + place.chunk) * in.f.channels + place.c] = sums[threadIdx.x];
 }
 
 // dF = spread P (D - rho) + lift sign(F)
 struct ChannelGrad {
-  float max, spread, rho, lift;
+  float max, scale2, spread, rho, lift;
   // sum: of exp D over the channel's positions.
   DSCT_DEVICE ChannelGrad(const Backward& in, const Scales& scales, int64_t n, int64_t c, float sum) {
     const Stats& stats = in.stats;
     const float weight = stats.weight(n)[c], mean = stats.mean(n), *sums = in.products + n * 3;
-    max = stats.max(n)[c];
+    max = stats.max(n)[c], scale2 = scales.spatial2;
     spread = weight * scales.spatial * stats.inverse(n)[c];
     rho = sum * stats.inverse(n)[c];
     // s_c = weight channel_scale (rho - sums[0]), and the mean over channels of s_k r_k.
@@ -55,128 +84,57 @@ struct ChannelGrad {
     const float mean_sr = scales.channel * (sums[1] - sums[0] * sums[2]) / static_cast<float>(stats.channels);
     lift = mean == 0 ? 0.0f : (s - mean_sr) / (mean * static_cast<float>(stats.positions));
   }
-  DSCT_DEVICE float operator()(float x, float d, float scale2) const {
+  DSCT_DEVICE float operator()(float x, float d) const {
     const float sign = x > 0 ? lift : x < 0 ? -lift : x == 0 ? 0.0f : x;
     return spread * exp2_fast((x - max) * scale2) * (d - rho) + sign;
   }
 };
 
-// One read of the features, one write: rows wait in shared memory between the two passes, as far as there is room, and
-// what is left comes again, from a cache.
-__global__ void __launch_bounds__(kCafdThreads, 3) row_backward(const __grid_constant__ Backward in) {
+// One read of the features, or a second one, from the last block to the first: channel_rho has read that last.
+__global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid_constant__ Backward in) {
   DSCT_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
-  Pack<uint32_t>* held = reinterpret_cast<Pack<uint32_t>*>(sums + kCafdThreads) + threadIdx.x;
+  Pack<float>* held = reinterpret_cast<Pack<float>*>(sums + kCafdThreads) + threadIdx.x;
   const Features& f = in.f;
-  const Scales scales = in.scales.get();
-  const CafdPlace place = place_of(f, in.plan, blockIdx.x);
-  const int64_t n = place.n, c = place.channel, runs = place.inside ? in.plan.runs : 0;
-  const float* d = in.grad_map + n * f.positions();
-  const int words = f.type == FloatType::kF32 ? 2 : 1;
-  const auto* memory =
-      reinterpret_cast<const uint32_t*>(static_cast<const char*>(f.data) + place.offset * size_of(f.type));
-  for (int64_t k = 0, i = place.first; k < in.plan.held && i < runs; ++k, i += in.plan.rows) {
-    for (int w = 0; w < words; ++w) {
-      copy_pack_async(held[(k * words + w) * kCafdThreads].lane, memory + (i * words + w) * 4);
-    }
-  }
-  wait_for_copies();  // each thread for its own
-  auto each = [&](const auto& take) {
-    for (int64_t k = 0, i = place.first; i < runs; ++k, i += in.plan.rows) {
-      Numbers<kRun> numbers;
-      if (k < in.plan.held) {
-        numbers.low = held[k * words * kCafdThreads];
-        numbers.high = held[(k * words + words - 1) * kCafdThreads];
-      } else {
-        numbers.load(f.data, f.type, place.offset + i * kRun);
+  const Scales scales = in.temperatures.get();
+  const CafdPlace place = place_of(f, in.plan, in.held > 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  const int64_t n = place.n, c = place.inside ? place.c : 0;
+  float sum = 0;
+  if (in.held > 0) {
+    const float max = in.stats.max(n)[c];
+    walk_pairs(f, in.grad_map, place, nullptr, 0, [&](const auto& x, const auto& d, int64_t i) {
+      Pack<float>* here = held + i / place.step * 2 * blockDim.x;
+#pragma unroll
+      for (int v = 0; v < kRun; ++v) {
+        sum += exp2_fast((x[v] - max) * scales.spatial2) * d[v];
+        here[v / 4 * blockDim.x].lane[v % 4] = x[v];
       }
-      float x[kRun], di[kRun];
-      numbers.values(f.type, x);
-      load_run(d + i * kRun, di);
-      take(x, di, i * kRun);
-    }
-    walk<1, 4>(
-        f, in.plan.runs * kRun + place.first, in.plan.rows, place.last, true,
-        [&](int64_t i) { return place.offset + f.offset(i); },
-        [&](const float (&x)[1], int64_t i) {
-          const float di[1] = {d[i]};
-          take(x, di, i);
-        });
-  };
-  float rho = 0;
-  const float max = place.inside ? in.stats.max(n)[c] : 0.0f;
-  each([&]<int kCount>(const float (&x)[kCount], const float (&di)[kCount], int64_t) {
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) rho += exp2_fast((x[v] - max) * scales.spatial2) * di[v];
-  });
-  wait_for_previous();  // only the products come from the launch before
-  join_rows(sums, rho, place.row, in.plan.rows, in.plan.lanes, [](float& to, float other) { to += other; });
-  __syncthreads();
-  if (!place.inside) return;
-  const ChannelGrad grad(in, scales, n, c, sums[place.lane]);
-  const int64_t out_row = in.out.row(n, c);
-  each([&]<int kCount>(const float (&x)[kCount], const float (&di)[kCount], int64_t i) {
-    float g[kCount];
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) g[v] = grad(x[v], di[v], scales.spatial2);
-    store_numbers(in.out, out_row + (kCount == 1 ? in.out.offset(i) : i), g);
-  });
-}
-
-// sum_i exp_ci D_i over a chunk of positions: partial[n][chunk][channels].
-__global__ void __launch_bounds__(kCafdThreads, 3) column_rho(const __grid_constant__ Backward in) {
-  release_next();
-  wait_for_previous();
-  DSCT_SHARED(shared);
-  float* sums = reinterpret_cast<float*>(shared);
-  const Features& f = in.f;
-  const float scale2 = in.scales.get().spatial2;
-  const CafdPlace place = place_of(f, in.plan, blockIdx.x);
-  const float* d = in.grad_map + place.n * f.positions();
-  float max[kRun], rho[kRun] = {};
-  load_channels(in.stats.max(place.n), f, place, max);
-  walk<kRun, 2>(
-      f, place.first, in.plan.rows, place.last, place.whole, [&](int64_t i) { return place.offset + i * f.stride[3]; },
-      [&](const float (&x)[kRun], int64_t i) {
-        const float di = d[i];
-#pragma unroll
-        for (int v = 0; v < kRun; ++v) rho[v] += exp2_fast((x[v] - max[v]) * scale2) * di;
-      });
-#pragma unroll
-  for (int v = 0; v < kRun; ++v) {
-    join_rows(sums, rho[v], place.row, in.plan.rows, in.plan.lanes, [](float& to, float other) { to += other; });
-    if (place.row == 0 && place.channel + v < f.channels) {
-      in.partial[(place.n * in.plan.chunks + place.chunk) * f.channels + place.channel + v] = sums[threadIdx.x];
-    }
+    });
+    join_rows(sums, sum, place, 1, [](float& to, float other) { to += other; });
+    __syncthreads();
+    sum = sums[0];
   }
-}
-
-// From the last block to the first: column_rho has read that last.
-__global__ void __launch_bounds__(kCafdThreads, 2) column_backward(const __grid_constant__ Backward in) {
-  wait_for_previous();
-  const Features& f = in.f;
-  const Scales scales = in.scales.get();
-  const CafdPlace place = place_of(f, in.plan, gridDim.x - 1 - blockIdx.x);
+  wait_for_previous();  // before what it wrote is read: the products, or the partial sums
   if (!place.inside) return;
-  const float* d = in.grad_map + place.n * f.positions();
-  auto channel = [&](int v) {
-    const int64_t c = place.channel + v < f.channels ? place.channel + v : place.channel;
-    float sum = 0;
-    for (int k = 0; k < in.plan.chunks; ++k) sum += in.partial[(place.n * in.plan.chunks + k) * f.channels + c];
-    return ChannelGrad(in, scales, place.n, c, sum);
-  };
-  const ChannelGrad grad[kRun] = {channel(0), channel(1), channel(2), channel(3),
-                                  channel(4), channel(5), channel(6), channel(7)};
-  const int64_t out_column = in.out.row(place.n, place.channel);
-  walk<kRun, 2>(
-      f, place.first, in.plan.rows, place.last, place.whole, [&](int64_t i) { return place.offset + i * f.stride[3]; },
-      [&](const float (&x)[kRun], int64_t i) {
-        const float di = d[i];
-        float g[kRun];
+  for (int k = 0; in.held == 0 && k < in.plan.chunks; ++k) sum += in.partial[(n * in.plan.chunks + k) * f.channels + c];
+  const ChannelGrad grad(in, scales, n, c, sum);
+  auto write = [&](const auto& x, const auto& d, int64_t i) {
+    float g[kRun];
 #pragma unroll
-        for (int v = 0; v < kRun; ++v) g[v] = grad[v](x[v], di, scales.spatial2);
-        store_numbers(in.out, out_column + i * in.out.stride[3], g, place.whole);
-      });
+    for (int v = 0; v < kRun; ++v) g[v] = grad(x[v], d[v]);
+    store(in.out, in.out.at(n, c, i), g, place.left(i));
+  };
+  if (in.held == 0) return walk_pairs(f, in.grad_map, place, nullptr, 0, write);
+  for (int64_t i = place.first; i < place.last; i += place.step) {
+    const Pack<float>* here = held + i / place.step * 2 * blockDim.x;
+    Numbers d_run;
+    d_run.load(in.grad_map, in.grad_map.at(n, c, i), place.left(i));
+    float x[kRun], d[kRun];
+    d_run.values(FloatType::kF32, d);
+#pragma unroll
+    for (int v = 0; v < kRun; ++v) x[v] = here[v / 4 * blockDim.x].lane[v % 4];
+    write(x, d, i);
+  }
 }
 
 }  // namespace dsct::cuda

@@ -1,8 +1,7 @@
-// channel_stats, channel_weights, attention_maps, add_maps.
+// channel_stats, channel_weights, attention_maps, compare_maps.
 #pragma once
 
 #include "network.cuh"
-#include "weigh.cuh"
 
 namespace dsct::cuda {
 
@@ -11,15 +10,16 @@ namespace dsct::cuda {
 // Running max, sum exp((x - max) scale) and sum |x|.
 struct RowSums {
   float max = -infinity<float>(), sum = 0, magnitude = 0;
-  template <int kCount>
-  DSCT_DEVICE void take(const float (&x)[kCount], float scale2) {
+  // Beyond `count` nothing is there.
+  DSCT_DEVICE void take(const float (&x)[kRun], int64_t count, float scale2) {
     float base = max;
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) base = larger(base, x[v]);
+    for (int v = 0; v < kRun; ++v) base = larger(base, v < count ? x[v] : base);
     sum *= max == base ? 1.0f : exp2_fast((max - base) * scale2);
     max = base;
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) {
+    for (int v = 0; v < kRun; ++v) {
+      if (v >= count) continue;
       sum += exp2_fast((x[v] - base) * scale2);
       magnitude += fabsf(x[v]);
     }
@@ -34,56 +34,35 @@ struct RowSums {
     }
     magnitude += other.magnitude;
   }
-  DSCT_DEVICE void store(float* to, int64_t channels) const {
-    to[0] = max, to[channels] = sum, to[2 * channels] = magnitude;
-  }
 };
 
-__global__ void __launch_bounds__(kCafdThreads, 2) channel_stats(const __grid_constant__ Networks nets) {
+__global__ void __launch_bounds__(kCafdThreads, 4) channel_stats(const __grid_constant__ Networks nets) {
   release_next();
   DSCT_SHARED(shared);
   int64_t block = blockIdx.x;
   const Network& net = network_of(nets, nets.each[0].plan.blocks, block);
-  const float scale2 = nets.scales.get().spatial2;
+  const float scale2 = nets.temperatures.get().spatial2;
   const Features& f = net.f;
-  const CafdPlan& plan = net.plan;
-  const CafdPlace place = place_of(f, plan, block);
-  RowSums sums[kRun];  // rows: of one channel, to be added up
-  auto take = [&]<int kBatch, int kCount>(const float (&x)[kBatch][kCount], int64_t, int count) {
-    static_assert(kBatch == 4);
-    if (count == kBatch) {  // one change of a maximum for all of them
-#pragma unroll
-      for (int v = 0; v < kCount; ++v) sums[v].take({x[0][v], x[1][v], x[2][v], x[3][v]}, scale2);
-    } else {
-      for (int b = 0; b < kBatch - 1; ++b) {
-#pragma unroll
-        for (int v = 0; v < kCount; ++v) {
-          if (b < count) sums[v].take({b == 0 ? x[0][v] : b == 1 ? x[1][v] : x[2][v]}, scale2);
-        }
-      }
-    }
-  };
-  const int64_t step = plan.columns ? f.stride[3] : kRun, runs = place.inside ? plan.runs : 0;
-  walk_batches<kRun, 4>(
-      f, place.first, plan.rows, plan.columns ? place.last : runs, place.whole,
-      [&](int64_t i) { return place.offset + i * step; }, take);
-  if (!plan.columns) {
-    walk_batches<1, 4>(
-        f, plan.runs * kRun + place.first, plan.rows, place.last, true,
-        [&](int64_t i) { return place.offset + f.offset(i); }, take);
-#pragma unroll
-    for (int v = 1; v < kRun; ++v) sums[0].add(sums[v], scale2);
-  }
-  RowSums* scratch = reinterpret_cast<RowSums*>(shared);  // one of the eight at a time: 3 KB
-#pragma unroll
-  for (int v = 0; v < kRun; ++v) {
-    if (v > 0 && !plan.columns) break;
-    join_rows(scratch, sums[v], place.row, plan.rows, plan.lanes,
-              [&](RowSums& to, const RowSums& other) { to.add(other, scale2); });
-    if (place.row == 0 && place.channel + v < f.channels) {
-      scratch[threadIdx.x].store(net.chunk(place.n, place.chunk) + place.channel + v, f.channels);
-    }
-  }
+  const CafdPlace place = place_of(f, net.plan, block);
+  RowSums mine;
+  walk<2>(
+      place.first, place.last, place.step,
+      [&](int64_t i) {
+        Numbers run;
+        run.load(f, f.at(place.n, place.c, i), place.left(i));
+        return run;
+      },
+      [&](const Numbers& run, int64_t i) {
+        float x[kRun];
+        run.values(f.type, x);
+        mine.take(x, place.left(i), scale2);
+      });
+  RowSums* sums = reinterpret_cast<RowSums*>(shared);
+  join_rows(sums, mine, place, net.plan.lanes, [&](auto& to, const auto& other) { to.add(other, scale2); });
+  if (place.row > 0 || !place.inside) return;
+  const RowSums& all = sums[threadIdx.x];
+  float* to = net.chunk(place.n, place.chunk) + place.c;
+  to[0] = all.max, to[f.channels] = all.sum, to[2 * f.channels] = all.magnitude;
 }
 
 // One block per sample: joins the chunks, then the weights.
@@ -91,18 +70,17 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
   release_next();
   wait_for_previous();
   DSCT_SHARED(shared);
+  nets.losses.open(nets.each[0].f.samples);
   int64_t n = blockIdx.x;
   const Network& net = network_of(nets, nets.each[0].f.samples, n);
   const Stats& stats = net.stats;
-  const Scales scales = nets.scales.get();
+  const Scales scales = nets.temperatures.get();
   const int64_t channels = stats.channels;
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     RowSums sums;
     for (int k = 0; k < net.plan.chunks; ++k) {
       const float* in = net.chunk(n, k) + c;
-      RowSums chunk;
-      chunk.max = in[0], chunk.sum = in[channels], chunk.magnitude = in[2 * channels];
-      sums.add(chunk, scales.spatial2);
+      sums.add({in[0], in[channels], in[2 * channels]}, scales.spatial2);
     }
     stats.max(n)[c] = sums.max;
     stats.inverse(n)[c] = 1 / sums.sum;
@@ -115,124 +93,97 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
 
 // ---------------------------------------------------------------------------------------------------------------- maps
 
-// A and B at kCount positions, over a share of the channels.
-template <int kCount>
-DSCT_DEVICE void row_map(const Network& net, int64_t n, int64_t share, int64_t position, int64_t offset, float scale2) {
+constexpr int kSums = kCafdThreads + 4;  // from one of a thread's sums to its next: other banks
+
+// A and B. A thread has a run of positions and every groups-th channel; neighbouring threads have neighbouring channels
+// where those lie side by side, else neighbouring runs.
+// From the last block to the first: what the statistics have read last still lies in L2. The backward turns again.
+__global__ void __launch_bounds__(kCafdThreads, 3) attention_maps(const __grid_constant__ Networks nets) {
+  release_next();
+  wait_for_previous();
+  DSCT_SHARED(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  int64_t block = gridDim.x - 1 - blockIdx.x;
+  const Network& net = network_of(nets, nets.each[0].f.samples * nets.each[0].map_tiles, block);
+  const float scale2 = nets.temperatures.get().spatial2;
   const Features& f = net.f;
   const Stats& stats = net.stats;
-  const int64_t first = share * net.plan.share_channels, end = first + net.plan.share_channels;
-  float a[kCount] = {}, b[kCount] = {};
-  walk<kCount, 2>(
-      f, first, 1, end < f.channels ? end : f.channels, true, [&](int64_t c) { return f.row(n, c) + offset; },
-      [&](const float (&x)[kCount], int64_t c) {
+  const int64_t n = block / net.map_tiles, first = block % net.map_tiles * net.runs * kRun;
+  const int by_group = f.columns() ? 1 : net.runs, by_run = f.columns() ? net.groups : 1;  // steps in threads
+  const int64_t mine = first + threadIdx.x / by_run % net.runs * kRun;
+  float a[kRun] = {}, b[kRun] = {};
+  walk<2>(
+      threadIdx.x / by_group % net.groups, mine < f.positions ? f.channels : 0, net.groups,
+      [&](int64_t c) {
+        Numbers run;
+        run.load(f, f.at(n, c, mine), f.positions - mine);
+        return run;
+      },
+      [&](const Numbers& run, int64_t c) {
+        float x[kRun];
+        run.values(f.type, x);
         const float max = stats.max(n)[c], relative = stats.relative(n)[c];
         const float weight = stats.weight(n)[c] * stats.inverse(n)[c];
 #pragma unroll
-        for (int v = 0; v < kCount; ++v) {
+        for (int v = 0; v < kRun; ++v) {
           const float p = weight * exp2_fast((x[v] - max) * scale2);
           a[v] += p;
           b[v] += relative * p;
         }
       });
-  float* out = net.share(n, share) + position;
-  store_run(out, a);
-  store_run(out + f.positions(), b);
-}
-
-DSCT_DEVICE void row_maps(const Network& net, int64_t block, float scale2) {
-  const CafdPlan& plan = net.plan;
-  const int64_t tile = block % plan.position_tiles, rest = block / plan.position_tiles;
-  const int64_t share = rest % plan.shares, n = rest / plan.shares;
-  const int64_t item = tile * kCafdThreads + threadIdx.x, position = item - plan.runs + plan.runs * kRun;
-  if (item < plan.runs) {
-    row_map<kRun>(net, n, share, item * kRun, item * kRun, scale2);
-  } else if (position < net.f.positions()) {
-    row_map<1>(net, n, share, position, net.f.offset(position), scale2);
+#pragma unroll
+  for (int v = 0; v < kRun; ++v) sums[v * kSums + threadIdx.x] = a[v], sums[(kRun + v) * kSums + threadIdx.x] = b[v];
+  __syncthreads();
+  const int numbers = net.runs * kRun;  // of A, then as many of B
+  for (int k = threadIdx.x; k < 2 * numbers; k += kCafdThreads) {
+    const int i = k % numbers;
+    if (first + i >= f.positions) continue;
+    const float* each = sums + (k / numbers * kRun + k % kRun) * kSums + i / kRun * by_run;
+    float total = 0;
+    for (int group = 0; group < net.groups; ++group) total += each[group * by_group];
+    (k < numbers ? stats.map(n) : stats.relative_map(n))[first + i] = total;
+    if (k < numbers && net.map != nullptr) net.map[n * f.positions + first + i] = total;
   }
 }
 
-// A thread keeps its channels' constants and walks over positions; the lanes of a position add up through shuffles.
-// Its channel tile is the share. lanes is at most a warp.
-DSCT_DEVICE void column_maps(const Network& net, int64_t block, float scale2) {
-  constexpr int kBatch = 2;
-  const Features& f = net.f;
-  const Stats& stats = net.stats;
-  const CafdPlace place = place_of(f, net.plan, block);
-  const int64_t n = place.n, end = (place.chunk + 1) * net.plan.chunk_positions;
-  const int64_t last = end < f.positions() ? end : f.positions();
-  float max[kRun], weight[kRun], relative[kRun], inverse[kRun];
-  load_channels(stats.max(n), f, place, max);
-  load_channels(stats.weight(n), f, place, weight);
-  load_channels(stats.inverse(n), f, place, inverse);
-  load_channels(stats.relative(n), f, place, relative);
-#pragma unroll
-  for (int v = 0; v < kRun; ++v) weight[v] *= inverse[v];
-  float* out = net.share(n, place.tile);
-  // All lanes of a warp make the same number of rounds: shuffles need them all.
-  for (int64_t start = place.first - place.row; start < last; start += kBatch * net.plan.rows) {
-    Numbers<kRun> numbers[kBatch] = {};
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int64_t i = start + place.row + k * net.plan.rows;
-      if (i < place.last) numbers[k].load(f.data, f.type, place.offset + i * f.stride[3], place.whole);
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int64_t i = start + place.row + k * net.plan.rows;
-      float x[kRun], a = 0, b = 0;
-      numbers[k].values(f.type, x);
-#pragma unroll
-      for (int v = 0; v < kRun; ++v) {
-        const float p = weight[v] * exp2_fast((x[v] - max[v]) * scale2);
-        a += p;
-        b += relative[v] * p;
-      }
-      for (int offset = 1; offset < net.plan.lanes; offset *= 2) {
-        a += __shfl_xor_sync(kFullMask, a, offset);
-        b += __shfl_xor_sync(kFullMask, b, offset);
-      }
-      if (place.lane == 0 && i < last) out[i] = a, out[f.positions() + i] = b;
-    }
+// ---------------------------------------------------------------------------------------------------------------- loss
+
+constexpr float kMapEps = 1e-6f;
+
+// t log(t / s) + s - t, with gap = s - t. Both maps sum to 1, so what is added changes nothing in the sum over a map.
+// But every term is now >= 0 and of second order where the maps are close, and so is what a rounding of s does to it.
+// The plain sum takes terms of first order away from each other: near the teacher their rounding is all that is left.
+DSCT_DEVICE float divergence(float s, float t, float gap) {
+  const float x = gap / t;
+  if (fabsf(x) < 0.5f) {  // x - log(1 + x), from log(1 + x) = 2 atanh(f)
+    const float f = x / (2 + x), f2 = f * f;
+    float tail = f2 * (1.0f / 13) + 1.0f / 11;
+    tail = tail * f2 + 1.0f / 9;
+    tail = tail * f2 + 1.0f / 7;
+    tail = tail * f2 + 1.0f / 5;
+    tail = tail * f2 + 1.0f / 3;
+    return t * f * (x - 2 * f2 * tail);
   }
+  return t * std::log(t / s) + gap;  // NaN comes here
 }
 
-// From the last block to the first: what the statistics have read last still lies in L2. The backward turns again.
-__global__ void __launch_bounds__(kCafdThreads, 3) attention_maps(const __grid_constant__ Networks nets) {
-  release_next();
+// One block per sample. grad_map: (samples, positions) or nullptr.
+__global__ void __launch_bounds__(1024, 1) compare_maps(Losses losses, Stats student, Stats teacher, float* grad_map) {
   wait_for_previous();
-  int64_t block = gridDim.x - 1 - blockIdx.x;
-  const Network& net = network_of(nets, nets.each[0].plan.map_blocks, block);
-  const float scale2 = nets.scales.get().spatial2;
-  if (net.plan.columns) {
-    column_maps(net, block, scale2);
-  } else {
-    row_maps(net, block, scale2);
+  DSCT_SHARED(shared);
+  const int64_t n = blockIdx.x, positions = student.positions;
+  const float *map_s = student.map(n), *map_t = teacher.map(n);
+  const float floor = kMapEps / static_cast<float>(positions), keep = 1 - kMapEps;
+  const float norm = static_cast<float>(losses.norm);
+  float kl[1] = {0};
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < positions; i += blockDim.x) {
+    const float s = keep * map_s[i] + floor, t = keep * map_t[i] + floor;
+    kl[0] += divergence(s, t, keep * (map_s[i] - map_t[i]));
+    if (grad_map != nullptr) grad_map[n * positions + i] = -keep * t / s * norm;
   }
-}
-
-// A and B from their shares, into the statistics and, where asked, into a map of its own.
-DSCT_HOST_DEVICE int64_t add_blocks(const Network& net) {
-  return (net.f.samples * net.f.positions() + kCafdThreads - 1) / kCafdThreads;
-}
-
-__global__ void __launch_bounds__(kCafdThreads, 1) add_maps(const __grid_constant__ Networks nets) {
-  release_next();
-  wait_for_previous();
-  int64_t block = blockIdx.x;
-  const Network& net = network_of(nets, add_blocks(nets.each[0]), block);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *nets.ticket = 0;
-  const int64_t positions = net.f.positions(), index = block * blockDim.x + threadIdx.x;
-  const int64_t n = index / positions, i = index - n * positions;
-  if (n >= net.f.samples) return;
-  float a = 0, b = 0;
-#pragma unroll 8
-  for (int k = 0; k < net.plan.shares; ++k) {
-    a += net.share(n, k)[i];
-    b += net.share(n, k)[positions + i];
-  }
-  net.stats.map(n)[i] = a;
-  net.stats.relative_map(n)[i] = b;
-  if (net.map != nullptr) net.map[index] = a;
+  block_sum(kl, reinterpret_cast<float*>(shared));
+  if (threadIdx.x == 0) losses.put(n, gridDim.x, kl[0]);
 }
 
 }  // namespace dsct::cuda

@@ -209,86 +209,87 @@ void run_scale(const Case& c) {
 
 #ifndef WITHOUT_CAFD
 Temperatures temperatures_of(const Case& c) {
-  return {c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature"),
-          static_cast<const double*>(c.data("temperatures"))};
+  const auto* values = static_cast<const double*>(c.data("temperatures"));
+  return {scales_of(c.numbers.at("channel_temperature"), c.numbers.at("spatial_temperature")), values};
 }
 
 Features features_of(const Tensor& tensor) {
   return make_features(tensor.data(), float_type(tensor.dtype), tensor.size.data(), tensor.stride.data());
 }
 
-float* floats(const Buffer& buffer) { return static_cast<float*>(buffer.data); }
+template <typename T>
+T* data_of(const Buffer& buffer) {
+  return static_cast<T*>(buffer.data);
+}
+
+// each: (samples + 1) doubles.
+Losses losses_of(const Case& c, const Buffer& each, int64_t samples) {
+  const double reduction = c.numbers.at("reduction");
+  return {static_cast<float*>(c.data("loss")), reduction == 0 ? nullptr : data_of<double>(each),
+          reduction == 1 ? 1 / static_cast<double>(samples) : 1};
+}
 
 struct Prepared {
   Features f;
-  CafdPlan plan;
-  Buffer stats, workspace;
+  Buffer stats;
   Network network;
+  Buffer partial;
   Prepared(const Case& c, const std::string& name)
       : f(features_of(*c.find(name))),
-        plan(cafd_plan(f, nullptr, device_of(c))),
-        stats(f.samples * dsct::stats_row(f.channels, f.positions()) * sizeof(float)),
-        workspace(map_workspace(f, plan) * sizeof(float)),
-        network(network_of(f, plan, floats(stats), static_cast<float*>(c.data("map")), floats(workspace))) {
-    std::cout << plan.name() << " ";
+        stats(f.samples * dsct::stats_row(f.channels, f.positions) * sizeof(float)),
+        network(make_network(f, data_of<float>(stats), static_cast<float*>(c.data("map")), device_of(c))),
+        partial(partial_size(network) * sizeof(float)) {
+    network.partial = data_of<float>(partial);
+    std::cout << f.name() << " ";
   }
 };
 
-void run_backward(const Case& c, const std::string& name, const Prepared& forward, const void* grad_map) {
-  const Features f = features_of(*c.find(name)), out = features_of(*c.find("grad"));
-  const CafdPlan plan = cafd_plan(f, &out, device_of(c));
-  Buffer workspace(backward_workspace(f, plan) * sizeof(float));
-  backward_run(f, out, plan, temperatures_of(c), floats(forward.stats), static_cast<const float*>(grad_map),
-               floats(workspace), device_of(c), nullptr);
-  std::cout << plan.name() << "\n";
+void run_backward(const Case& c, const std::string& name, const Prepared& forward, const char* grad_map) {
+  const Features out = features_of(*c.find("grad"));
+  const Backward in = make_backward(forward.f, out, data_of<float>(forward.stats),
+                                    static_cast<float*>(c.data(grad_map)), temperatures_of(c), device_of(c));
+  Buffer workspace(backward_size(in) * sizeof(float));
+  backward_run(in, data_of<float>(workspace), device_of(c), nullptr);
+  std::cout << (in.held > 0 ? "held" : "twice") << "\n";
   c.write("grad");
 }
 
 void run_cafd(const Case& c) {
   const Prepared student(c, "student"), teacher(c, "teacher");
-  Buffer losses(student.f.samples * sizeof(float));
-  const double reduction = c.numbers.at("reduction");
-  Comparison comparison{};
-  comparison.losses = static_cast<float*>(reduction == 0 ? c.data("loss") : losses.data);
-  comparison.norm = reduction == 1 ? 1 / static_cast<float>(student.f.samples) : 1.0f;
-  comparison.loss = reduction == 0 ? nullptr : static_cast<float*>(c.data("loss"));
-  comparison.grad_map = static_cast<float*>(c.data("grad_map"));
-  cafd_run(comparison, {student.network, teacher.network}, temperatures_of(c), floats(student.workspace), device_of(c),
-           nullptr);
+  Buffer each((student.f.samples + 1) * sizeof(double));
+  cafd_run({{student.network, teacher.network}, temperatures_of(c), losses_of(c, each, student.f.samples)},
+           static_cast<float*>(c.data("grad_map")), device_of(c), nullptr);
   c.write("loss"), c.write("grad_map");
-  run_backward(c, "student", student, c.data("grad_map"));
+  run_backward(c, "student", student, "grad_map");
 }
 
 void run_attention_map(const Case& c) {
   const Prepared run(c, "features");
-  maps_run(&run.network, 1, temperatures_of(c), floats(run.workspace), device_of(c), nullptr);
+  maps_run({{run.network}, temperatures_of(c)}, 1, device_of(c), nullptr);
   c.write("map");
-  run_backward(c, "features", run, c.data("map_grad"));
+  run_backward(c, "features", run, "map_grad");
 }
 
 void run_matched(const Case& c) {
   Matched in{};
   in.student = features_of(*c.find("student")), in.teacher = features_of(*c.find("teacher"));
   in.mask = static_cast<const bool*>(c.data("mask"));
-  in.uniform = c.numbers.at("uniform") != 0, in.none = c.numbers.at("reduction") == 0;
-  in.norm = c.numbers.at("reduction") == 1 ? 1 / static_cast<double>(in.student.samples) : 1;
+  in.temperatures = temperatures_of(c), in.plan = cafd_plan(in.student, device_of(c));
+  in.uniform = c.numbers.at("uniform") != 0;
+  Buffer each((in.student.samples + 1) * sizeof(double));
   Buffer stats(in.student.samples * dsct::kMatchedStats * in.student.channels * sizeof(double));
-  in.stats = static_cast<double*>(stats.data), in.loss = static_cast<float*>(c.data("loss"));
-  plan_matched(in, device_of(c), false);
-  Buffer workspace(matched_workspace(in) * sizeof(double)), head(kHead * sizeof(float));
-  matched_run(in, temperatures_of(c), static_cast<double*>(workspace.data), device_of(c), nullptr);
+  in.losses = losses_of(c, each, in.student.samples), in.stats = data_of<double>(stats);
+  Buffer workspace(matched_workspace(in) * sizeof(double));
+  matched_run(in, data_of<double>(workspace), device_of(c), nullptr);
   c.write("loss");
-  std::cout << in.name();
   if (c.find("grad") != nullptr) {
     in.out = features_of(*c.find("grad"));
     in.upstream = static_cast<const float*>(c.data("upstream"));
-    in.upstream_stride = in.none ? c.find("upstream")->stride[0] : 0;
-    plan_matched(in, device_of(c), true);
-    matched_backward_run(in, temperatures_of(c), static_cast<double*>(head.data), nullptr);
+    in.upstream_stride = c.numbers.at("reduction") == 0 ? c.find("upstream")->stride[0] : 0;
+    matched_backward_run(in, nullptr);
     c.write("grad");
-    std::cout << " " << in.name();
   }
-  std::cout << "\n";
+  std::cout << in.student.name() << " " << in.teacher.name() << "\n";
 }
 
 #endif
