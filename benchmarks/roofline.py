@@ -306,8 +306,8 @@ def native_cases(case: Case) -> list[harness.Case]:
     return cases
 
 
-def native_bytes_of(case: Case, name: str, shared: int) -> int:
-    """`name`: with its template arguments; shared: bytes of a block."""
+def native_bytes_of(case: Case, name: str) -> int:
+    """`name`: with its template arguments."""
     logits, labels, features = sizes_of(case)
     kernel = name.split("<")[0]
     codes = labels // 8 * (1 if case.logits and case.logits[1] <= 20 else 2)
@@ -321,12 +321,8 @@ def native_bytes_of(case: Case, name: str, shared: int) -> int:
     if kernel == "matched_gradient":
         return 3 * logits + cells
     # both networks: two reads; the student: one, and the gradient's write where there is one
-    times = {"channel_stats": 2, "attention_maps": 2, "row_backward": 2, "column_rho": 1, "column_backward": 2}
-    asked = times.get(kernel, 0) * features
-    if kernel == "row_backward":  # what a block has no room for is read again
-        row = features // (case.features[0] * case.features[1])
-        asked += features * max(0, row - shared) // row
-    return asked
+    times = {"channel_stats": 2, "attention_maps": 2, "channel_rho": 1, "channel_gradient": 2}
+    return times.get(kernel, 0) * features
 
 
 class Native:
@@ -352,7 +348,7 @@ class Native:
             for launch in harness.launches(self.driver, call, self.folder / "case"):
                 r, name = self.resources[launch.kernel], self.names[launch.kernel]
                 shared = r.shared + launch.shared
-                asked = native_bytes_of(case, name, shared)
+                asked = native_bytes_of(case, name)
                 found.append(Kernel(name, launch.blocks, launch.threads // 32, r.registers, r.in_memory, shared, asked,
                                     instructions=self.instructions(case, name, launch)))  # fmt: skip
         return found

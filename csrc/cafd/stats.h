@@ -1,5 +1,5 @@
 // What forward leaves for backward, on every device. CAFD: the length of a sample's row of stats; what stands in it say
-// cpu/ops.h for the CPU and cuda/network.cuh for CUDA. Matched CAFD: the rows themselves.
+// cpu/ops.h for the CPU and cuda/forward.cuh for CUDA. Matched CAFD: the rows themselves.
 #pragma once
 
 #include <stdint.h>

@@ -27,7 +27,7 @@ def why_not_cuda(*maps: Tensor) -> str | None:
 
 def stats_row(channels: int, positions: int) -> int:
     """What backward needs of a sample: 4 numbers a channel, 2 a position, 1 for all. Which, and in an order of its own,
-    say csrc/cafd/cpu/ops.h for the CPU and Stats in csrc/cafd/cuda/network.cuh for CUDA."""
+    say csrc/cafd/cpu/ops.h for the CPU and Stats in csrc/cafd/cuda/forward.cuh for CUDA."""
     return 4 * channels + 2 * positions + 1
 
 

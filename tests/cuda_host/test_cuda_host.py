@@ -263,9 +263,9 @@ PLANTS = {
     ),
     "channel_gradient: shared memory for one run too few": (
         "address",
-        "cafd/cuda/launch.cuh",
-        "kSumsBytes + in.held)",
-        "kSumsBytes + in.held - 32)",
+        "cafd/cuda/backward.cuh",
+        "kRhoBytes + in.held)",
+        "kRhoBytes + in.held - 32)",
         CafdCase("rows held", (1, 3, 32, 96)),
     ),
     "planes that start off 16 bytes": (
@@ -278,8 +278,8 @@ PLANTS = {
     "attention_maps: threads' sums are added up before they are all there": (
         "thread",
         "cafd/cuda/forward.cuh",
-        "  __syncthreads();\n  const int numbers",
-        "  const int numbers",
+        "  __syncthreads();\n  const int64_t i = first",
+        "  const int64_t i = first",
         CafdCase("rows held", (1, 3, 32, 96)),
     ),
     "maps that start off 16 bytes": (

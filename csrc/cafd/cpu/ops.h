@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 //   H W   A_i = sum_c w_c P_{c,i}
 //   H W   B_i = sum_c w_c r_c P_{c,i}      sum_k w_k rho_k = sum_i A_i D_i, sum_k w_k r_k rho_k = sum_i B_i D_i
 //   1     mean_c g_c
-// CUDA has an order of its own: Stats in ../cuda/network.cuh.
+// CUDA has an order of its own: Stats in ../cuda/forward.cuh.
 // B is 0 when needs_grad is false.
 std::tuple<Tensor, Tensor, Tensor> cafd_cpu(const Tensor& student_features, const Tensor& teacher_features,
                                             const Tensor& temperatures, int64_t reduction, bool needs_grad);

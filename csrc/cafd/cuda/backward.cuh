@@ -1,7 +1,7 @@
 // map_products, channel_rho, channel_gradient.
 #pragma once
 
-#include "network.cuh"
+#include "forward.cuh"
 
 namespace dsct::cuda {
 
@@ -11,24 +11,24 @@ struct Backward {
   CafdPlan plan;
   Temperatures temperatures;
   Stats stats;
-  float *products, *partial;  // (samples, 3); [samples][chunks][channels]
-  int64_t held;  // bytes: one read of the features, a block has a channel, which waits in shared memory; else 0
+  float* products;  // (samples, 3)
+  Partial rho;      // of sum_i exp_ci D_i
+  int64_t held;     // bytes: one read of the features, a block has a channel, which waits in shared memory; else 0
 };
+constexpr int64_t kRhoBytes = kCafdThreads * sizeof(float);
 
-constexpr int64_t kSumsBytes = kCafdThreads * sizeof(float);
-
-// Without `products` and `partial`, one after the other, which take backward_size() numbers.
+// Without products and rho, which take 3 numbers a sample and plan.sums.
 inline Backward make_backward(const Features& f, const Features& out, float* stats, const float* grad_map,
                               const Temperatures& temperatures, const Device& device) {
-  Backward in{f, out, make_map(grad_map, f), cafd_plan(f, device, false), temperatures};
-  in.stats = {stats, f.channels, f.positions};
-  const int64_t step = in.plan.threads * kRun, bytes = ceil_div(f.positions, step) * step * sizeof(float);
+  CafdPlan plan = cafd_plan(f, device, false);
+  const int64_t step = plan.threads * kRun, bytes = ceil_div(f.positions, step) * step * sizeof(float);
   // As long as a multiprocessor has room for two blocks or more.
-  in.held = f.columns() || kSumsBytes + bytes > device.shared_bytes / 2 ? 0 : bytes;
-  if (in.held == 0) in.plan = cafd_plan(f, device);
-  return in;
+  const int64_t held = f.columns() || kRhoBytes + bytes > device.shared_bytes / 2 ? 0 : bytes;
+  if (held == 0) plan = cafd_plan(f, device);
+  const Stats results{stats, f.channels, f.positions};
+  return {f,   out, make_map(grad_map, f), plan, temperatures, results, nullptr, {nullptr, plan.chunks, f.channels},
+          held};
 }
-inline int64_t backward_size(const Backward& in) { return in.f.samples * (3 + in.plan.chunks * in.f.channels); }
 
 // Per sample: sum_i A_i D_i = sum_c w_c rho_c, sum_i B_i D_i = sum_c w_c r_c rho_c, sum_c w_c r_c.
 __global__ void __launch_bounds__(1024, 1) map_products(const __grid_constant__ Backward in) {
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(1024, 1) map_products(const __grid_constant__ 
   if (threadIdx.x < 3) in.products[n * 3 + threadIdx.x] = sums[threadIdx.x];
 }
 
-// sum_i exp_ci D_i over a chunk of positions. Only the products come from the launch before.
+// Only the products come from the launch before.
 __global__ void __launch_bounds__(kCafdThreads, 4) channel_rho(const __grid_constant__ Backward in) {
   release_next();
   DSCT_SHARED(shared);
@@ -63,10 +63,7 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_rho(const __grid_cons
     for (int v = 0; v < kRun; ++v) rho += exp2_fast((x[v] - max) * scale2) * d[v];
   });
   wait_for_previous();
-  float* sums = reinterpret_cast<float*>(shared);
-  join_rows(sums, rho, place, in.plan.lanes, [](float& to, float other) { to += other; });
-  if (place.row > 0 || !place.inside) return;
-  in.partial[(place.n * in.plan.chunks + place.chunk) * in.f.channels + place.c] = sums[threadIdx.x];
+  in.rho.put(place, join_rows(shared, rho, place, [](float& to, float other) { to += other; }));
 }
 
 // dF = spread P (D - rho) + lift sign(F)
@@ -77,12 +74,13 @@ struct ChannelGrad {
     const Stats& stats = in.stats;
     const float weight = stats.weight(n)[c], mean = stats.mean(n), *sums = in.products + n * 3;
     max = stats.max(n)[c], scale2 = scales.spatial2;
-    spread = weight * scales.spatial * stats.inverse(n)[c];
+    spread = weight * stats.inverse(n)[c] / static_cast<float>(scales.temperature);
     rho = sum * stats.inverse(n)[c];
-    // s_c = weight channel_scale (rho - sums[0]), and the mean over channels of s_k r_k.
-    const float s = weight * scales.channel * (rho - sums[0]);
-    const float mean_sr = scales.channel * (sums[1] - sums[0] * sums[2]) / static_cast<float>(stats.channels);
-    lift = mean == 0 ? 0.0f : (s - mean_sr) / (mean * static_cast<float>(stats.positions));
+    // s_c = weight (rho - sums[0]) / temperature, and the mean over channels of s_k r_k.
+    const float s = weight * (rho - sums[0]),
+                mean_sr = (sums[1] - sums[0] * sums[2]) / static_cast<float>(stats.channels);
+    const float over = mean * static_cast<float>(stats.positions) * static_cast<float>(scales.channel_temperature);
+    lift = mean == 0 ? 0.0f : (s - mean_sr) / over;
   }
   DSCT_DEVICE float operator()(float x, float d) const {
     const float sign = x > 0 ? lift : x < 0 ? -lift : x == 0 ? 0.0f : x;
@@ -110,13 +108,13 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
         here[v / 4 * blockDim.x].lane[v % 4] = x[v];
       }
     });
-    join_rows(sums, sum, place, 1, [](float& to, float other) { to += other; });
+    join_rows(shared, sum, place, [](float& to, float other) { to += other; });
     __syncthreads();
     sum = sums[0];
   }
   wait_for_previous();  // before what it wrote is read: the products, or the partial sums
   if (!place.inside) return;
-  for (int k = 0; in.held == 0 && k < in.plan.chunks; ++k) sum += in.partial[(n * in.plan.chunks + k) * f.channels + c];
+  for (int k = 0; in.held == 0 && k < in.plan.chunks; ++k) sum += in.rho.get<float>(n, k, c);
   const ChannelGrad grad(in, scales, n, c, sum);
   auto write = [&](const auto& x, const auto& d, int64_t i) {
     float g[kRun];
@@ -127,14 +125,23 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
   if (in.held == 0) return walk_pairs(f, in.grad_map, place, nullptr, 0, write);
   for (int64_t i = place.first; i < place.last; i += place.step) {
     const Pack<float>* here = held + i / place.step * 2 * blockDim.x;
-    Numbers d_run;
-    d_run.load(in.grad_map, in.grad_map.at(n, c, i), place.left(i));
     float x[kRun], d[kRun];
-    d_run.values(FloatType::kF32, d);
+    run_of(in.grad_map, in.grad_map.at(n, c, i), place.left(i)).values(FloatType::kF32, d);
 #pragma unroll
     for (int v = 0; v < kRun; ++v) x[v] = here[v / 4 * blockDim.x].lane[v % 4];
     write(x, d, i);
   }
+}
+
+inline void backward_run(Backward in, float* workspace, const Device& device, cudaStream_t stream) {
+  in.products = workspace, in.rho.data = workspace + 3 * in.f.samples;
+  launch("cafd backward", map_products, in.f.samples, sample_threads(in.f.positions), 3 * kWarp * sizeof(float), stream,
+         in);
+  auto go = [&](auto kernel, size_t shared) {
+    launch_early("cafd backward", device, kernel, in.plan.blocks, in.plan.threads, shared, stream, in);
+  };
+  if (in.held == 0) go(channel_rho, kRhoBytes);
+  go(channel_gradient, kRhoBytes + in.held);
 }
 
 }  // namespace dsct::cuda

@@ -1,6 +1,6 @@
-// The ops of CAFD, of either form, on CUDA: what the kernels (launch.cuh, matched.cuh) need to know of torch's tensors.
+// The ops of CAFD, of either form, on CUDA: what the kernels (*.cuh) need to know of torch's tensors.
+#include "backward.cuh"
 #include "common/cuda_tensor.h"
-#include "launch.cuh"
 #include "matched.cuh"
 #include "ops.h"
 
@@ -33,47 +33,50 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// A gradient with the strides that autograd is promised, and, where kernels cannot step through them, what they write.
-struct Gradient {
-  Tensor grad, out;
-  explicit Gradient(const Tensor& like) : grad(empty_like(like)), out(grad) {
-    if (!cuda::even_steps(grad.sizes().data(), grad.strides().data())) {
-      out = make_empty(like, {grad.sizes().begin(), grad.sizes().end()});
-    }
-  }
-  Tensor get() {
-    if (out.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, out);
-    return grad;
-  }
-};
+// A gradient with the strides that autograd is promised. Where kernels cannot step through them, it is copied last.
+template <typename Write>
+Tensor gradient_of(const Tensor& like, const Write& write) {
+  Tensor grad = empty_like(like);
+  const bool even = cuda::even_steps(grad.sizes().data(), grad.strides().data());
+  const Tensor out = even ? grad : make_empty(like, {grad.sizes().begin(), grad.sizes().end()});
+  if (like.size(0) > 0) write(features_of(out));
+  if (!even) torch::stable::copy_(grad, out);
+  return grad;
+}
 
 // The loss, and what the kernels add it up in.
 struct Result {
   Tensor loss, each;
   cuda::Losses losses;
-  Result(const Tensor& like, int64_t samples, int64_t reduction)
-      : loss(reduction == 0 ? make_empty(like, {samples}, ScalarType::Float) : make_empty(like, {}, ScalarType::Float)),
-        each(make_empty(like, {samples + 1}, ScalarType::Double)),
-        losses{data_of<float>(loss), reduction == 0 ? nullptr : data_of<double>(each), norm_of(samples, reduction)} {}
-  static double norm_of(int64_t samples, int64_t reduction) {
+  Result(const Tensor& like, int64_t reduction)
+      : loss(reduction == 0 ? make_empty(like, {like.size(0)}, ScalarType::Float)
+                            : make_empty(like, {}, ScalarType::Float)),
+        each(make_empty(like, {like.size(0) + 1}, ScalarType::Double)),
+        losses{data_of<float>(loss), reduction == 0 ? nullptr : data_of<double>(each), norm_of(like, reduction)} {
+    if (like.size(0) == 0) torch::stable::zero_(loss);
+  }
+  static double norm_of(const Tensor& like, int64_t reduction) {
     STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ",
                     reduction);
-    return reduction == 1 ? 1 / static_cast<double>(std::max<int64_t>(samples, 1)) : 1;
+    return reduction == 1 ? 1 / static_cast<double>(like.size(0)) : 1;
   }
 };
 
 // One network of condensed CAFD, and the tensors that its kernels write.
 struct Prepared {
-  Tensor features, stats, partial;
+  Tensor features, stats, sums;
   cuda::Network network;
-  Prepared(const char* name, const Tensor& tensor, const Tensor* map, const cuda::Device& device)
-      : features(served(name, tensor)),
-        stats(make_empty(tensor, {tensor.size(0), stats_row(tensor.size(1), tensor.size(2) * tensor.size(3))},
-                         ScalarType::Float)),
-        network(cuda::make_network(features_of(features), data_of<float>(stats),
-                                   map == nullptr ? nullptr : data_of<float>(*map), device)) {
-    partial = make_empty(tensor, {cuda::partial_size(network)}, ScalarType::Float);
-    network.partial = data_of<float>(partial);
+  Prepared(const char* name, const Tensor& tensor, float* map, const cuda::Device& device)
+      : features(served(name, tensor)) {
+    const cuda::Features f = features_of(features);
+    const cuda::CafdPlan plan = cuda::cafd_plan(f, device);
+    stats = make_empty(tensor, {f.samples, stats_row(f.channels, f.positions)}, ScalarType::Float);
+    sums = make_empty(tensor, {3 * plan.sums}, ScalarType::Float);
+    network = {f,
+               plan,
+               {data_of<float>(stats), f.channels, f.positions},
+               {data_of<float>(sums), plan.chunks, f.channels},
+               map};
   }
 };
 
@@ -89,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> cafd_cuda(const Tensor& student_features, con
   STD_TORCH_CHECK(
       teacher_features.size(0) == samples && teacher_features.size(2) == height && teacher_features.size(3) == width,
       "teacher_features: expected N, H and W of student_features; maps of other sizes are pooled outside");
-  Result result(student_features, samples, reduction);
+  const Result result(student_features, reduction);
   const Tensor grad_map = needs_grad ? make_empty(student_features, {samples, height, width}, ScalarType::Float)
                                      : make_empty(student_features, {0}, ScalarType::Float);
-  if (samples == 0) return {torch::stable::zero_(result.loss), grad_map, student.stats};
+  if (samples == 0) return {result.loss, grad_map, student.stats};
   cuda::cafd_run({{student.network, teacher.network}, temperatures_of(temperatures, student_features), result.losses},
                  needs_grad ? data_of<float>(grad_map) : nullptr, device, cuda::stream_of(student_features));
   return {result.loss, grad_map, student.stats};
@@ -102,9 +105,9 @@ std::tuple<Tensor, Tensor> attention_map_cuda(const Tensor& features, const Tens
   const DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
   const Tensor map = make_empty(features, {features.size(0), features.size(2), features.size(3)}, ScalarType::Float);
-  const Prepared run("features", features, &map, device);
+  const Prepared run("features", features, data_of<float>(map), device);
   if (features.size(0) > 0) {
-    cuda::maps_run({{run.network}, temperatures_of(temperatures, features)}, 1, device, cuda::stream_of(features));
+    cuda::maps_run({{run.network}, temperatures_of(temperatures, features)}, device, cuda::stream_of(features));
   }
   return {map, run.stats};
 }
@@ -114,13 +117,12 @@ Tensor attention_map_backward_cuda(const Tensor& features, const Tensor& grad_ma
   const DeviceGuard guard(features.get_device_index());
   const cuda::Device device = cuda::device_of(features.get_device_index());
   const Tensor read = served("features", features), d = torch::stable::contiguous(grad_map);
-  Gradient grad(features);
-  if (features.size(0) == 0) return grad.get();
-  const cuda::Backward in = cuda::make_backward(features_of(read), features_of(grad.out), data_of<float>(stats),
-                                                data_of<float>(d), temperatures_of(temperatures, features), device);
-  const Tensor workspace = make_empty(features, {cuda::backward_size(in)}, ScalarType::Float);
-  cuda::backward_run(in, data_of<float>(workspace), device, cuda::stream_of(features));
-  return grad.get();
+  return gradient_of(features, [&](const cuda::Features& out) {
+    const cuda::Backward in = cuda::make_backward(features_of(read), out, data_of<float>(stats), data_of<float>(d),
+                                                  temperatures_of(temperatures, features), device);
+    const Tensor workspace = make_empty(features, {3 * in.f.samples + in.plan.sums}, ScalarType::Float);
+    cuda::backward_run(in, data_of<float>(workspace), device, cuda::stream_of(features));
+  });
 }
 
 namespace {
@@ -152,9 +154,9 @@ std::tuple<Tensor, Tensor> matched_cafd_cuda(const Tensor& student, const Tensor
   const DeviceGuard guard(student.get_device_index());
   const Tensor read_s = served("student", student), read_t = served("teacher", teacher);
   cuda::Matched in = matched_of(read_s, read_t, mask, temperatures);
-  Result result(student, student.size(0), reduction);
+  const Result result(student, reduction);
   const Tensor stats = make_empty(student, {student.size(0), kMatchedStats, student.size(1)}, ScalarType::Double);
-  if (student.size(0) == 0) return {torch::stable::zero_(result.loss), stats};
+  if (student.size(0) == 0) return {result.loss, stats};
   in.uniform = uniform, in.losses = result.losses, in.stats = data_of<double>(stats);
   const Tensor workspace = make_empty(student, {cuda::matched_workspace(in)}, ScalarType::Double);
   cuda::matched_run(in, data_of<double>(workspace), cuda::device_of(student.get_device_index()),
@@ -175,14 +177,13 @@ Tensor matched_cafd_backward_cuda(const Tensor& student, const Tensor& teacher, 
   STD_TORCH_CHECK(grad_output.is_cuda() && grad_output.scalar_type() == ScalarType::Float &&
                       grad_output.dim() == (none ? 1 : 0) && (!none || grad_output.size(0) == student.size(0)),
                   "grad_output: expected the shape and dtype of the loss");
-  Gradient grad(student);
-  if (student.size(0) == 0) return grad.get();
-  in.out = features_of(grad.out);
-  in.losses.norm = Result::norm_of(student.size(0), reduction);
+  in.losses.norm = Result::norm_of(student, reduction);
   in.stats = data_of<double>(stats), in.upstream = data_of<float>(grad_output);
   in.upstream_stride = none ? grad_output.stride(0) : 0;
-  cuda::matched_backward_run(in, cuda::stream_of(student));
-  return grad.get();
+  return gradient_of(student, [&](const cuda::Features& out) {
+    in.out = out;
+    cuda::matched_backward_run(in, cuda::stream_of(student));
+  });
 }
 
 }  // namespace dsct

@@ -82,31 +82,27 @@ struct Numbers {
   }
 };
 
-template <typename T>
-DSCT_DEVICE void store_packs(void* data, int64_t offset, const float (&x)[kRun]) {
-#pragma unroll
-  for (int first = 0; first < kRun; first += Pack<T>::kSize) {
-    Pack<T> pack;
-#pragma unroll
-    for (int v = 0; v < Pack<T>::kSize; ++v) pack.lane[v] = static_cast<T>(x[first + v]);
-    store_pack(static_cast<T*>(data) + offset + first, pack);
-  }
+DSCT_DEVICE Numbers run_of(const Features& f, int64_t offset, int64_t count) {
+  Numbers run;
+  run.load(f, offset, count);
+  return run;
 }
 
-DSCT_DEVICE void store(const Features& f, int64_t offset, const float (&x)[kRun], int64_t count) {
-  void* data = const_cast<void*>(f.data);
-  if (!f.packs || count < kRun) {
+template <typename T>
+DSCT_DEVICE void store_as(const Features& f, int64_t offset, const float (&x)[kRun], int64_t count) {
+  T *to = static_cast<T*>(const_cast<void*>(f.data)) + offset, run[kRun];
 #pragma unroll
-    for (int v = 0; v < kRun; ++v) {
-      if (v < count) store_number(data, f.type, offset + v * f.position, x[v]);
-    }
-  } else if (f.type == FloatType::kF32) {
-    store_packs<float>(data, offset, x);
-  } else if (f.type == FloatType::kF16) {
-    store_packs<Half>(data, offset, x);
-  } else {
-    store_packs<BFloat16>(data, offset, x);
+  for (int v = 0; v < kRun; ++v) run[v] = static_cast<T>(x[v]);
+  if (f.packs && count >= kRun) return store_run(to, run);
+#pragma unroll
+  for (int v = 0; v < kRun; ++v) {
+    if (v < count) to[v * f.position] = run[v];
   }
+}
+DSCT_DEVICE void store(const Features& f, int64_t offset, const float (&x)[kRun], int64_t count) {
+  if (f.type == FloatType::kF32) return store_as<float>(f, offset, x, count);
+  if (f.type == FloatType::kF16) return store_as<Half>(f, offset, x, count);
+  store_as<BFloat16>(f, offset, x, count);
 }
 
 }  // namespace dsct::cuda

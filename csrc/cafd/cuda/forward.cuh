@@ -1,9 +1,61 @@
-// channel_stats, channel_weights, attention_maps, compare_maps.
+// Condensed CAFD on the GPU. Features are read twice forward (row statistics, then the map) and once backward, where
+// each channel's gradient needs only its own row and two numbers per sample; or twice, where no block has a whole row.
+//
+//   channel_stats     per channel: max, sum of exponentials, sum of magnitudes
+//   channel_weights   per sample: r_c and w_c
+//   attention_maps    A and B
+//   compare_maps      per sample: KL, and D = d loss / d A
+//
+// and in backward.cuh
+//
+//   map_products      per sample: sum A D, sum B D, sum w r
+//   channel_rho       rho_c, if a channel's row is spread over the whole image (channels_last), or is long
+//   channel_gradient  its gradient, and otherwise first rho_c, from a row that it holds in shared memory
+//
+// These sources also compile for the host.
 #pragma once
 
-#include "network.cuh"
+#include "cafd/stats.h"
+#include "sample.cuh"
+#include "walk.cuh"
 
 namespace dsct::cuda {
+
+// Per sample, in this order: max_c, 1 / sum_c, r_c, w_c (channels each), A_i, B_i (positions each), mean_c g_c.
+struct Stats {
+  float* base;
+  int64_t channels, positions;
+  DSCT_DEVICE float* max(int64_t n) const { return base + n * stats_row(channels, positions); }
+  DSCT_DEVICE float* inverse(int64_t n) const { return max(n) + channels; }
+  DSCT_DEVICE float* relative(int64_t n) const { return max(n) + 2 * channels; }
+  DSCT_DEVICE float* weight(int64_t n) const { return max(n) + 3 * channels; }
+  DSCT_DEVICE float* map(int64_t n) const { return max(n) + 4 * channels; }
+  DSCT_DEVICE float* relative_map(int64_t n) const { return map(n) + positions; }
+  DSCT_DEVICE float& mean(int64_t n) const { return map(n)[2 * positions]; }
+};
+
+// All that the forward kernels know of one network.
+struct Network {
+  Features f;
+  CafdPlan plan;
+  Stats stats;
+  Partial sums;  // of RowSums
+  float* map;    // (samples, positions) or nullptr
+};
+
+// Student and teacher go through the same launches: the blocks of the first, then those of the second, if there is one.
+struct Networks {
+  Network each[2];
+  Temperatures temperatures;
+  Losses losses;  // of compare_maps
+};
+
+// The network of this block, and which of its blocks it is.
+DSCT_DEVICE const Network& network_of(const Networks& nets, int64_t first_blocks, int64_t& block) {
+  const bool second = block >= first_blocks;
+  block -= second ? first_blocks : 0;
+  return nets.each[second];
+}
 
 // ---------------------------------------------------------------------------------------------------------- statistics
 
@@ -47,22 +99,13 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_stats(const __grid_co
   RowSums mine;
   walk<2>(
       place.first, place.last, place.step,
-      [&](int64_t i) {
-        Numbers run;
-        run.load(f, f.at(place.n, place.c, i), place.left(i));
-        return run;
-      },
+      [&](int64_t i) { return run_of(f, f.at(place.n, place.c, i), place.left(i)); },
       [&](const Numbers& run, int64_t i) {
         float x[kRun];
         run.values(f.type, x);
         mine.take(x, place.left(i), scale2);
       });
-  RowSums* sums = reinterpret_cast<RowSums*>(shared);
-  join_rows(sums, mine, place, net.plan.lanes, [&](auto& to, const auto& other) { to.add(other, scale2); });
-  if (place.row > 0 || !place.inside) return;
-  const RowSums& all = sums[threadIdx.x];
-  float* to = net.chunk(place.n, place.chunk) + place.c;
-  to[0] = all.max, to[f.channels] = all.sum, to[2 * f.channels] = all.magnitude;
+  net.sums.put(place, join_rows(shared, mine, place, [&](auto& to, const auto& other) { to.add(other, scale2); }));
 }
 
 // One block per sample: joins the chunks, then the weights.
@@ -78,10 +121,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
   const int64_t channels = stats.channels;
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     RowSums sums;
-    for (int k = 0; k < net.plan.chunks; ++k) {
-      const float* in = net.chunk(n, k) + c;
-      sums.add({in[0], in[channels], in[2 * channels]}, scales.spatial2);
-    }
+    for (int k = 0; k < net.plan.chunks; ++k) sums.add(net.sums.get<RowSums>(n, k, c), scales.spatial2);
     stats.max(n)[c] = sums.max;
     stats.inverse(n)[c] = 1 / sums.sum;
     stats.relative(n)[c] = sums.magnitude / static_cast<float>(stats.positions);
@@ -93,32 +133,31 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
 
 // ---------------------------------------------------------------------------------------------------------------- maps
 
-constexpr int kSums = kCafdThreads + 4;  // from one of a thread's sums to its next: other banks
+// A block has eight runs of positions, and 32 threads share the channels of each. Sums of a thread stand so far apart
+// that they are in other banks.
+constexpr int kGroups = kWarp, kRuns = kCafdThreads / kGroups, kSums = kCafdThreads + 4;
+DSCT_HOST_DEVICE int64_t map_tiles(const Features& f) { return ceil_div(f.positions, kRuns * kRun); }
 
-// A and B. A thread has a run of positions and every groups-th channel; neighbouring threads have neighbouring channels
-// where those lie side by side, else neighbouring runs.
-// From the last block to the first: what the statistics have read last still lies in L2. The backward turns again.
-__global__ void __launch_bounds__(kCafdThreads, 3) attention_maps(const __grid_constant__ Networks nets) {
+// A and B. Neighbouring threads have neighbouring channels where those lie side by side, else neighbouring runs. From
+// the last block to the first: what the statistics have read last still lies in L2. The backward turns again.
+__global__ void __launch_bounds__(kCafdThreads, 2) attention_maps(const __grid_constant__ Networks nets) {
   release_next();
   wait_for_previous();
   DSCT_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);
+  const int64_t tiles = map_tiles(nets.each[0].f);
   int64_t block = gridDim.x - 1 - blockIdx.x;
-  const Network& net = network_of(nets, nets.each[0].f.samples * nets.each[0].map_tiles, block);
+  const Network& net = network_of(nets, nets.each[0].f.samples * tiles, block);
   const float scale2 = nets.temperatures.get().spatial2;
   const Features& f = net.f;
   const Stats& stats = net.stats;
-  const int64_t n = block / net.map_tiles, first = block % net.map_tiles * net.runs * kRun;
-  const int by_group = f.columns() ? 1 : net.runs, by_run = f.columns() ? net.groups : 1;  // steps in threads
-  const int64_t mine = first + threadIdx.x / by_run % net.runs * kRun;
+  const int64_t n = block / tiles, first = block % tiles * kRuns * kRun;
+  const int by_group = f.columns() ? 1 : kRuns, by_run = f.columns() ? kGroups : 1;  // steps in threads
+  const int64_t mine = first + threadIdx.x / by_run % kRuns * kRun;
   float a[kRun] = {}, b[kRun] = {};
-  walk<2>(
-      threadIdx.x / by_group % net.groups, mine < f.positions ? f.channels : 0, net.groups,
-      [&](int64_t c) {
-        Numbers run;
-        run.load(f, f.at(n, c, mine), f.positions - mine);
-        return run;
-      },
+  walk<4>(
+      threadIdx.x / by_group % kGroups, mine < f.positions ? f.channels : 0, kGroups,
+      [&](int64_t c) { return run_of(f, f.at(n, c, mine), f.positions - mine); },
       [&](const Numbers& run, int64_t c) {
         float x[kRun];
         run.values(f.type, x);
@@ -134,16 +173,15 @@ __global__ void __launch_bounds__(kCafdThreads, 3) attention_maps(const __grid_c
 #pragma unroll
   for (int v = 0; v < kRun; ++v) sums[v * kSums + threadIdx.x] = a[v], sums[(kRun + v) * kSums + threadIdx.x] = b[v];
   __syncthreads();
-  const int numbers = net.runs * kRun;  // of A, then as many of B
-  for (int k = threadIdx.x; k < 2 * numbers; k += kCafdThreads) {
-    const int i = k % numbers;
-    if (first + i >= f.positions) continue;
-    const float* each = sums + (k / numbers * kRun + k % kRun) * kSums + i / kRun * by_run;
-    float total = 0;
-    for (int group = 0; group < net.groups; ++group) total += each[group * by_group];
-    (k < numbers ? stats.map(n) : stats.relative_map(n))[first + i] = total;
-    if (k < numbers && net.map != nullptr) net.map[n * f.positions + first + i] = total;
-  }
+  const int64_t i = first + threadIdx.x % (kRuns * kRun);
+  const int of = threadIdx.x / (kRuns * kRun);  // A or B
+  if (of > 1 || i >= f.positions) return;
+  const float* each = sums + (of * kRun + threadIdx.x % kRun) * kSums + threadIdx.x / kRun % kRuns * by_run;
+  float total = 0;
+#pragma unroll 8
+  for (int group = 0; group < kGroups; ++group) total += each[group * by_group];
+  stats.map(n)[of * f.positions + i] = total;
+  if (of == 0 && net.map != nullptr) net.map[n * f.positions + i] = total;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- loss
@@ -167,7 +205,7 @@ DSCT_DEVICE float divergence(float s, float t, float gap) {
   return t * std::log(t / s) + gap;  // NaN comes here
 }
 
-// One block per sample. grad_map: (samples, positions) or nullptr.
+// One block per sample.
 __global__ void __launch_bounds__(1024, 1) compare_maps(Losses losses, Stats student, Stats teacher, float* grad_map) {
   wait_for_previous();
   DSCT_SHARED(shared);
@@ -184,6 +222,28 @@ __global__ void __launch_bounds__(1024, 1) compare_maps(Losses losses, Stats stu
   }
   block_sum(kl, reinterpret_cast<float*>(shared));
   if (threadIdx.x == 0) losses.put(n, gridDim.x, kl[0]);
+}
+
+// -------------------------------------------------------------------------------------------------------------- launch
+
+// Statistics and maps, of one size.
+inline void maps_run(const Networks& nets, const Device& device, cudaStream_t stream) {
+  const Network &a = nets.each[0], &b = nets.each[1];
+  const int64_t samples = a.f.samples + b.f.samples;
+  const int threads = std::max(a.plan.threads, b.plan.threads);
+  launch("cafd", channel_stats, a.plan.blocks + b.plan.blocks, threads, threads * sizeof(RowSums), stream, nets);
+  launch_early("cafd", device, channel_weights, samples,
+               sample_threads(std::max(a.f.channels, b.f.channels), kCafdThreads), kWarp * sizeof(float), stream, nets);
+  launch_early("cafd", device, attention_maps, samples * map_tiles(a.f), kCafdThreads, 2 * kRun * kSums * sizeof(float),
+               stream, nets);
+}
+
+// The whole forward of two networks, N > 0. grad_map: (samples, positions) or nullptr.
+inline void cafd_run(const Networks& nets, float* grad_map, const Device& device, cudaStream_t stream) {
+  maps_run(nets, device, stream);
+  const Features& f = nets.each[0].f;
+  launch_early("cafd", device, compare_maps, f.samples, sample_threads(f.positions), kWarp * sizeof(float), stream,
+               nets.losses, nets.each[0].stats, nets.each[1].stats, grad_map);
 }
 
 }  // namespace dsct::cuda

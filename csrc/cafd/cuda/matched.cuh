@@ -27,16 +27,11 @@ struct Matched {
   CafdPlan plan;
   double* stats;          // (samples, kMatchedStats, channels)
   double *strength, *kl;  // (samples, channels)
-  float* partial;         // [samples][chunks][6][channels]
+  Partial sums;           // of MatchedSums
   const float* upstream;  // backward: every upstream_stride-th is a sample's
   int64_t upstream_stride;
   DSCT_DEVICE const bool* mask_of(int64_t n) const { return mask == nullptr ? mask : mask + n * student.positions; }
 };
-
-// Doubles that a forward needs beside its results.
-inline int64_t matched_workspace(const Matched& in) {
-  return in.student.samples * in.student.channels * (2 + 3 * in.plan.chunks);
-}
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
@@ -93,14 +88,7 @@ __global__ void __launch_bounds__(kCafdThreads, 3) matched_sums(const __grid_con
   MatchedSums<float> mine;
   walk_pairs(in.student, in.teacher, place, in.mask_of(place.n), -infinity<float>(),
              [&](const auto& s, const auto& t, int64_t) { mine.take(s, t, k); });
-  MatchedSums<float>* sums = reinterpret_cast<MatchedSums<float>*>(shared);
-  join_rows(sums, mine, place, in.plan.lanes, [&](auto& to, const auto& other) { to.add(other, k); });
-  sums += threadIdx.x;
-  if (place.row > 0 || !place.inside) return;
-  const int64_t channels = in.student.channels;
-  float* to = in.partial + (place.n * in.plan.chunks + place.chunk) * 6 * channels + place.c;
-  to[0] = sums->max_t, to[channels] = sums->max_s, to[2 * channels] = sums->sum_t, to[3 * channels] = sums->sum_s;
-  to[4 * channels] = sums->cross, to[5 * channels] = sums->strength;
+  in.sums.put(place, join_rows(shared, mine, place, [&](auto& to, const auto& other) { to.add(other, k); }));
 }
 
 // One block per sample; a thread has the same channels throughout.
@@ -114,11 +102,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) matched_weights(const __grid_
   double *strength = in.strength + n * channels, *weight = stats + kStatWeight * channels;
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     MatchedSums<double> sums;
-    for (int chunk = 0; chunk < in.plan.chunks; ++chunk) {
-      const float* from = in.partial + (n * in.plan.chunks + chunk) * 6 * channels + c;
-      sums.add(
-          {from[0], from[channels], from[2 * channels], from[3 * channels], from[4 * channels], from[5 * channels]},
-          scales.spatial2);
+    for (int k = 0; k < in.plan.chunks; ++k) {
+      sums.add(in.sums.get<MatchedSums<double>, double>(n, k, c), scales.spatial2);
     }
     const double z_t = sums.sum_t, z_s = sums.sum_s, nothing = z_s - z_s;  // 0, or the NaN that the student has
     // The log of the ratio, not a difference of two logs: it keeps its digits where the networks agree.
@@ -177,9 +162,15 @@ __global__ void __launch_bounds__(kCafdThreads, 3) matched_gradient(const __grid
 
 // -------------------------------------------------------------------------------------------------------------- launch
 
+// Doubles that a forward needs beside its results.
+inline int64_t matched_workspace(const Matched& in) {
+  return in.student.samples * in.student.channels * 2 + in.plan.sums * 3;
+}
+
 inline void matched_run(Matched in, double* workspace, const Device& device, cudaStream_t stream) {
   const int64_t rows = in.student.samples * in.student.channels;
-  in.strength = workspace, in.kl = workspace + rows, in.partial = reinterpret_cast<float*>(workspace + 2 * rows);
+  in.strength = workspace, in.kl = workspace + rows;
+  in.sums = {reinterpret_cast<float*>(workspace + 2 * rows), in.plan.chunks, in.student.channels};
   launch("matched_cafd", matched_sums, in.plan.blocks, in.plan.threads, in.plan.threads * sizeof(MatchedSums<float>),
          stream, in);
   launch_early("matched_cafd", device, matched_weights, in.student.samples,

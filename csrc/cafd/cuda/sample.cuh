@@ -10,18 +10,12 @@ namespace dsct::cuda {
 
 // What kernels multiply by in place of dividing by the temperatures: divided in double, rounded once.
 struct Scales {
-  float channel, spatial;    // 1 / temperature
   float channel2, spatial2;  // log2(e) / temperature
   double channel_temperature, temperature;
 };
 DSCT_HOST_DEVICE Scales scales_of(double channel, double spatial) {
   constexpr double kLog2E = std::numbers::log2e;
-  return {static_cast<float>(1 / channel),
-          static_cast<float>(1 / spatial),
-          static_cast<float>(kLog2E / channel),
-          static_cast<float>(kLog2E / spatial),
-          channel,
-          spatial};
+  return {static_cast<float>(kLog2E / channel), static_cast<float>(kLog2E / spatial), channel, spatial};
 }
 
 // The temperatures: on the host, or (2,) on the device, channel then spatial, which every kernel reads for itself. What

@@ -13,8 +13,8 @@ constexpr int kCafdThreads = 256;
 // neighbouring channels where those lie side by side, and neighbouring runs of one channel where positions do.
 struct CafdPlan {
   int lanes = 1, threads = kCafdThreads;
-  int tiles = 1, chunks = 1;  // blocks of a sample: along its channels, and along its positions
-  int64_t chunk_positions = 0, blocks = 0;
+  int tiles = 1, chunks = 1;                          // blocks of a sample: along its channels, and along its positions
+  int64_t chunk_positions = 0, blocks = 0, sums = 0;  // sums: one of each chunk of a channel
 };
 
 // f: whose layout decides. chunked: else a block has all positions of its channels.
@@ -30,7 +30,7 @@ inline CafdPlan cafd_plan(const Features& f, const Device& device, bool chunked 
   const int64_t chunks = chunked ? std::clamp<int64_t>(ceil_div(device.multiprocessors * 8, blocks), 1, most) : 1;
   plan.chunk_positions = ceil_div(ceil_div(f.positions, chunks), kRun) * kRun;
   plan.chunks = static_cast<int>(ceil_div(f.positions, plan.chunk_positions));
-  plan.blocks = f.samples * plan.tiles * plan.chunks;
+  plan.blocks = f.samples * plan.tiles * plan.chunks, plan.sums = f.samples * f.channels * plan.chunks;
   return plan;
 }
 
@@ -42,7 +42,7 @@ inline int sample_threads(int64_t count, int64_t most = 1024) {
 // Of a thread: its channel, and its runs: at first, and every step-th position from there on.
 struct CafdPlace {
   int64_t n, c, chunk, first, last, step, positions;
-  int lane, row, rows;
+  int row, rows, lanes;
   bool inside;
   DSCT_DEVICE int64_t left(int64_t i) const { return positions - i < kRun ? positions - i : kRun; }
 };
@@ -51,10 +51,10 @@ DSCT_DEVICE CafdPlace place_of(const Features& f, const CafdPlan& plan, int64_t 
   const unsigned number = static_cast<unsigned>(block), rest = number / plan.tiles;
   place.chunk = rest % plan.chunks;
   place.n = rest / plan.chunks;
-  place.lane = threadIdx.x % plan.lanes;
+  place.lanes = plan.lanes;
   place.row = threadIdx.x / plan.lanes;
   place.rows = blockDim.x / plan.lanes;
-  place.c = static_cast<int64_t>(number % plan.tiles) * plan.lanes + place.lane;
+  place.c = static_cast<int64_t>(number % plan.tiles) * plan.lanes + threadIdx.x % plan.lanes;
   place.inside = place.row < place.rows && place.c < f.channels;
   place.step = place.rows * kRun;
   place.positions = f.positions;
@@ -117,17 +117,43 @@ DSCT_DEVICE void walk_pairs(const Features& map_a, const Features& map_b, const 
       });
 }
 
-// What the rows of a block have found, joined in a fixed order: row 0 has it all. shared: a T for every thread.
+// What the rows of a block have found, joined in a fixed order by add(to, other): row 0 has it all. shared: a T for
+// every thread.
 template <typename T, typename Add>
-DSCT_DEVICE void join_rows(T* shared, const T& mine, const CafdPlace& place, int lanes, const Add& add) {
-  T* here = shared + threadIdx.x;
+DSCT_DEVICE const T& join_rows(unsigned char* shared, const T& mine, const CafdPlace& place, const Add& add) {
+  T* here = reinterpret_cast<T*>(shared) + threadIdx.x;
   *here = mine;
   int half = 1;
   while (half * 2 < place.rows) half *= 2;
   for (; half > 0; half /= 2) {
     __syncthreads();
-    if (place.row < half && place.row + half < place.rows) add(*here, here[half * lanes]);
+    if (place.row < half && place.row + half < place.rows) add(*here, here[half * place.lanes]);
   }
+  return *here;
 }
+
+// What all blocks have found, a Sums of each chunk of a channel: [samples][chunks][numbers of a Sums][channels].
+struct Partial {
+  float* data;
+  int64_t chunks, channels;
+  template <typename Sums>
+  DSCT_DEVICE void put(const CafdPlace& place, const Sums& sums) const {
+    constexpr int kNumbers = sizeof(Sums) / sizeof(float);
+    if (place.row > 0 || !place.inside) return;
+    float* to = data + (place.n * chunks + place.chunk) * kNumbers * channels + place.c;
+#pragma unroll
+    for (int k = 0; k < kNumbers; ++k) to[k * channels] = reinterpret_cast<const float*>(&sums)[k];
+  }
+  // Sums of A: float, or what they are added up in.
+  template <typename Sums, typename A = float>
+  DSCT_DEVICE Sums get(int64_t n, int64_t chunk, int64_t c) const {
+    constexpr int kNumbers = sizeof(Sums) / sizeof(A);
+    const float* from = data + (n * chunks + chunk) * kNumbers * channels + c;
+    Sums sums;
+#pragma unroll
+    for (int k = 0; k < kNumbers; ++k) reinterpret_cast<A*>(&sums)[k] = from[k * channels];
+    return sums;
+  }
+};
 
 }  // namespace dsct::cuda

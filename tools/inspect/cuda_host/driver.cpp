@@ -9,7 +9,7 @@
 
 // A build may leave out what its cases do not need: the planted mistakes are compiled one op at a time.
 #ifndef WITHOUT_CAFD
-#include "cafd/cuda/launch.cuh"
+#include "cafd/cuda/backward.cuh"
 #include "cafd/cuda/matched.cuh"
 #endif
 #if !defined(WITHOUT_TNKD) || !defined(WITHOUT_UPSAMPLED)
@@ -231,15 +231,19 @@ Losses losses_of(const Case& c, const Buffer& each, int64_t samples) {
 
 struct Prepared {
   Features f;
-  Buffer stats;
+  CafdPlan plan;
+  Buffer stats, sums;
   Network network;
-  Buffer partial;
   Prepared(const Case& c, const std::string& name)
       : f(features_of(*c.find(name))),
+        plan(cafd_plan(f, device_of(c))),
         stats(f.samples * dsct::stats_row(f.channels, f.positions) * sizeof(float)),
-        network(make_network(f, data_of<float>(stats), static_cast<float*>(c.data("map")), device_of(c))),
-        partial(partial_size(network) * sizeof(float)) {
-    network.partial = data_of<float>(partial);
+        sums(3 * plan.sums * sizeof(float)),
+        network{f,
+                plan,
+                {data_of<float>(stats), f.channels, f.positions},
+                {data_of<float>(sums), plan.chunks, f.channels},
+                static_cast<float*>(c.data("map"))} {
     std::cout << f.name() << " ";
   }
 };
@@ -248,7 +252,7 @@ void run_backward(const Case& c, const std::string& name, const Prepared& forwar
   const Features out = features_of(*c.find("grad"));
   const Backward in = make_backward(forward.f, out, data_of<float>(forward.stats),
                                     static_cast<float*>(c.data(grad_map)), temperatures_of(c), device_of(c));
-  Buffer workspace(backward_size(in) * sizeof(float));
+  Buffer workspace((3 * in.f.samples + in.plan.sums) * sizeof(float));
   backward_run(in, data_of<float>(workspace), device_of(c), nullptr);
   std::cout << (in.held > 0 ? "held" : "twice") << "\n";
   c.write("grad");
@@ -265,7 +269,7 @@ void run_cafd(const Case& c) {
 
 void run_attention_map(const Case& c) {
   const Prepared run(c, "features");
-  maps_run({{run.network}, temperatures_of(c)}, 1, device_of(c), nullptr);
+  maps_run({{run.network}, temperatures_of(c)}, device_of(c), nullptr);
   c.write("map");
   run_backward(c, "features", run, "map_grad");
 }
