@@ -194,7 +194,7 @@ def bytes_of(case: Case, launch: Launch) -> int:
     if name == "count_kernel":
         return labels
     if name == "tnkd_kernel":
-        return 2 * logits + labels + (logits if launch.constants["NEEDS_GRAD"] else 0)
+        return 2 * logits + labels + (logits if launch.argument("grad") is not None else 0)
     cells = labels // torch.int64.itemsize  # a mask's byte or a share's four, which torch makes of the labels
     made = 0 if case.loss == "dsct" else labels
     maps = {
@@ -205,11 +205,13 @@ def bytes_of(case: Case, launch: Launch) -> int:
     }
     if name in maps:
         return maps[name]
+    made_of_rows = launch.argument("slab") if name in ("march_kernel", "collect_kernel") else None
+    slab = 0 if made_of_rows is None else int(made_of_rows.nbytes)
     if name == "march_kernel":  # both networks, and the slab
         teacher = DTYPES[case.dtype].itemsize * torch.Size(case.teacher_logits or ()).numel()
-        return logits + teacher + labels + int(launch.argument("slab").nbytes)
+        return logits + teacher + labels + slab
     if name == "collect_kernel":
-        return int(launch.argument("slab").nbytes) + (logits if launch.constants["NEEDS_GRAD"] else 0)
+        return slab + (logits if slab else 0)
     # both networks: two reads; the student: one, and the gradient's write where there is one
     times = {"row_stats_kernel": 2, "maps_kernel": 2, "row_backward_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
     return times.get(name, 0) * features
@@ -221,13 +223,11 @@ def trips_of(launch: Launch) -> float | None:
     if name in ("tnkd_kernel", "jaccard_sums_kernel", "jaccard_write_kernel"):
         return float(launch.argument("tiles") / launch.programs)
     if name == "count_kernel":
-        return float(launch.argument("total_blocks") / launch.programs)
+        return float(-(-launch.argument("target").numel() // launch.constants["BLOCK"]) / launch.programs)
     if name == "finish_kernel":
         return float(-(-launch.argument("num_programs") // launch.constants["BLOCK"]))
     if name == "matched_part_kernel":
-        return float(launch.argument("span") / (launch.constants["POSITIONS"] * launch.constants["UNROLL"]))
-    if name == "jaccard_add_kernel":
-        return float(-(-launch.argument("programs") // launch.constants["ROWS"]))
+        return float(launch.argument("steps"))
     if name in ("matched_join_kernel", "matched_write_kernel", "jaccard_finish_kernel"):
         return 1.0  # no loop, or a few trips of it at most
     return None

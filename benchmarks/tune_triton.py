@@ -10,6 +10,7 @@ dsct_kernels/tnkd/plan.py or `choose` in dsct_kernels/cafd/triton.py.
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -25,6 +26,7 @@ import torch
 
 from benchmarks.measure import COPY_BYTES, HOLD_CYCLES_PER_S, cache_bytes
 from dsct_kernels.cafd import triton as cafd
+from dsct_kernels.tnkd import plan
 from dsct_kernels.tnkd import triton as tnkd
 from dsct_kernels.tnkd.objective import Objective
 
@@ -68,6 +70,39 @@ def sets_for(needed: int, device: torch.device) -> int:
     return max(2, min(MOST_SETS, math.ceil(3 * cache_bytes(device) / needed)))
 
 
+def tnkd_candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[plan.Config]:
+    """The launches that tuning tries: lanes and warps split over pixels and classes as far as registers hold them."""
+    found = []
+    for vector in (1, 2, 4, 8):  # values of a tile that a lane holds
+        for warps in (1, 2, 4, 8):
+            for classes in (1, 2, 4, 8, 16, 32, 64, 128):
+                config = plan.Config(32 * warps * vector // classes, classes, warps)
+                if (
+                    config.pixels >= 1
+                    and classes <= plan.next_power_of_2(num_classes)
+                    and (vector * itemsize <= 16 or vector == 1 or not pixels_adjacent)
+                    and config.held(num_classes) <= 48
+                ):
+                    found.append(config)
+    return found
+
+
+def cafd_candidates(channels: int, positions: int, itemsize: int, adjacent: bool) -> list[cafd.Config]:
+    """The table's choice, and from there one kernel's launch changed at a time."""
+    base = cafd.choose(channels, positions, itemsize, adjacent)
+    found = [base, *(dataclasses.replace(base, rows=rows) for rows in (1, 2, 4, 8))]
+    for warps, size, lanes in itertools.product((4, 8), (512, 1024, 2048, 4096), (32, 64, 128, 256, 512, 1024)):
+        if lanes > size:
+            continue
+        shape = (size // lanes, lanes) if adjacent else (lanes, size // lanes)
+        tile = cafd.fit(cafd.Tile(*shape, warps), channels, positions, adjacent)
+        found.append(dataclasses.replace(base, write=tile))
+        for unroll in (1, 2, 4):
+            found.append(dataclasses.replace(base, stats=tile._replace(unroll=unroll)))
+            found.append(dataclasses.replace(base, maps=tile._replace(unroll=unroll)))
+    return list(dict.fromkeys(found))
+
+
 def tnkd_case(
     shape: tuple[int, ...], dtype: torch.dtype, form: torch.memory_format, device: torch.device
 ) -> tuple[int, int, Run, list[Any]]:
@@ -84,10 +119,10 @@ def tnkd_case(
     packed = Objective(1.0, 2.0, 2.0, ignore_index=255).packed(data[0][2], torch.device("cpu"))
     chosen = tnkd.choose(classes, dtype.itemsize, adjacent, h * w if adjacent else n * h * w)
 
-    def run(i: int, config: tnkd.Config) -> object:
+    def run(i: int, config: plan.Config) -> object:
         return tnkd.forward(*data[i], *packed, True, config)
 
-    return needed, sets, run, [chosen, *tnkd.candidates(classes, dtype.itemsize, adjacent)]
+    return needed, sets, run, [chosen, *tnkd_candidates(classes, dtype.itemsize, adjacent)]
 
 
 def cafd_case(
@@ -108,7 +143,7 @@ def cafd_case(
         loss, grad_map, stats = cafd.forward(*data[i], temperatures, 1, True, (config, config))
         return loss, cafd.map_backward(data[i][0], grad_map, stats, temperatures, config)
 
-    return needed, sets, run, cafd.candidates(channels, h * w, dtype.itemsize, form == torch.contiguous_format)
+    return needed, sets, run, cafd_candidates(channels, h * w, dtype.itemsize, form == torch.contiguous_format)
 
 
 def tune(loss: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str, copy: float, top: int, all_: bool,

@@ -1,13 +1,14 @@
-"""What the Triton kernels share: whether they can serve a call, how they are launched, how strides fold."""
+"""What the Triton backends share: whether they can serve a call, how kernels are launched, how tensors are laid out."""
 
 import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .backends import constant_when_compiled
 
@@ -19,7 +20,7 @@ WARPS = 64  # a multiprocessor has room for no more
 FP_FUSION = True  # a * b + c in one rounding: what Triton's default is differs from version to version
 
 LIBRARY = torch.library.Library("dsct_kernels", "FRAGMENT")
-# Inputs are read at the strides they have, and the fake kernels promise the student's: Inductor must not re-lay them.
+# What the fake kernels promise is the strides that inputs have: Inductor must not re-lay them.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
@@ -35,10 +36,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def why_not(*tensors: torch.Tensor | None) -> str | None:
+def why_not(*tensors: Tensor | None) -> str | None:
     """Why Triton cannot serve these tensors where they are, or None."""
     for tensor in tensors:
         if tensor is not None:
+            if tensor.dtype == torch.float64:
+                return "its kernels compute in float32, and float64 is the reference's"
+            if tensor.numel() >= tensor.shape[0] * 2**31 > 0:
+                return "its kernels count the numbers of a sample in 32 bits"
             reason = _why_not_on(tensor.device.type, tensor.device.index)
             if reason is not None:
                 return reason
@@ -77,14 +82,14 @@ def _look(device: str, index: int | None) -> str | None:
     return None
 
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make that the tensor's."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
 
 
-def most_programs(tensor: torch.Tensor, warps: int) -> int:
+def most_programs(tensor: Tensor, warps: int) -> int:
     """How many programs share out a launch's tiles: what `WARPS` of a multiprocessor are, for all of its GPU's.
 
     Few, so that few partial sums are left to add; and the same at every call, as the order of those sums follows it.
@@ -99,48 +104,37 @@ def launch(kernel: Any, programs: int, warps: int, *args: Any, **constants: Any)
     kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=FP_FUSION, **constants)
 
 
-def fast(result: torch.Tensor) -> bool:
-    """Whether the hardware's approximate instructions serve: float32 arithmetic, and a GPU under it."""
-    return result.dtype == torch.float32 and not interpreted()
+def read_by_kernels(numbers: Tensor, by_pointer: bool | None) -> bool:
+    """Numbers on the CPU are read here and become the kernels' arguments; those on a GPU are read by the kernels, and
+    the host is not asked. `by_pointer` makes that choice: the interpreter's tensors all lie on the CPU."""
+    return numbers.device.type != "cpu" if by_pointer is None else by_pointer
 
 
-def fold(
-    shape: Sequence[int], strides: Sequence[Sequence[int]], rank: int
-) -> tuple[list[int], list[list[int]], int] | None:
-    """The same index space in as few dimensions as all these strides allow, padded in front to `rank`; how few.
-
-    Dimensions come out in the order of the first tensor's strides, longest first, so that the last is the one to give
-    to the lanes. None where more than `rank` dimensions remain. A batch of one stays a dimension where a larger batch
-    would: their launches are to be of one kind.
-    """
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[0][d])
-    sizes: list[int] = []
-    folded: list[list[int]] = [[] for _ in strides]
-    for d in order:
-        if sizes and all(out[-1] == s[d] * shape[d] for out, s in zip(folded, strides, strict=True)):
-            sizes[-1] *= shape[d]
-            for out, s in zip(folded, strides, strict=True):
-                out[-1] = s[d]
-        else:
-            sizes.append(shape[d])
-            for out, s in zip(folded, strides, strict=True):
-                out.append(s[d])
-    if len(sizes) > rank:
-        return None
-    both = list(zip(folded, strides, strict=True))
-    if shape[0] == 1 and 0 < len(sizes) < rank and any(s[0] != out[0] * sizes[0] for out, s in both):
-        sizes.insert(0, 1)
-        for out, s in both:
-            out.insert(0, s[0])
-    pad = rank - len(sizes)
-    return [1] * pad + sizes, [[0] * pad + out for out in folded], max(1, len(sizes))
+def temperatures(numbers: Tensor, by_pointer: bool | None) -> Tensor | tuple[float, ...]:
+    """As the kernels take them (triton_math.py): where they lie, or as numbers, with log2(e) / the last behind them."""
+    if read_by_kernels(numbers, by_pointer):
+        return numbers
+    known = numbers.tolist()
+    return (*known, LOG2_E / known[-1])
 
 
-def product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
+def channels_last(x: Tensor) -> bool:
+    """Whether (N, C, *spatial) is laid out as (N, *spatial, C), if with gaps."""
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def dense(x: Tensor, last: bool) -> Tensor:
+    """(N, C, *spatial) without gaps, or, where channels are to be `last`, (N, *spatial, C): a copy if it has to be."""
+    if x.dtype == torch.float64:
+        raise ValueError("expected tensors of 16 or 32 bits, in which the Triton kernels compute, got float64")
+    return (x.movedim(1, -1) if last else x).contiguous()
+
+
+def settled(grad: Tensor, written: Tensor, last: bool) -> Tensor:
+    """`grad`, when its `dense` has been written."""
+    if written.data_ptr() == grad.data_ptr():
+        return grad
+    return grad.copy_(written.movedim(-1, 1) if last else written)
 
 
 def next_power_of_2(n: int) -> int:

@@ -196,6 +196,8 @@ def test_all_zero_features(device, backend):
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 def test_extreme_features_stay_finite_and_exact(device, backend, dtype, magnitude, temperature):
     student, teacher = features(device, dtype=dtype)
+    if backend == "triton":
+        skip_unless_tnkd_serves(backend, student)
     for x in (student, teacher):
         x.copy_((x.double() / x.double().abs().max() * magnitude).to(dtype))
     loss, grad = check_cafd(student, teacher, backend, channel_temperature=temperature, spatial_temperature=temperature)

@@ -42,7 +42,7 @@ CHANNELS_LAST = ((8, 64, 2, 1), (32, 32, 4, 1), (64, 16, 16, 1), (160, 8, 16, 1)
                  (1024, 1, 128, 1))  # fmt: skip
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -60,28 +60,12 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
     else:
         config = next(Config(*row[1:]) for row in CHANNELS_LAST if num_classes <= row[0])
     least = min(16, config.pixels) if pixels_adjacent else 1
-    return Config(max(least, min(config.pixels, _next_power_of_2(inner))), config.classes, config.warps)
+    return Config(max(least, min(config.pixels, next_power_of_2(inner))), config.classes, config.warps)
 
 
-def candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> list[Config]:
-    """The launches that tuning tries: lanes and warps split over pixels and classes as far as registers hold them."""
-    found = []
-    for vector in (1, 2, 4, 8):  # values of a tile that a lane holds
-        for warps in (1, 2, 4, 8):
-            for classes in (1, 2, 4, 8, 16, 32, 64, 128):
-                config = Config(32 * warps * vector // classes, classes, warps)
-                if (
-                    config.pixels >= 1
-                    and classes <= _next_power_of_2(num_classes)
-                    and (vector * itemsize <= 16 or vector == 1 or not pixels_adjacent)
-                    and config.held(num_classes) <= 48
-                ):
-                    found.append(config)
-    return found
-
-
-# Logits smaller than the labels, lanes along the pixels of a row: the same, but a lane holds pixels as if of 4 bytes,
-# whatever the dtype. Beside a pixel's exponentials it holds six numbers of each class, from row to row.
+# Logits smaller than the labels, lanes along the pixels of a row: the same lanes and warps, but a lane holds one pixel,
+# whatever the dtype, or two of so few classes: beside a pixel's exponentials it holds six numbers of each class.
+TWO_PIXELS = 6
 MOST_SLOTS = 32  # pixels between two cells of a row that a warp adds up
 STRIP_ROWS = 32  # of labels: the first of a strip fetches its logits anew, and one row of gradients more is written
 
@@ -100,10 +84,10 @@ def choose_upsampled(
     num_classes: int, cells: tuple[int, int], labels: tuple[int, int], align_corners: bool
 ) -> UpsampledConfig:
     """The launch for K classes, the student's height and width, and those of the labels."""
-    lane_bytes, share, warps = next(row[1:] for row in PLANES if num_classes <= row[0])
-    pixels = 32 * warps * (lane_bytes // 4) // share
+    share, warps = next(row[2:] for row in PLANES if num_classes <= row[0])
+    pixels = 32 * warps * (2 if num_classes <= TWO_PIXELS else 1) // share
     ends = 1 if align_corners and cells[1] > 1 else 0  # are cells: one interval fewer
     most = -(-(labels[1] - ends) // (cells[1] - ends))  # pixels of an interval
-    slots = min(MOST_SLOTS, pixels, _next_power_of_2(most))
+    slots = min(MOST_SLOTS, pixels, next_power_of_2(most))
     rows = max(1, STRIP_ROWS * cells[0] // labels[0])
     return UpsampledConfig(pixels, share, warps, slots, -(-most // slots), rows)

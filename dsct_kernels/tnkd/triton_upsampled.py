@@ -5,17 +5,17 @@ the number of valid pixels of each program; and the sum of all that, in a fixed 
 With class weights in a mean a third comes first, as in triton.py: cross-entropy is divided by another sum.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..triton_common import define, fast, launch, most_programs, next_power_of_2, on_device
+from ..triton_common import channels_last, define, dense, launch, most_programs, next_power_of_2, on_device, settled
 from . import op, triton
 from .objective import MEAN, NONE, Objective
 from .plan import MOST_CLASSES, UpsampledConfig, choose_upsampled
-from .triton import COUNT_PROGRAMS, FINISH_BLOCK, count, read, scale_in_place
+from .triton import COUNT_PROGRAMS, FINISH_BLOCK, Variant, count, read, scale_in_place
 from .upsample import smaller
 
 __all__ = ["UPSAMPLES_ON", "forward", "serves", "tnkd"]
@@ -25,29 +25,38 @@ MOST_PROGRAMS = 4096  # whose counts every program of the second kernel adds up
 COLLECTED = (16, 64)  # classes and cells of a row that a program adds up at a time
 
 
+class Cells(NamedTuple):
+    """A network's logits, dense, or the gradient."""
+
+    logits: Tensor | None
+    height: int
+    width: int
+
+
+class March(NamedTuple):
+    """What march_kernel is compiled for beside a `Variant`: a constant of the kernels, as it is."""
+
+    slots: int
+    rows: int
+    align: bool
+    same: bool  # both networks' logits have one size
+
+
 def serves(student: Tensor, teacher: Tensor, target: Tensor | None, objective: Objective) -> bool:
-    """Whether this file has the call: not a map, not float64, not a mean over class weights that nobody has labelled.
+    """Whether this file has the call: not a map, not a mean over class weights that nobody has labelled.
 
     A map's gradient would be known only when the upstream one is; the others are rare. Their logits are upsampled
     beforehand.
     """
     averaged = objective.class_weight is not None and objective.reduction == MEAN and objective.may_have_ce()
-    narrow = torch.float64 not in (student.dtype, teacher.dtype)
-    return objective.reduction != NONE and narrow and not (target is None and averaged)
-
-
-def _step(inputs: int, outputs: int, align_corners: bool) -> tuple[float, float]:
-    """Cells from one output to the next, and how many outputs a cell has."""
-    if align_corners:
-        return ((inputs - 1) / (outputs - 1) if outputs > 1 else 0.0), (outputs - 1) / max(1, inputs - 1)
-    return inputs / outputs, outputs / inputs
+    return objective.reduction != NONE and not (target is None and averaged)
 
 
 def _gathered(inputs: int, outputs: int, align_corners: bool) -> float:
     """No less than what the weights of a cell's outputs add up to."""
     if inputs in (1, outputs):
         return float(outputs // inputs)
-    return _step(inputs, outputs, align_corners)[1] + 2
+    return ((outputs - 1) / (inputs - 1) if align_corners else outputs / inputs) + 2
 
 
 def forward(
@@ -73,13 +82,13 @@ def forward(
     samples, num_classes = student.shape[:2]
     if num_classes > MOST_CLASSES:
         raise ValueError(f"student: expected at most {MOST_CLASSES} classes, got {num_classes}")
-    if reduction == NONE or loss.dtype == torch.float64:
-        raise ValueError("student: expected a mean or a sum in 16 or 32 bits, got a map or float64")
+    if reduction == NONE:
+        raise ValueError("reduction: expected a mean or a sum, got none")
     height, width = checks.label_size(student, teacher, target)
     num_pixels = samples * height * width
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
-    (h_s, w_s), (h_t, w_t) = student.shape[2:], teacher.shape[2:]
+    h_s, w_s = student.shape[2:]
 
     asked = read(values, ignore_index if target is not None else None, by_pointer)
     weight, mean, float16 = class_weight if asked.with_ce else None, reduction == MEAN, student.dtype == torch.float16
@@ -96,41 +105,37 @@ def forward(
     items = samples * strips * tiles
     programs = min(items, most_programs(student, 2 * config.warps), MOST_PROGRAMS)
     side = tiles * config.pixels // config.slots
-    slab_size = samples * strips * (config.rows + 1) * num_classes * 2 * side if needs_grad else 0
-    slab, partial = (loss.new_empty(size) for size in (slab_size, 3 * programs))
-    own_counts = torch.empty(programs, dtype=torch.int64, device=student.device)
-    steps = [_step(*sizes, align_corners) for sizes in ((h_s, height), (w_s, width), (h_t, height), (w_t, width))]
-    counts, weights = own_counts, None
+    last = channels_last(student)
+    variant = Variant(
+        num_classes, -(-num_classes // config.classes), config.pixels, config.classes, last, False, coupled,
+        asked.with_ce, mean, weighted, float16
+    )  # fmt: skip
+    march = March(config.slots, config.rows, align_corners, teacher.shape == student.shape)
+    slab_size = samples * strips * (config.rows + 1) * num_classes * 2 * side
+    slab, out = (loss.new_empty(slab_size), dense(grad, last)) if needs_grad else (None, None)
+    partial, own_counts = (loss.new_empty(size, dtype=torch.float32) for size in (3 * programs, programs))
+    target = None if target is None else target.contiguous()
+    counts, most = own_counts if mean and asked.ignore is not None else None, MOST_PROGRAMS
     with on_device(student):
         if weighted:
             assert target is not None
-            counts, weights = count(target, weight, num_classes, asked, loss)
-        flags: dict[str, Any] = {
-            "NUM_CLASSES": num_classes, "ROWS": config.rows, "ALIGN": align_corners, "WITH_CE": asked.with_ce,
-            "HAS_WEIGHT": weight is not None, "COUNTS": COUNT_PROGRAMS if weighted else MOST_PROGRAMS,
-        }  # fmt: skip
+            counts, most = count(target, weight, num_classes, asked.ignore), COUNT_PROGRAMS
+        num_counts = 0 if counts is None else counts.shape[-1]
         launch(
             kernels.march_kernel, programs, config.warps,
-            student, teacher, target, weight, counts if weighted else None, weights, slab, own_counts, partial,
-            num_pixels, counts.numel(), items, tiles, strips, config.parts, height, width, h_s, w_s, h_t, w_t,
-            *student.stride(), *teacher.stride(), *(target.stride() if target is not None else (0, 0, 0)),
-            *steps[0], *steps[1], steps[2][0], steps[3][0], asked.temperature, 1.0 / asked.temperature, *asked.weights,
-            asked.ignore, 0, asked.at, asked.ignore_at,
-            CHUNKS=-(-num_classes // config.classes), PIXELS=config.pixels, CLASSES=config.classes, SLOTS=config.slots,
-            HAS_TARGET=target is not None, HAS_IGNORE=asked.has_ignore, HAS_COUNT=weighted, NEEDS_GRAD=needs_grad,
-            SAME=teacher.shape == student.shape, COUPLED=coupled, FAST=fast(loss), **flags)  # fmt: skip
+            Cells(dense(student, last), h_s, w_s), Cells(dense(teacher, last), *teacher.shape[2:]), target, weight,
+            counts if weighted else None, slab, own_counts, partial, num_pixels, num_counts, items, tiles, strips,
+            config.parts, height, width, asked.numbers, asked.ignore, 0, V=variant, M=march, COUNTS=most)  # fmt: skip
         classes, columns = (min(most, next_power_of_2(n)) for most, n in zip(COLLECTED, (num_classes, w_s)))
         class_tiles, cell_tiles = -(-num_classes // classes), -(-w_s // columns)
         cells = samples * h_s * class_tiles * cell_tiles if needs_grad else 0
         gathered = _gathered(h_s, height, align_corners) * _gathered(w_s, width, align_corners)
         launch(
             kernels.collect_kernel, max(1, min(cells, most_programs(student, 8))), 4,
-            slab, grad if needs_grad else None, partial, largest_weight, counts, weights, loss, parts, grad_scale,
-            programs, counts.numel(), num_pixels, cells, cell_tiles, class_tiles, strips, config.parts, side, h_s, w_s,
-            *(grad.stride() if needs_grad else (0, 0, 0, 0)), gathered, asked.temperature,
-            *asked.weights, asked.at, CLASSES=classes, COLUMNS=columns, MEAN_=mean, FLOAT16=float16,
-            HAS_COUNT=mean and asked.has_ignore, NEEDS_GRAD=needs_grad, BLOCK=FINISH_BLOCK, **flags)  # fmt: skip
-    return loss, parts, grad, grad_scale
+            slab, Cells(out, h_s, w_s), partial, largest_weight, counts, loss, parts, grad_scale, programs, num_counts,
+            num_pixels, cells, cell_tiles, class_tiles, strips, config.parts, side, gathered, asked.numbers, V=variant,
+            M=march, CLASSES=classes, COLUMNS=columns, COUNTS=most, BLOCK=FINISH_BLOCK)  # fmt: skip
+    return loss, parts, grad if out is None else settled(grad, out, last), grad_scale
 
 
 define("tnkd_triton_upsampled", op.UPSAMPLED_SIGNATURE, forward)

@@ -12,13 +12,14 @@ from dsct_kernels import matched_cafd_loss
 from dsct_kernels.cafd import matched_triton as triton
 from dsct_kernels.cafd.triton import Config, Network, Tile
 from tests.cafd.test_matched import compare, run
-from tests.cafd.test_native import FLOATS, features, laid_out
+from tests.cafd.test_native import features, laid_out
 from tests.conftest import DEVICES
 from tests.helpers import pairs
 
 WHY_NOT = triton.why_not(torch.zeros(1, device=DEVICES[-1]))
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 INF, NAN = float("inf"), float("nan")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("contiguous", "channels_last", "tokens", "crop")
 two_layouts = pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 
@@ -53,7 +54,7 @@ def test_magnitudes_and_mixed_dtypes(device, layout):
     compare(student, near, layout, "triton")
     loss, grad = run(laid_out(student, layout), laid_out(student, layout), "triton")
     assert loss == 0 and not grad.any(), "equal networks"
-    compare(laid_out(student, "crop"), laid_out(teacher.double(), layout), layout, "triton")
+    compare(laid_out(student, "crop"), laid_out(teacher.bfloat16(), layout), layout, "triton")
 
 
 # Tiles that fill the maps, that end within and after them, walked in one step and in several.

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import triton
+from triton._utils import find_paths_if, get_iterable_path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -67,13 +68,17 @@ def specialised(launch: Launch) -> dict[str, tuple[str, Any]]:
 
 
 def source(launch: Launch) -> ASTSource:
-    """The kernel with all that a launch fixes at compile time."""
+    """The kernel with all that a launch fixes at compile time, members of tuples included."""
     found = specialised(launch)
     types = {name: type_ for name, (type_, _) in found.items()}
-    constants = {(i,): value for i, (type_, value) in enumerate(found.values()) if type_ == "constexpr"}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, (type_, value) in enumerate(found.values())
-                  if type_ != "constexpr" and value and "D" in value}  # fmt: skip
-    return ASTSource(launch.kernel, types, constants, attributes)
+    values = [value for _, value in found.values()]
+
+    def at(path: tuple[int, ...]) -> Any:
+        return get_iterable_path(values, path)
+
+    constants = {path: at(path) for path in find_paths_if(list(types.values()), lambda _, type_: type_ == "constexpr")}
+    divisible = find_paths_if(values, lambda _, value: isinstance(value, str) and "D" in value)
+    return ASTSource(launch.kernel, types, constants, {path: [["tt.divisibility", 16]] for path in divisible})
 
 
 @dataclass
@@ -100,7 +105,7 @@ class Report:
         intervals, and the rows of labels in these. In the innermost two each network fetches a row of cells: one for
         each row of intervals, and one more for each strip."""
         strips = launch.argument("items") / launch.programs
-        intervals = strips * (launch.constants["ROWS"] + 1)
+        intervals = strips * (launch.constants["M"].rows + 1)
         lines = strips / launch.argument("strips") * launch.argument("height")
         *fetches, line, interval, strip = sorted(self.loops)
         assert len(fetches) == 2, "the machine code was not understood"
