@@ -12,7 +12,7 @@ constexpr int kScaleThreads = 256;
 // 0 stays 0 whatever the factor is: an ignored pixel gets nothing of an upstream inf or NaN.
 template <typename E>
 DSCT_DEVICE void scale_numbers(E* grad, float by, int64_t count) {
-  const auto times = [&](E& z) { z = static_cast<float>(z) == 0 ? z : static_cast<E>(static_cast<float>(z) * by); };
+  const auto times = [by](E z) { return static_cast<float>(z) == 0 ? z : static_cast<E>(static_cast<float>(z) * by); };
   const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   constexpr int kSize = Pack<E>::kSize;
@@ -20,10 +20,10 @@ DSCT_DEVICE void scale_numbers(E* grad, float by, int64_t count) {
   for (int64_t i = first; i < packs; i += step) {
     Pack<E> pack = load_pack(grad + i * kSize);
 #pragma unroll
-    for (int v = 0; v < kSize; ++v) times(pack.lane[v]);
+    for (int v = 0; v < kSize; ++v) pack.lane[v] = times(pack.lane[v]);
     store_pack(grad + i * kSize, pack);
   }
-  for (int64_t i = packs * kSize + first; i < count; i += step) times(grad[i]);
+  for (int64_t i = packs * kSize + first; i < count; i += step) grad[i] = times(grad[i]);
 }
 
 // grad *= factor in place; when the factor is exactly 1, as in most training loops, nothing is read or written.
