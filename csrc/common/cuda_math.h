@@ -71,42 +71,7 @@ DSCT_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
 #endif
 }
 
-template <typename T>
-DSCT_DEVICE Pack<T> fill_pack(float value) {
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i) pack.lane[i] = static_cast<T>(value);
-  return pack;
-}
-
-// One element of a pack in float32.
-template <typename T>
-DSCT_DEVICE float number(const Pack<T>& pack, int index) {
-#ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    // From the word that holds two of them: taken apart into 16-bit registers, a pack would need twice its room.
-    const unsigned word = reinterpret_cast<const unsigned*>(&pack)[index / 2];
-    return __uint_as_float(index % 2 == 0 ? word << 16 : word & 0xffff0000u);
-  }
-#endif
-  return static_cast<float>(pack.lane[index]);
-}
-
 // kCount numbers side by side, 16 bytes at a time where they come in such runs (which then start on 16 bytes).
-template <int kCount, typename A>
-DSCT_DEVICE void load_run(const A* from, A (&to)[kCount]) {
-  constexpr int kSize = Pack<A>::kSize, kStep = kCount % kSize == 0 ? kSize : 1;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kStep) {
-    if constexpr (kStep == 1) {
-      to[i] = from[i];
-    } else {
-      const Pack<A> pack = load_pack_cached(from + i);
-#pragma unroll
-      for (int v = 0; v < kSize; ++v) to[i + v] = pack.lane[v];
-    }
-  }
-}
 template <int kCount, typename A>
 DSCT_DEVICE void store_run(A* to, const A (&from)[kCount]) {
   constexpr int kSize = Pack<A>::kSize, kStep = kCount % kSize == 0 ? kSize : 1;
@@ -142,40 +107,28 @@ DSCT_DEVICE void wait_for_copies() {
 
 inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename T>
-DSCT_DEVICE const T* at(const void* base, int64_t offset) {
-  return static_cast<const T*>(base) + offset;
-}
-
-// ------------------------------------------------------------------------------------------ one element, any dtype
-template <typename A>
-DSCT_DEVICE A load_number(const void* base, FloatType type, int64_t offset) {
+// ------------------------------------------------------------------------------------------ one element, 16 or 32 bits
+DSCT_DEVICE float load_number(const void* base, FloatType type, int64_t offset) {
   switch (type) {
     case FloatType::kF32:
-      return static_cast<A>(static_cast<const float*>(base)[offset]);
-    case FloatType::kF64:
-      return static_cast<A>(static_cast<const double*>(base)[offset]);
+      return static_cast<const float*>(base)[offset];
     case FloatType::kF16:
-      return static_cast<A>(static_cast<float>(static_cast<const Half*>(base)[offset]));
+      return static_cast<const Half*>(base)[offset];
     default:
-      return static_cast<A>(static_cast<float>(static_cast<const BFloat16*>(base)[offset]));
+      return static_cast<const BFloat16*>(base)[offset];
   }
 }
 
-template <typename A>
-DSCT_DEVICE void store_number(void* base, FloatType type, int64_t offset, A value) {
+DSCT_DEVICE void store_number(void* base, FloatType type, int64_t offset, float value) {
   switch (type) {
     case FloatType::kF32:
-      static_cast<float*>(base)[offset] = static_cast<float>(value);
-      break;
-    case FloatType::kF64:
-      static_cast<double*>(base)[offset] = static_cast<double>(value);
+      static_cast<float*>(base)[offset] = value;
       break;
     case FloatType::kF16:
-      static_cast<Half*>(base)[offset] = static_cast<Half>(static_cast<float>(value));
+      static_cast<Half*>(base)[offset] = static_cast<Half>(value);
       break;
     default:
-      static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(static_cast<float>(value));
+      static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(value);
   }
 }
 
@@ -210,7 +163,6 @@ DSCT_DEVICE float reciprocal_fast(float x) {
   return std::nextafter(y, std::bit_cast<uint32_t>(x) % 3 == 0 ? 0.0f : 2 * y);
 #endif
 }
-DSCT_DEVICE double reciprocal_fast(double x) { return 1 / x; }
 
 // log(x) for x positive and normal, or NaN, which stays NaN: a polynomial, without the zeros, infinities and subnormal
 // numbers that log() looks for.
@@ -227,7 +179,6 @@ DSCT_DEVICE float log_normal(float x) {
   const float log_mantissa = fmaf(f * f, fmaf(f, p, -0.5f), f);
   return fmaf(static_cast<float>(exponent), 8.262958405176314e-8f, log_mantissa) + (x - x);  // ln2 / 2^23; NaN - NaN
 }
-DSCT_DEVICE double log_normal(double x) { return ::log(x); }
 
 // The larger of two, where NaN loses: one instruction. Sums of exponentials show a NaN instead.
 DSCT_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }

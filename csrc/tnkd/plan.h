@@ -5,7 +5,8 @@
 namespace dsct {
 
 struct PlanesRow {
-  int most_classes, lane_bytes, lanes, warps;  // warps: Triton's
+  int most_classes, pixels_of_4, pixels_of_2, lanes, warps;  // warps: Triton's
+  constexpr int pixels(int bytes) const { return bytes == 4 ? pixels_of_4 : pixels_of_2; }
 };
 inline constexpr PlanesRow kPlanes[] = {
 #include "dsct_kernels/tnkd/planes.inc"

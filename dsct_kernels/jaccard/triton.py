@@ -21,9 +21,8 @@ __all__ = ["jaccard", "why_not"]
 
 MOST_COMPILED = 3  # kernels of one variant, forward and backward
 MOST_HELD = 20  # logits of one network that a lane holds
-CROWD = (
-    4  # the room of so many of its size that a program takes: its sums fill the registers, and fewer of them are left
-)
+# A program takes the room of so many of its size: its sums fill the registers, and fewer of them are left to add.
+CROWD = 4
 
 
 def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int) -> plan.Config:

@@ -13,7 +13,7 @@ __all__ = ["UPSAMPLES_ON", "tnkd", "tnkd_upsampled", "why_not"]
 
 UPSAMPLES_ON = ("cpu", "cuda")  # where logits smaller than the labels are read as they are; on CUDA not for a map
 # csrc/tnkd/cuda/kernel.cuh: at most 16 warps share out a pixel's classes.
-MOST_CLASSES_ON_CUDA = max(most for most, _, lanes, _ in PLANES if lanes <= 16)
+MOST_CLASSES_ON_CUDA = max(most for most, *_, lanes, _ in PLANES if lanes <= 16)
 
 
 def why_not(*logits: Tensor) -> str | None:

@@ -8,6 +8,7 @@ allow without a spill. Nothing here needs torch, a GPU or a native build.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MOST_CLASSES = 1024  # that registers hold; the reference takes the others
 
@@ -25,14 +26,22 @@ class Config:
         return -(-num_classes // self.classes) * max(1, self.pixels * self.classes // (32 * self.warps))
 
 
-def read_planes(path: Path) -> tuple[tuple[int, int, int, int], ...]:
+class Planes(NamedTuple):
+    """A row of the table for NCHW, lanes along pixels."""
+
+    most_classes: int
+    pixels_of_4: int  # adjacent, that a lane holds of 4 bytes each,
+    pixels_of_2: int  # and of 2
+    lanes: int  # that share a pixel's classes
+    warps: int
+
+
+def read_planes(path: Path) -> tuple[Planes, ...]:
     """The rows of planes.inc, which csrc/tnkd/plan.h includes."""
-    rows = re.findall(r"^{(\d+), (\d+), (\d+), (\d+)},$", path.read_text(), re.MULTILINE)
-    return tuple((int(most), int(lane_bytes), int(lanes), int(warps)) for most, lane_bytes, lanes, warps in rows)
+    rows = re.findall(r"^{(.*)},$", path.read_text(), re.MULTILINE)
+    return tuple(Planes(*map(int, row.split(", "))) for row in rows)
 
 
-# NCHW, lanes along pixels: (most classes, bytes of adjacent pixels a lane holds, lanes that share a pixel's classes,
-# warps).
 PLANES = read_planes(Path(__file__).with_name("planes.inc"))
 
 # channels_last, lanes along classes: (most classes, pixels and classes of a tile, warps). Lanes next to each other read
@@ -46,6 +55,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def _planes_for(num_classes: int) -> Planes:
+    return next(row for row in PLANES if num_classes <= row.most_classes)
+
+
 def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, with_ce: bool = False) -> Config:
     """The launch for K classes of so many bytes.
 
@@ -54,9 +67,9 @@ def choose(num_classes: int, itemsize: int, pixels_adjacent: bool, inner: int, w
     classes.
     """
     if pixels_adjacent:
-        lane_bytes, share, warps = next(row[1:] for row in PLANES if num_classes <= row[0])
-        vector = 1 if with_ce and share > 1 else max(1, lane_bytes // itemsize)
-        config = Config(32 * warps * vector // share, share, warps)
+        row = _planes_for(num_classes)
+        vector = 1 if with_ce and row.lanes > 1 else row.pixels_of_4 if itemsize == 4 else row.pixels_of_2
+        config = Config(32 * row.warps * vector // row.lanes, row.lanes, row.warps)
     else:
         config = next(Config(*row[1:]) for row in CHANNELS_LAST if num_classes <= row[0])
     least = min(16, config.pixels) if pixels_adjacent else 1
@@ -84,10 +97,10 @@ def choose_upsampled(
     num_classes: int, cells: tuple[int, int], labels: tuple[int, int], align_corners: bool
 ) -> UpsampledConfig:
     """The launch for K classes, the student's height and width, and those of the labels."""
-    share, warps = next(row[2:] for row in PLANES if num_classes <= row[0])
-    pixels = 32 * warps * (2 if num_classes <= TWO_PIXELS else 1) // share
+    row = _planes_for(num_classes)
+    pixels = 32 * row.warps * (2 if num_classes <= TWO_PIXELS else 1) // row.lanes
     ends = 1 if align_corners and cells[1] > 1 else 0  # are cells: one interval fewer
     most = -(-(labels[1] - ends) // (cells[1] - ends))  # pixels of an interval
     slots = min(MOST_SLOTS, pixels, next_power_of_2(most))
     rows = max(1, STRIP_ROWS * cells[0] // labels[0])
-    return UpsampledConfig(pixels, share, warps, slots, -(-most // slots), rows)
+    return UpsampledConfig(pixels, row.lanes, row.warps, slots, -(-most // slots), rows)

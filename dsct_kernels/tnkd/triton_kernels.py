@@ -375,9 +375,8 @@ def judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_facto
     sum_1 = sum_s
     if V.with_ce:
         e_1, sum_1 = exponentials(s_others, LOG2_E, top_s * LOG2_E)
-    cross = tl.zeros(
-        e_t[0].shape, tl.float32
-    )  # of e^T times the difference, a class that the teacher rules out left out
+    # of e^T times the difference, a class that the teacher rules out left out
+    cross = tl.zeros(e_t[0].shape, tl.float32)
     for c in tl.static_range(tl.constexpr(V.chunks)):
         apart = tl.fma(t_others[c], to_2_tau, -shift_t) - tl.fma(s_others[c], to_2_tau, -shift_s)
         cross += e_t[c] * tl.where(e_t[c] == 0, 0.0, apart)

@@ -70,24 +70,27 @@ def test_tnkd(plain: Path, folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_launches_in_planes_are_those_of_tritons_table(plain: Path, folder: Path, dtype: torch.dtype) -> None:
     fewest = 2
-    for most, lane_bytes, lanes, _ in plan.PLANES[:6]:
-        for k in (fewest, most):
+    for row in plan.PLANES[:6]:
+        lanes, pixels = row.lanes, row.pixels_of_4 if dtype.itemsize == 4 else row.pixels_of_2
+        for k in (fewest, row.most_classes):
             case = TnkdCase(PLANES, (1, k, 16, 512), dtype).case()
             case.numbers["multiprocessors"] = 1024  # a block for every tile
             _, kernel = launches(plain, case, folder / "launches")
             assert kernel.threads == (128 if lanes == 1 else 32 * lanes), k
-            assert 16 * 512 / kernel.blocks * lanes / kernel.threads == lane_bytes // dtype.itemsize, k
-        fewest = most + 1
+            assert 16 * 512 / kernel.blocks * lanes / kernel.threads == pixels, k
+        fewest = row.most_classes + 1
 
 
 def test_cuda_and_triton_read_one_table_of_planes(tmp_path: Path) -> None:
-    for edit in (str, lambda text: text.replace("{20, 4, 1, 1}", "{16, 4, 1, 2}")):
+    for edit in (str, lambda text: text.replace("{20, 1, 2, 1, 1}", "{16, 1, 4, 1, 2}")):
         table = tmp_path / "dsct_kernels/tnkd/planes.inc"
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(edit((ROOT / "dsct_kernels/tnkd/planes.inc").read_text()))
-        rows = "".join(f"static_assert(p[{i}].most_classes == {most} && p[{i}].lane_bytes == {size} && "
-                       f"p[{i}].lanes == {lanes} && p[{i}].warps == {warps});\n"
-                       for i, (most, size, lanes, warps) in enumerate(plan.read_planes(table)))  # fmt: skip
+        rows = "".join(
+            f"static_assert(p[{i}].{name} == {number});\n"
+            for i, row in enumerate(plan.read_planes(table))
+            for name, number in row._asdict().items()
+        )
         source = tmp_path / "rows.cpp"
         source.write_text(f'#include "tnkd/plan.h"\nconstexpr auto& p = dsct::kPlanes;\n{rows}'
                           f"static_assert(sizeof(p) / sizeof(*p) == {len(plan.PLANES)});\n")  # fmt: skip

@@ -72,7 +72,7 @@ namespace dsct::cuda {{
 INSTANCE = "template __global__ void tnkd_kernel<Planes<{t}, {t}, {pixels}>, {classes}, {split}>"
 ARGUMENTS = "(Logits, Terms<float>, Workspace, Result<float>);\n"
 # K: classes of a thread, pixels of a thread in fp32 and bf16, warps that share a pixel: launch.cuh's plan.
-VARIANTS = {6: (6, 2, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
+VARIANTS = {6: (6, 4, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
 
 
 def instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int, str], float]:

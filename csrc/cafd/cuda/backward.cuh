@@ -100,13 +100,14 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
   float sum = 0;
   if (in.held > 0) {
     const float max = in.stats.max(n)[c];
-    walk_pairs(f, in.grad_map, place, nullptr, 0, [&](const auto& x, const auto& d, int64_t i) {
-      Pack<float>* here = held + i / place.step * 2 * blockDim.x;
+    Pack<float>* here = held;
+    walk_pairs(f, in.grad_map, place, nullptr, 0, [&](const auto& x, const auto& d, int64_t) {
 #pragma unroll
       for (int v = 0; v < kRun; ++v) {
         sum += exp2_fast((x[v] - max) * scales.spatial2) * d[v];
         here[v / 4 * blockDim.x].lane[v % 4] = x[v];
       }
+      here += 2 * blockDim.x;
     });
     join_rows(shared, sum, place, [](float& to, float other) { to += other; });
     __syncthreads();
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
     store(in.out, in.out.at(n, c, i), g, place.left(i));
   };
   if (in.held == 0) return walk_pairs(f, in.grad_map, place, nullptr, 0, write);
-  for (int64_t i = place.first; i < place.last; i += place.step) {
-    const Pack<float>* here = held + i / place.step * 2 * blockDim.x;
+  const Pack<float>* here = held;
+  for (int64_t i = place.first; i < place.last; i += place.step, here += 2 * blockDim.x) {
     float x[kRun], d[kRun];
     run_of(in.grad_map, in.grad_map.at(n, c, i), place.left(i)).values(FloatType::kF32, d);
 #pragma unroll

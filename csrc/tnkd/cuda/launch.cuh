@@ -84,7 +84,7 @@ inline TnkdPlan tnkd_plan(const TnkdArgs& args, const Device& device) {
   };
   const PlanesRow* row = row_for(args.classes);
   if (row == nullptr) return plan;
-  const int pixels = row->lane_bytes / size_of(args.student_type);
+  const int pixels = row->pixels(size_of(args.student_type));
   plan.planes = all_in_planes(pixels);
   if (plan.planes) {
     plan.pixels = pixels;
@@ -156,7 +156,7 @@ inline void encode(const TnkdArgs& args, int64_t pixels, bool wide, const Worksp
 // Calls body with the variant that the plan names.
 template <typename S, typename T, typename Body>
 void with_planes(const TnkdPlan& plan, const Body& body) {
-  constexpr int kFew = row_for(kMostClasses)->lane_bytes / sizeof(S), kMany = row_for(8)->lane_bytes / sizeof(S);
+  constexpr int kFew = row_for(kMostClasses)->pixels(sizeof(S)), kMany = row_for(8)->pixels(sizeof(S));
   if (plan.warps > 1) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, true>);
   if (plan.classes == kMostClasses) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, false>);
   if (plan.classes == 8) return body(tnkd_kernel<Planes<S, T, kMany>, 8, false>);

@@ -136,10 +136,10 @@ struct Tiles {
   }
 
   static DSCT_DEVICE float student(const Logits& in, const Place& p, unsigned char* tiles, int, int j) {
-    return load_number<float>(tiles + p.mine * in.student.pitch, in.student.type, j);
+    return load_number(tiles + p.mine * in.student.pitch, in.student.type, j);
   }
   static DSCT_DEVICE float teacher(const Logits& in, const Place& p, unsigned char* tiles, int, int j) {
-    return load_number<float>(teacher_tile(in, tiles) + p.mine * in.teacher.pitch, in.teacher.type, j);
+    return load_number(teacher_tile(in, tiles) + p.mine * in.teacher.pitch, in.teacher.type, j);
   }
   static DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char* tiles, int, int j, float g) {
     store_number(tiles + p.mine * in.grad.pitch, in.grad.type, j, g);

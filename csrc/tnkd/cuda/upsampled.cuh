@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kCountThreads) label_by_teacher(Upsampled in, 
     float most = -infinity<float>();
     int label = 0;
     for (int k = 0; k < in.classes; ++k, upper += in.teacher.step, lower += in.teacher.step) {
-      auto number = [&](const unsigned char* at) { return load_number<float>(at, in.teacher.type, 0); };
+      auto number = [&](const unsigned char* at) { return load_number(at, in.teacher.type, 0); };
       const float above = fmaf(number(upper + last), x.second(), number(upper + low) * x.first());
       const float below = fmaf(number(lower + last), x.second(), number(lower + low) * x.first());
       const float z = fmaf(below, y.second(), above * y.first());
