@@ -109,26 +109,18 @@ inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t
 
 // ------------------------------------------------------------------------------------------ one element, 16 or 32 bits
 DSCT_DEVICE float load_number(const void* base, FloatType type, int64_t offset) {
-  switch (type) {
-    case FloatType::kF32:
-      return static_cast<const float*>(base)[offset];
-    case FloatType::kF16:
-      return static_cast<const Half*>(base)[offset];
-    default:
-      return static_cast<const BFloat16*>(base)[offset];
-  }
+  if (type == FloatType::kF32) return static_cast<const float*>(base)[offset];
+  if (type == FloatType::kF16) return static_cast<const Half*>(base)[offset];
+  return static_cast<const BFloat16*>(base)[offset];
 }
 
 DSCT_DEVICE void store_number(void* base, FloatType type, int64_t offset, float value) {
-  switch (type) {
-    case FloatType::kF32:
-      static_cast<float*>(base)[offset] = value;
-      break;
-    case FloatType::kF16:
-      static_cast<Half*>(base)[offset] = static_cast<Half>(value);
-      break;
-    default:
-      static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(value);
+  if (type == FloatType::kF32) {
+    static_cast<float*>(base)[offset] = value;
+  } else if (type == FloatType::kF16) {
+    static_cast<Half*>(base)[offset] = static_cast<Half>(value);
+  } else {
+    static_cast<BFloat16*>(base)[offset] = static_cast<BFloat16>(value);
   }
 }
 

@@ -452,9 +452,9 @@ import os, sys, time
 from pathlib import Path
 from dsct_kernels.distill.files import only_writer
 with only_writer(Path(sys.argv[1])):
-    child = os.fork() if sys.argv[2] == "fork" else 1
-    if child:
-        print(child, flush=True)
+    child = os.fork() if sys.argv[2] == "fork" else 0
+    if not child:  # which has dropped what it inherited: before fork returned
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 

@@ -395,7 +395,7 @@ DSCT_DEVICE void tiles_at(const Axis& axis, int i, int size, int& begin, int& en
 
 // The gradient: what the tiles have of it, from top to bottom and from left to right. A block: one row of four classes.
 constexpr int kSlabThreads = 128;
-__global__ void __launch_bounds__(kSlabThreads) add_slabs(Upsampled in) {
+__global__ void __launch_bounds__(kSlabThreads, 1) add_slabs(Upsampled in) {
   const int fours = in.groups * in.fours, height = in.grad.y.inputs;
   const int run = blockIdx.x % fours, group = run / in.fours, row = blockIdx.x / fours % height;
   const int64_t image = blockIdx.x / fours / height;
