@@ -103,10 +103,9 @@ def numbers_of(numbers, V: tl.constexpr):
 
 @triton.jit
 def ignored(ignore):
-    """ignore_index, as it came or from device memory. Triton looks at both sides of an `and`, None's dtype included."""
-    if ignore is not None:  # noqa: SIM102
-        if ignore.dtype.is_ptr():
-            ignore = tl.load(ignore)
+    """ignore_index, as it came or from device memory. Not for None: Triton 3.6 returns none of those."""
+    if ignore.dtype.is_ptr():
+        ignore = tl.load(ignore)
     return ignore
 
 
@@ -197,7 +196,8 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
 @triton.jit(do_not_specialize=["samples", "ignore"])
 def count_kernel(target, class_weight, counts, samples, plane, num_classes, ignore, BLOCK: tl.constexpr):
     """counts[0, program] = its valid labels, counts[1, program] = their class weights added up."""
-    ignore = ignored(ignore)
+    if ignore is not None:
+        ignore = ignored(ignore)
     total = tl.cast(samples, tl.int64) * plane
     p = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int32)
@@ -459,7 +459,8 @@ def tnkd_kernel(student, teacher, target, class_weight, largest_weight, counts, 
     """
     NEAR: tl.constexpr = student.dtype.element_ty == tl.float32
     numbers = numbers_of(numbers, V)
-    ignore = ignored(ignore)
+    if ignore is not None:
+        ignore = ignored(ignore)
     tau = numbers[0]
     ce_factor, mean_factor, _ = factors(counts, largest_weight, num_counts, num_pixels, 1.0, numbers, V, COUNTS)
     k = tl.arange(0, V.classes)[:, None]

@@ -199,7 +199,8 @@ def march_kernel(s, t, target, class_weight, counts, slab, own_counts, partial, 
     this program's. The slab: (N, strips, M.rows + 1, K, left and right, intervals across), in float32, or None."""
     FIRST: tl.constexpr = 0 if M.align else -1  # the interval
     numbers = numbers_of(numbers, V)
-    ignore = ignored(ignore)
+    if ignore is not None:
+        ignore = ignored(ignore)
     tau = numbers[0]
     ce_factor = numbers[4]
     if counts is not None:  # of a mean, with class weights: what the second kernel divides by is the number of pixels
