@@ -59,6 +59,8 @@ class Run:
         trained: dict[str, nn.Module] = {}
         for arm in self.arms:
             trained[arm.phase] = self.phase(arm, trained.get("teacher"))
+        if self.main:
+            checkpoint.remove(self.checkpoint)  # a kill may have left the last phase's, after its results were written
         return trained
 
     def phase(self, arm: Arm, teacher: nn.Module | None) -> nn.Module:

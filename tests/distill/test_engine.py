@@ -161,6 +161,15 @@ def test_the_last_checkpoints_are_kept_and_nothing_of_a_phase_that_is_done(tmp_p
     assert Run(small(keep=3, checkpoint_every=1), tmp_path).saved["step"] == 4
 
 
+def test_checkpoints_that_a_kill_left_of_the_last_phase_go(tmp_path):
+    cfg = small(keep=2, checkpoint_every=1)
+    Run(cfg, tmp_path).all()
+    for name in ("checkpoint-2.pt", "checkpoint-3.pt"):  # results.json was written and one of three was gone already
+        (tmp_path / name).write_bytes(b"")
+    Run(cfg, tmp_path).all()
+    assert not [p.name for p in tmp_path.iterdir() if "checkpoint" in p.name]
+
+
 def test_the_best_network_on_the_way_is_kept_with_its_score(tmp_path, monkeypatch):
     scores = iter([0.2, 0.5, 0.3, None, 0.4, 0.4])  # at step 2, at step 4 and at the end, of each of two phases
     seen: dict[float | None, dict[str, torch.Tensor]] = {}
