@@ -41,6 +41,8 @@ def objective(student: Tensor, teacher: Tensor, target: Tensor, **options: Any) 
 
 @pytest.mark.parametrize("kind,loss,small", pairs(tuple(KINDS), (tnkd_loss, objective), (False, True)))
 def test_micro_batches_of_unequal_counts_add_up_to_the_whole_batch(device, backend, kind, loss, small):
+    if backend == "triton" and device == "cpu" and kind != "float tensor":
+        pytest.skip("the interpreter is slow, and what a number comes in is seen before any backend")
     student, teacher, target = problem(device, small=small)
     want = torch.autograd.grad(loss(student, teacher, target, backend=backend), student)[0]
     items = KINDS[kind](int((target != 255).sum()))

@@ -98,8 +98,8 @@ def test_a_schedule_of_weights_and_temperatures_compiles_once(backend, as_tensor
         return dsct_loss(s, t, y, fs, ft, **weights, **temperatures, ignore_index=ignored, backend=backend).total
 
     compiled, frames = counted(step)
-    for i in range(12):
-        values = (0.1 * (i + 1), 1 + 0.3 * i, 255 if i % 2 else i % 5)
+    for i in range(5):
+        values = (0.1 * (i + 1), 1 + 0.3 * i, 255 if i % 2 else i)
         given = [torch.tensor(v) for v in values] if as_tensor else values
         got = torch.autograd.grad(compiled(*given), (s, fs))
         want = torch.autograd.grad(step(*values), (s, fs))

@@ -98,7 +98,7 @@ def what_counts(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 50), (2, 10)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 30), (2, 6)])
 def test_a_run_that_is_killed_at_random_moments_has_the_numbers_of_one_that_is_not(tmp_path, processes, kills):
     start = [*KILLED, "--out"]
     folder, said = tmp_path / "whole", tmp_path / "said"

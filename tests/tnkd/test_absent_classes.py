@@ -194,7 +194,8 @@ def test_no_absent_class_and_no_weight_of_zero_hides_what_is_no_number(
     """At the target and beside it, in either network, whatever is absent in the other or around it."""
     student, teacher, target = (x.to(device) for x in batch(classes, torch.float32))
     alpha, beta = weights
-    for network, klass in itertools.product((0, 1), (1, 0)):
+    places = list(itertools.product((0, 1), (1, 0)))
+    for network, klass in places[1:3] if slow(backend, student) else places:
         both = [student.clone(), teacher.clone()]
         both[network][:, klass] = poison
         both[network][0, :, 0] = both[1 - network][0, :, 0] = 0.5  # one row of pixels where all is well
@@ -204,7 +205,8 @@ def test_no_absent_class_and_no_weight_of_zero_hides_what_is_no_number(
         bad = torch.ones_like(target, dtype=torch.bool)
         bad[0, 0] = False
         assert torch.equal(per_pixel.isnan(), bad), (network, klass)
-        assert all(tnkd_loss(s, t, target, reduction=r, **keywords).isnan() for r in ("mean", "sum"))
+        reductions = ("mean", "sum")[: 1 if slow(backend, student) else 2]
+        assert all(tnkd_loss(s, t, target, reduction=r, **keywords).isnan() for r in reductions)
         labels = torch.where(bad, 255, target)  # and where it is ignored nothing of it shows
         assert tnkd_loss(s, t, labels, **keywords).abs() < 1e-6
 
