@@ -20,7 +20,7 @@ def test_kernels_stay_in_registers(source: str, arch: int, tmp_path: Path) -> No
     print(f"\n{source} on sm_{arch}: registers, stack frame, spill stores, spill loads, static shared memory (bytes)")
     for name, r in rows:
         print(f"  {r.registers:4d} {r.stack:4d} {r.spill_stores:4d} {r.spill_loads:4d} {r.shared:6d}  {name}")
-    assert len(found) <= (10 if source.startswith("cafd") else 33), "more kernels than anybody will read"
+    assert len(found) <= (10 if source.startswith("cafd") else 25), "more kernels than anybody will read"
     in_memory = [name for name, r in rows if r.in_memory > 0]
     assert not in_memory, f"a spill or a stack frame in {in_memory}"
 
@@ -28,10 +28,10 @@ def test_kernels_stay_in_registers(source: str, arch: int, tmp_path: Path) -> No
 # Thread instructions for a pixel in planes on sm_90, forward and gradient, and so much more at most. With kernels that
 # staged every tile in shared memory it was 406 to 536 at K = 6, some 2,500 at 19 and 18,700 at 150.
 INSTRUCTIONS = {
-    False: {(6, "fp32"): 341, (6, "bf16"): 347, (19, "fp32"): 860, (19, "bf16"): 766,
-            (150, "fp32"): 6513, (150, "bf16"): 5440},
-    True: {(6, "fp32"): 440, (6, "bf16"): 440, (19, "fp32"): 981, (19, "bf16"): 896,
-           (150, "fp32"): 6950, (150, "bf16"): 5878},
+    False: {(6, "fp32"): 341, (6, "bf16"): 353, (19, "fp32"): 854, (19, "bf16"): 769,
+            (150, "fp32"): 6345, (150, "bf16"): 5500},
+    True: {(6, "fp32"): 430, (6, "bf16"): 446, (19, "fp32"): 978, (19, "bf16"): 888,
+           (150, "fp32"): 6795, (150, "bf16"): 6075},
 }  # fmt: skip
 MORE = 1.05  # another release of the compiler
 

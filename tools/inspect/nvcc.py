@@ -63,13 +63,14 @@ KNOWN = """
 #define DSCT_KNOWN(in, terms, y, warps, inside)                                                              \\
   in.loss_map = nullptr, in.class_weight = nullptr, terms.with_ce = {ce}, terms.two_classes = false;             \\
   terms.coupled = false, terms.temperature = 2;                                                                \\
+  in.student.type = in.teacher.type = FloatType::{type};                                                       \\
   if (kSplit) warps = 8;                                                                                       \\
   __builtin_assume(in.grad.data != nullptr), __builtin_assume(inside);                                         \\
   for (int v = 0; v < kPixels; ++v) __builtin_assume(y[v] >= 0);
 #include "tnkd/cuda/kernel.cuh"
 namespace dsct::cuda {{
 """
-INSTANCE = "template __global__ void tnkd_kernel<Planes<{t}, {t}, {pixels}>, {classes}, {split}>"
+INSTANCE = "template __global__ void tnkd_kernel<Planes<{size}, {size}, {pixels}>, {classes}, {split}>"
 ARGUMENTS = "(Logits, Terms<float>, Workspace, Result<float>);\n"
 # K: classes of a thread, pixels of a thread in fp32 and bf16, warps that share a pixel: launch.cuh's plan.
 VARIANTS = {6: (6, 4, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
@@ -78,22 +79,22 @@ VARIANTS = {6: (6, 4, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
 def instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int, str], float]:
     """Thread instructions of tnkd_kernel for a pixel in planes, by K and dtype: fp32, bf16."""
     assert NVCC is not None
-    source = KNOWN.format(ce=str(ce).lower())
-    keys = []
-    for k, (classes, fp32, bf16, warps) in VARIANTS.items():
-        for dtype, type_, pixels in (("fp32", "float", fp32), ("bf16", "BFloat16", bf16)):
-            split = str(warps > 1).lower()
-            source += INSTANCE.format(t=type_, pixels=pixels, classes=classes, split=split) + ARGUMENTS
-            keys.append((k, dtype, pixels, warps, f"Planes<{type_}, {type_}, {pixels}>, {classes}, {split}>"))
-    (folder / "known.cu").write_text(source + "}\n")
-    command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *INCLUDE, "-cubin", str(folder / "known.cu")]
-    subprocess.run([*command, "-o", str(folder / "known.cubin")], capture_output=True, timeout=600, check=True)
-    codes = machine_code(folder / "known.cubin")
-    named = dict(zip(demangled(list(codes)), codes.values(), strict=True))
-    return {
-        (k, dtype): per_pixel(next(code for name, code in named.items() if variant in name), pixels, warps)
-        for k, dtype, pixels, warps, variant in keys
-    }
+    found = {}
+    for dtype, type_, size in (("fp32", "kF32", 4), ("bf16", "kBF16", 2)):
+        source, cubin = folder / "known.cu", folder / "known.cubin"
+        text, variants = KNOWN.format(ce=str(ce).lower(), type=type_), {}
+        for k, (classes, fp32, bf16, warps) in VARIANTS.items():
+            pixels = fp32 if dtype == "fp32" else bf16
+            text += INSTANCE.format(size=size, pixels=pixels, classes=classes, split=str(warps > 1).lower()) + ARGUMENTS
+            variants[f"Planes<{size}, {size}, {pixels}>, {classes}, {str(warps > 1).lower()}>"] = k, pixels, warps
+        source.write_text(text + "}\n")
+        command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *INCLUDE, "-cubin", str(source), "-o", str(cubin)]
+        subprocess.run(command, capture_output=True, timeout=600, check=True)
+        codes = machine_code(cubin)
+        named = dict(zip(demangled(list(codes)), codes.values(), strict=True))
+        for variant, (k, pixels, warps) in variants.items():
+            found[k, dtype] = per_pixel(next(code for name, code in named.items() if variant in name), pixels, warps)
+    return found
 
 
 KNOWN_UPSAMPLED = """

@@ -154,13 +154,13 @@ inline void encode(const TnkdArgs& args, int64_t pixels, bool wide, const Worksp
 }
 
 // Calls body with the variant that the plan names.
-template <typename S, typename T, typename Body>
+template <int kS, int kT, typename Body>
 void with_planes(const TnkdPlan& plan, const Body& body) {
-  constexpr int kFew = row_for(kMostClasses)->pixels(sizeof(S)), kMany = row_for(8)->pixels(sizeof(S));
-  if (plan.warps > 1) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, true>);
-  if (plan.classes == kMostClasses) return body(tnkd_kernel<Planes<S, T, kFew>, kMostClasses, false>);
-  if (plan.classes == 8) return body(tnkd_kernel<Planes<S, T, kMany>, 8, false>);
-  return body(tnkd_kernel<Planes<S, T, kMany>, 6, false>);
+  constexpr int kFew = row_for(kMostClasses)->pixels(kS), kMany = row_for(8)->pixels(kS);
+  if (plan.warps > 1) return body(tnkd_kernel<Planes<kS, kT, kFew>, kMostClasses, true>);
+  if (plan.classes == kMostClasses) return body(tnkd_kernel<Planes<kS, kT, kFew>, kMostClasses, false>);
+  if (plan.classes == 8) return body(tnkd_kernel<Planes<kS, kT, kMany>, 8, false>);
+  return body(tnkd_kernel<Planes<kS, kT, kMany>, 6, false>);
 }
 template <typename Body>
 void with_kernel(const TnkdPlan& plan, FloatType student, FloatType teacher, const Body& body) {
@@ -169,11 +169,9 @@ void with_kernel(const TnkdPlan& plan, FloatType student, FloatType teacher, con
     if (plan.classes == kMostClasses) return body(tnkd_kernel<Tiles<false>, kMostClasses, false>);
     return body(tnkd_kernel<Tiles<false>, 8, false>);
   }
-  if (student == FloatType::kF16) return with_planes<Half, Half>(plan, body);
-  if (student == FloatType::kBF16) return with_planes<BFloat16, BFloat16>(plan, body);
-  if (teacher == FloatType::kF16) return with_planes<float, Half>(plan, body);
-  if (teacher == FloatType::kBF16) return with_planes<float, BFloat16>(plan, body);
-  return with_planes<float, float>(plan, body);
+  if (size_of(student) == 2) return with_planes<2, 2>(plan, body);
+  if (size_of(teacher) == 2) return with_planes<4, 2>(plan, body);
+  return with_planes<4, 4>(plan, body);
 }
 
 inline const char* kernel_name(const TnkdPlan& plan) {

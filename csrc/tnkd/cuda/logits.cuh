@@ -60,6 +60,17 @@ struct Place {
 // So many of a thread's classes are there whatever K: the plan takes the smallest variant that will do.
 constexpr int sure_classes(int classes) { return classes > 8 ? 8 : 2; }
 
+// Calls body with a null pointer to the type of a network's numbers, which have kSize bytes, or (0) any.
+template <int kSize = 0, typename Body>
+DSCT_DEVICE void by_type(FloatType type, const Body& body) {
+  if constexpr (kSize != 2) {
+    if (kSize == 4 || type == FloatType::kF32) return body(static_cast<float*>(nullptr));
+  }
+  if constexpr (kSize != 4) {
+    type == FloatType::kBF16 ? body(static_cast<BFloat16*>(nullptr)) : body(static_cast<Half*>(nullptr));
+  }
+}
+
 // -inf, in a word or in either half of one.
 template <typename E>
 DSCT_DEVICE constexpr unsigned absent_word() {

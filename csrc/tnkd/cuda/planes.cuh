@@ -72,22 +72,26 @@ DSCT_DEVICE void repeat(const Body& body) {
   }
 }
 
-// Where logits of S and T come from, kPixels a thread.
-template <typename S, typename T, int kPixels_>
+// Where logits of kS and kT bytes come from, kPixels a thread. Whether two bytes are bfloat16 or float16 is asked once
+// for all of a thread's.
+template <int kS, int kT, int kPixels_>
 struct Planes {
   static constexpr int kPixels = kPixels_;
+
+  // Two networks of two bytes have one dtype.
+  static DSCT_DEVICE FloatType teacher_type(const Logits& in) { return kS == 2 ? in.student.type : in.teacher.type; }
 
   static DSCT_DEVICE void fetch(const Logits&, const Place&, unsigned char*) {}
   static DSCT_DEVICE void put_back(const Logits&, const Place&, unsigned char*) {}
 
-  template <typename E>
+  template <int kSize>
   static DSCT_DEVICE unsigned char* first(const LogitMap& net, const Place& p) {
-    return net.data + p.image * net.image + p.first * static_cast<uint64_t>(net.step) + (p.start + p.at) * sizeof(E);
+    return net.data + p.image * net.image + p.first * static_cast<uint64_t>(net.step) + (p.start + p.at) * kSize;
   }
 
   template <typename E, int kClasses>
   static DSCT_DEVICE void load_one(const LogitMap& net, const Place& p, Words<sizeof(E) * kPixels> (&bits)[kClasses]) {
-    unsigned char* base = first<E>(net, p);
+    unsigned char* base = first<sizeof(E)>(net, p);
     repeat<kClasses>([&](auto index) {
       constexpr int i = decltype(index)::value;
       for (auto& word : bits[i].word) word = static_cast<std::remove_reference_t<decltype(word)>>(absent_word<E>());
@@ -107,44 +111,55 @@ struct Planes {
   template <int kClasses>
   static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char*, float (&s)[kPixels][kClasses],
                                float (&t)[kPixels][kClasses]) {
-    Words<sizeof(S) * kPixels> bits_s[kClasses];
-    Words<sizeof(T) * kPixels> bits_t[kClasses];
-    load_one<S>(in.student, p, bits_s);
-    load_one<T>(in.teacher, p, bits_t);
-    to_floats<S>(bits_s, s);
-    to_floats<T>(bits_t, t);
+    by_type<kT>(teacher_type(in), [&]<typename T>(T*) {
+      using S = std::conditional_t<kS == 4, float, T>;
+      Words<kS * kPixels> bits_s[kClasses];
+      Words<kT * kPixels> bits_t[kClasses];
+      load_one<S>(in.student, p, bits_s);
+      load_one<T>(in.teacher, p, bits_t);
+      to_floats<S>(bits_s, s);
+      to_floats<T>(bits_t, t);
+    });
   }
 
   template <int kClasses>
   static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char*, const float (&g)[kPixels][kClasses]) {
-    unsigned char* base = first<S>(in.grad, p);
-    repeat<kClasses>([&](auto index) {
-      constexpr int i = decltype(index)::value;
-      struct alignas(sizeof(S) * kPixels) {
-        S lane[kPixels];
-      } run;
+    unsigned char* base = first<kS>(in.grad, p);
+    by_type<kS>(in.student.type, [&]<typename E>(E*) {
+      repeat<kClasses>([&](auto index) {
+        constexpr int i = decltype(index)::value;
+        struct alignas(kS * kPixels) {
+          E lane[kPixels];
+        } run;
 #pragma unroll
-      for (int v = 0; v < kPixels; ++v) run.lane[v] = static_cast<S>(g[v][i]);
-      if (i < sure_classes(kClasses) || i < p.classes) {
-        store_once(stepped<i>(base, in.grad.step), std::bit_cast<Words<sizeof(S) * kPixels>>(run));
-      }
+        for (int v = 0; v < kPixels; ++v) run.lane[v] = static_cast<E>(g[v][i]);
+        if (i < sure_classes(kClasses) || i < p.classes) {
+          store_once(stepped<i>(base, in.grad.step), std::bit_cast<Words<kS * kPixels>>(run));
+        }
+      });
     });
   }
 
   // Class j (of all) of the thread's pixel v.
-  template <typename E>
-  static DSCT_DEVICE E* at(const LogitMap& net, const Place& p, int v, int j) {
-    return reinterpret_cast<E*>(net.data + p.image * net.image + j * static_cast<uint64_t>(net.step)) + p.start + p.at +
-           v;
+  template <int kSize>
+  static DSCT_DEVICE unsigned char* at(const LogitMap& net, const Place& p, int v, int j) {
+    return net.data + p.image * net.image + j * static_cast<uint64_t>(net.step) + (p.start + p.at + v) * kSize;
+  }
+  template <int kSize>
+  static DSCT_DEVICE float number(const LogitMap& net, FloatType type, const Place& p, int v, int j) {
+    float z = 0;
+    by_type<kSize>(type, [&]<typename E>(E*) { z = *reinterpret_cast<E*>(at<kSize>(net, p, v, j)); });
+    return z;
   }
   static DSCT_DEVICE float student(const Logits& in, const Place& p, unsigned char*, int v, int j) {
-    return static_cast<float>(*at<S>(in.student, p, v, j));
+    return number<kS>(in.student, in.student.type, p, v, j);
   }
   static DSCT_DEVICE float teacher(const Logits& in, const Place& p, unsigned char*, int v, int j) {
-    return static_cast<float>(*at<T>(in.teacher, p, v, j));
+    return number<kT>(in.teacher, teacher_type(in), p, v, j);
   }
   static DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char*, int v, int j, float g) {
-    *at<S>(in.grad, p, v, j) = static_cast<S>(g);
+    by_type<kS>(in.student.type,
+                [&]<typename E>(E*) { *reinterpret_cast<E*>(at<kS>(in.grad, p, v, j)) = static_cast<E>(g); });
   }
 };
 

@@ -53,11 +53,6 @@ struct Tiles {
   static DSCT_DEVICE void by_size(const LogitMap& net, const Body& body) {
     net.type == FloatType::kF32 ? body(static_cast<unsigned*>(nullptr)) : body(static_cast<unsigned short*>(nullptr));
   }
-  template <typename Body>
-  static DSCT_DEVICE void by_type(const LogitMap& net, const Body& body) {
-    if (net.type == FloatType::kF32) return body(static_cast<float*>(nullptr));
-    net.type == FloatType::kBF16 ? body(static_cast<BFloat16*>(nullptr)) : body(static_cast<Half*>(nullptr));
-  }
   static DSCT_DEVICE unsigned char* teacher_tile(const Logits& in, unsigned char* tiles) {
     return tiles + (in.student.pitch << kLog2);
   }
@@ -105,16 +100,16 @@ struct Tiles {
   template <int kClasses>
   static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char* tiles, float (&s)[1][kClasses],
                                float (&t)[1][kClasses]) {
-    by_type(in.student,
+    by_type(in.student.type,
             [&](auto* null) { load_one<std::remove_pointer_t<decltype(null)>>(in.student, p, tiles, s[0]); });
-    by_type(in.teacher, [&](auto* null) {
+    by_type(in.teacher.type, [&](auto* null) {
       load_one<std::remove_pointer_t<decltype(null)>>(in.teacher, p, teacher_tile(in, tiles), t[0]);
     });
   }
 
   template <int kClasses>
   static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char* tiles, const float (&g)[1][kClasses]) {
-    by_type(in.grad, [&](auto* null) {
+    by_type(in.grad.type, [&](auto* null) {
       using E = std::remove_pointer_t<decltype(null)>;
       E* row = reinterpret_cast<E*>(tiles + p.mine * in.grad.pitch) + p.first;
       if (in.grad.runs) {
