@@ -33,41 +33,48 @@ DSCT_DEVICE void release_next() {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------- 16-byte packs
-template <typename T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T lane[kSize];
+// ------------------------------------------------------------------- packs: numbers that are loaded and stored
+// together
+template <typename T, int kCount = 16 / sizeof(T)>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+  static constexpr int kSize = kCount;
+  T lane[kCount];
 };
 
-// One 16-byte load that does not stay in L1: every element is used once.
-template <typename T>
-DSCT_DEVICE Pack<T> load_pack(const T* pointer) {
+#ifdef __CUDACC__
+template <int kBytes>
+using WordOf = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
+#endif
+
+// One load, of 2 to 16 bytes, that does not stay in L1: every element is used once.
+template <typename T, int kCount = 16 / sizeof(T)>
+DSCT_DEVICE Pack<T, kCount> load_pack(const T* pointer) {
 #ifdef __CUDA_ARCH__
-  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(pointer));
-  return *reinterpret_cast<const Pack<T>*>(&bits);
+  return std::bit_cast<Pack<T, kCount>>(__ldcs(reinterpret_cast<const WordOf<sizeof(T) * kCount>*>(pointer)));
 #else
-  return *reinterpret_cast<const Pack<T>*>(pointer);
+  return *reinterpret_cast<const Pack<T, kCount>*>(pointer);
 #endif
 }
 
-// One 16-byte load through L1, for data that neighbours read too.
-template <typename T>
-DSCT_DEVICE Pack<T> load_pack_cached(const T* pointer) {
+// One load through L1, for data that neighbours read too.
+template <typename T, int kCount = 16 / sizeof(T)>
+DSCT_DEVICE Pack<T, kCount> load_pack_cached(const T* pointer) {
 #ifdef __CUDA_ARCH__
-  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(pointer));
-  return *reinterpret_cast<const Pack<T>*>(&bits);
+  return std::bit_cast<Pack<T, kCount>>(__ldg(reinterpret_cast<const WordOf<sizeof(T) * kCount>*>(pointer)));
 #else
-  return *reinterpret_cast<const Pack<T>*>(pointer);
+  return *reinterpret_cast<const Pack<T, kCount>*>(pointer);
 #endif
 }
 
-template <typename T>
-DSCT_DEVICE void store_pack(T* pointer, const Pack<T>& pack) {
+template <typename T, int kCount>
+DSCT_DEVICE void store_pack(T* pointer, const Pack<T, kCount>& pack) {
 #ifdef __CUDA_ARCH__
-  __stcs(reinterpret_cast<uint4*>(pointer), *reinterpret_cast<const uint4*>(&pack));
+  using Word = WordOf<sizeof(T) * kCount>;
+  __stcs(reinterpret_cast<Word*>(pointer), std::bit_cast<Word>(pack));
 #else
-  *reinterpret_cast<Pack<T>*>(pointer) = pack;
+  *reinterpret_cast<Pack<T, kCount>*>(pointer) = pack;
 #endif
 }
 

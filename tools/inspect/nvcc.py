@@ -71,7 +71,7 @@ KNOWN = """
 namespace dsct::cuda {{
 """
 INSTANCE = "template __global__ void tnkd_kernel<Planes<{size}, {size}, {pixels}>, {classes}, {split}>"
-ARGUMENTS = "(Logits, Terms<float>, Workspace, Result<float>);\n"
+ARGUMENTS = "(Logits);\n"
 # K: classes of a thread, pixels of a thread in fp32 and bf16, warps that share a pixel: launch.cuh's plan.
 VARIANTS = {6: (6, 4, 4, 1), 19: (20, 1, 2, 1), 150: (20, 1, 2, 8)}
 
@@ -105,8 +105,7 @@ KNOWN_UPSAMPLED = """
   __builtin_assume(in.slabs != nullptr);
 #define DSCT_KNOWN_LABEL(y) __builtin_assume(y >= 0);
 #include "tnkd/cuda/upsampled.cuh"
-template __global__ void dsct::cuda::tnkd_upsampled_kernel<{classes}, {split}>(
-    Upsampled, Terms<float>, Workspace, Result<float>);
+template __global__ void dsct::cuda::tnkd_upsampled_kernel<{classes}, {split}>(Upsampled);
 """
 RATIO = 4  # label rows, and columns, of a row of logits
 # K: classes of a thread, groups that share a pixel, columns of a tile: upsampled_launch.cuh's plan.

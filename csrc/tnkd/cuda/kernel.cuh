@@ -15,12 +15,12 @@ namespace dsct::cuda {
 // Of pixel v, from a thread's classes: the largest logits, and exponentials from there, which the gradient needs again
 // and take the logits' place, and their sums. Classes that are absent, and the target, are -inf.
 template <int kClasses>
-DSCT_DEVICE PixelSums<float> sum_exponentials(float (&es)[kClasses], float (&et)[kClasses], const Terms<float>& terms,
-                                              float& max_s, float& max_t) {
+DSCT_DEVICE PixelSums sum_exponentials(float (&es)[kClasses], float (&et)[kClasses], const Terms& terms, float& max_s,
+                                       float& max_t) {
   max_s = max_t = -infinity<float>();
 #pragma unroll
   for (int i = 0; i < kClasses; ++i) max_s = larger(max_s, es[i]), max_t = larger(max_t, et[i]);
-  PixelSums<float> z = from_bases(max_s, max_t, terms);
+  PixelSums z = from_bases(max_s, max_t, terms);
   if (terms.own_exponentials()) {
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) z.ce_sum += exp2_fast(fmaf(es[i], kLog2E, -z.ce_base));
@@ -49,13 +49,12 @@ enum Verdict { kAllS, kAllT, kGradS, kGradT, kGradCe, kGradTarget, kVerdicts };
 
 // The sums over all warps' classes. `part(i, w)` is what warp w left.
 template <typename Left>
-DSCT_DEVICE PixelSums<float> join_warps(const Left& part, int warps, const Terms<float>& terms, float& max_s,
-                                        float& max_t) {
+DSCT_DEVICE PixelSums join_warps(const Left& part, int warps, const Terms& terms, float& max_s, float& max_t) {
   max_s = max_t = -infinity<float>();
   for (int w = 0; w < warps; ++w) max_s = larger(max_s, part(kMaxS, w)), max_t = larger(max_t, part(kMaxT, w));
-  PixelSums<float> z = from_bases(max_s, max_t, terms);
+  PixelSums z = from_bases(max_s, max_t, terms);
   for (int w = 0; w < warps; ++w) {
-    const PixelSums<float> mine = from_bases(part(kMaxS, w), part(kMaxT, w), terms);
+    const PixelSums mine = from_bases(part(kMaxS, w), part(kMaxT, w), terms);
     const float up_s = mine.student_base - z.student_base, up_t = mine.teacher_base - z.teacher_base;
     const float sum_s = part(kSumS, w), sum_t = part(kSumT, w);
     if (sum_s != 0) {  // else none of its classes is there, and its base says nothing
@@ -74,10 +73,10 @@ DSCT_DEVICE PixelSums<float> join_warps(const Left& part, int warps, const Terms
 // What came of all the sums: the factors of the gradient, the bases of all, and what takes the exponentials from a
 // warp's own bases there. Where none of its classes is there, there is nothing to scale.
 template <typename Answer>
-DSCT_DEVICE PixelGrad<float> take_verdict(const Answer& answer, float max_s, float max_t, const Terms<float>& terms,
-                                          PixelSums<float>& all, float& up_s, float& up_t) {
+DSCT_DEVICE PixelGrad take_verdict(const Answer& answer, float max_s, float max_t, const Terms& terms, PixelSums& all,
+                                   float& up_s, float& up_t) {
   all = from_bases(answer(kAllS), answer(kAllT), terms);
-  const PixelSums<float> mine = from_bases(max_s, max_t, terms);
+  const PixelSums mine = from_bases(max_s, max_t, terms);
   up_s = max_s == -infinity<float>() ? 0 : exp2_fast(mine.student_base - all.student_base);
   up_t = max_t == -infinity<float>() ? 0 : exp2_fast(mine.teacher_base - all.teacher_base);
   return {answer(kGradS), answer(kGradT), answer(kGradCe), answer(kGradTarget)};
@@ -90,8 +89,8 @@ constexpr int exchange_bytes(int warps, int tile) { return warps == 1 ? 0 : (kPa
 
 // The gradient takes the exponentials' place. up_s, up_t: from the base that they are from to the one that is meant.
 template <int kClasses>
-DSCT_DEVICE void differentiate(float (&es)[kClasses], const float (&et)[kClasses], const Terms<float>& terms,
-                               const PixelGrad<float>& grad, float up_s, float up_t) {
+DSCT_DEVICE void differentiate(float (&es)[kClasses], const float (&et)[kClasses], const Terms& terms,
+                               const PixelGrad& grad, float up_s, float up_t) {
   const float by_t = grad.teacher * up_t;
   if (terms.squares()) {
     const float once = grad.student * up_s, twice = grad.ce * up_s * up_s;
@@ -107,8 +106,8 @@ DSCT_DEVICE void differentiate(float (&es)[kClasses], const float (&et)[kClasses
 // The gradient of pixel v where cross-entropy needs exponentials of its own: from the logits again, one class after the
 // other.
 template <typename Source>
-DSCT_DEVICE void store_own(const Logits& in, const Place& p, unsigned char* tiles, const Terms<float>& terms, int v,
-                           int y, const PixelSums<float>& base, const PixelGrad<float>& grad) {
+DSCT_DEVICE void store_own(const Logits& in, const Place& p, unsigned char* tiles, const Terms& terms, int v, int y,
+                           const PixelSums& base, const PixelGrad& grad) {
   if (in.grad.data == nullptr || !p.inside) return;
   for (int j = p.first; j < p.first + p.classes; ++j) {
     const float zs = Source::student(in, p, tiles, v, j), zt = Source::teacher(in, p, tiles, v, j);
@@ -122,8 +121,8 @@ DSCT_DEVICE void store_own(const Logits& in, const Place& p, unsigned char* tile
 
 // What a pixel is judged by: threads that do not judge need no weights. Out of shared memory, they take no register all
 // the way.
-DSCT_DEVICE Terms<float> judged_by(const Call& call, const Terms<float>& terms) {
-  Terms<float> judged = call.terms;
+DSCT_DEVICE Terms judged_by(const Head& head, const Terms& terms) {
+  Terms judged = head.terms;
   judged.with_ce = terms.with_ce, judged.two_classes = terms.two_classes, judged.coupled = terms.coupled;
   judged.temperature = terms.temperature;
   return judged;
@@ -132,13 +131,12 @@ DSCT_DEVICE Terms<float> judged_by(const Call& call, const Terms<float>& terms) 
 // A thread holds the classes of neighbouring pixels, both networks': all of them, or (kSplit) what is its warp's; the
 // warps of a block then meet twice, to hand in their sums and to read what came of them.
 template <typename Source, int kClasses, bool kSplit>
-__global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : 4)
-    tnkd_kernel(Logits in, Terms<float> given, Workspace work, Result<float> result) {
+__global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : 4) tnkd_kernel(Logits in) {
   constexpr int kPixels = Source::kPixels, kTile = tile_pixels(kSplit, kPixels);
   DSCT_SHARED(shared);
   wait_for_previous();
-  const Call& call = set_up(shared, given, work, result);
-  Terms<float> terms = call.terms;
+  const Head& head = set_up(shared, in);
+  Terms terms = head.terms;
   int warps = kSplit ? blockDim.x / kWarp : 1;
   const int warp = kSplit ? threadIdx.x / kWarp : 0;
   const int lane = kSplit ? threadIdx.x % kWarp : threadIdx.x;
@@ -147,24 +145,24 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
   unsigned char* tiles = shared + kHeadBytes + (kSplit ? (kParts * warps + kVerdicts) * kTile * 4 : 0);
 
   Place p(in, warp, warps);
-  PixelLoss<float> total{};
+  PixelLoss total{};
   for (unsigned t = blockIdx.x; t < in.tiles; t += gridDim.x) {
     p.enter(in, kTile, lane * kPixels);
     Source::fetch(in, p, tiles);
     int y[kPixels];
-    load_codes<kSplit>(in.codes, p.pixel(in), p.inside, y);
+    load_codes<kSplit>(in.work.codes, p.pixel(in), p.inside, y);
     DSCT_KNOWN(in, terms, y, warps, p.inside)
     float es[kPixels][kClasses], et[kPixels][kClasses];
     Source::load(in, p, tiles, es, et);
 
-    auto judge = [&](int v, int label, PixelSums<float> z, PixelGrad<float>& grad) {
+    auto judge = [&](int v, int label, PixelSums z, PixelGrad& grad) {
       if (label >= 0) {
         z.student_target = Source::student(in, p, tiles, v, label);
         z.teacher_target = Source::teacher(in, p, tiles, v, label);
       }
-      const Terms<float> judged = kSplit ? judged_by(call, terms) : terms;
-      PixelLoss<float> loss;
-      judge_pixel(z, label, judged, in.class_weight, call.factors.kd, call.factors.ce, loss, grad);
+      const Terms judged = kSplit ? judged_by(head, terms) : terms;
+      PixelLoss loss;
+      judge_pixel(z, label, judged, in.class_weight, head.kd, head.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       if (in.loss_map != nullptr && p.inside) in.loss_map[p.pixel(in) + v] = pixel_loss(loss, judged);
     };
@@ -180,13 +178,13 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
         const bool target = i == y[v] - p.first;  // selects: a branch would become an index, and the arrays memory
         es[v][i] = target ? -infinity<float>() : es[v][i], et[v][i] = target ? -infinity<float>() : et[v][i];
       }
-      const PixelSums<float> z = sum_exponentials(es[v], et[v], terms, max_s[v], max_t[v]);
+      const PixelSums z = sum_exponentials(es[v], et[v], terms, max_s[v], max_t[v]);
       if constexpr (kSplit) {
         const float mine[kParts] = {max_s[v], max_t[v], z.student_sum, z.teacher_sum, z.cross, z.ce_sum};
 #pragma unroll
         for (int i = 0; i < kParts; ++i) parts[(i * warps + warp) * kTile + v * kWarp + lane] = mine[i];
       } else {
-        PixelGrad<float> grad;
+        PixelGrad grad;
         judge(v, y[v], z, grad);
         if (terms.own_exponentials()) {
           store_own<Source>(in, p, tiles, terms, v, y[v], z, grad);
@@ -203,8 +201,8 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
         if (warp != v) return;
         auto part = [&](int i, int w) { return parts[(i * warps + w) * kTile + v * kWarp + lane]; };
         float all_s, all_t;
-        const PixelSums<float> z = join_warps(part, warps, terms, all_s, all_t);
-        PixelGrad<float> g;
+        const PixelSums z = join_warps(part, warps, terms, all_s, all_t);
+        PixelGrad g;
         judge(v, y[v], z, g);
         const float answer[kVerdicts] = {all_s, all_t, g.student, g.teacher, g.ce, g.target};
 #pragma unroll
@@ -213,10 +211,10 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       __syncthreads();
       repeat<kPixels>([&](auto index) {
         constexpr int v = decltype(index)::value;
-        PixelSums<float> all;
+        PixelSums all;
         float up_s, up_t;
-        const PixelGrad<float> grad = take_verdict([&](int i) { return verdicts[i * kTile + v * kWarp + lane]; },
-                                                   max_s[v], max_t[v], terms, all, up_s, up_t);
+        const PixelGrad grad = take_verdict([&](int i) { return verdicts[i * kTile + v * kWarp + lane]; }, max_s[v],
+                                            max_t[v], terms, all, up_s, up_t);
         target[v] = grad.target;
         if (terms.own_exponentials()) {
           store_own<Source>(in, p, tiles, terms, v, y[v], all, grad);
@@ -237,7 +235,7 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
     }
     p.next(in);
   }
-  finish_block(total, call, work, result);
+  finish_block(total, head, in);
 }
 
 }  // namespace dsct::cuda

@@ -3,126 +3,92 @@
 
 #include <type_traits>
 
-#include "args.cuh"
+#include "call.cuh"
 
 namespace dsct::cuda {
 
 constexpr int kIgnored = -1;  // the code of a label that is ignore_index
 constexpr int kBad = -2;      // and of one that is no class at all
-
-// Where the workspace keeps what.
-struct Workspace {
-  unsigned* ticket;
-  double* largest_weight;  // of a class, 1 without class weights
-  double* counts;          // count_blocks
-  double* weights;         // count_blocks
-  double* partials;        // 3 sums a block of the main kernel
-  void* codes;             // a pixel each, up to a multiple of 8
-  int count_blocks;
-};
-
 constexpr int kCountThreads = 256, kCountPixels = 8;
 
-// The codes of neighbouring pixels.
-template <typename Code, int kCount>
-struct alignas(sizeof(Code) * kCount) Codes {
-  Code lane[kCount];
-};
-template <typename Code>
-DSCT_DEVICE void store_codes(void* codes, int64_t pixel, const int (&y)[kCountPixels]) {
-  Codes<Code, kCountPixels> run;
-#pragma unroll
-  for (int v = 0; v < kCountPixels; ++v) run.lane[v] = static_cast<Code>(y[v]);
-  *reinterpret_cast<Codes<Code, kCountPixels>*>(static_cast<Code*>(codes) + pixel) = run;
-}
 // kIgnored where there are none.
 template <bool kWide, int kPixels>
 DSCT_DEVICE void load_codes(const void* codes, int64_t pixel, bool inside, int (&y)[kPixels]) {
   using Code = std::conditional_t<kWide, short, signed char>;
-  const auto run = *reinterpret_cast<const Codes<Code, kPixels>*>(static_cast<const Code*>(codes) + pixel);
+  const auto run = *reinterpret_cast<const Pack<Code, kPixels>*>(static_cast<const Code*>(codes) + pixel);
 #pragma unroll
   for (int v = 0; v < kPixels; ++v) y[v] = inside ? run.lane[v] : kIgnored;
 }
 
 // A block's counts of valid pixels and of their class weights, and what the main kernel finds beside them.
-DSCT_DEVICE void finish_count(double (&sums)[2], const float* class_weight, int classes, const Workspace& work,
-                              unsigned char* shared) {
+DSCT_DEVICE void finish_count(double (&sums)[2], const Call& in, unsigned char* shared) {
   block_sum(sums, reinterpret_cast<double*>(shared));
   if (threadIdx.x == 0) {
-    work.counts[blockIdx.x] = sums[0];
-    work.weights[blockIdx.x] = class_weight == nullptr ? sums[0] : sums[1];
-    if (blockIdx.x == 0) *work.ticket = 0;
+    in.work.counts[blockIdx.x] = sums[0];
+    in.work.weights[blockIdx.x] = in.class_weight == nullptr ? sums[0] : sums[1];
+    if (blockIdx.x == 0) *in.work.ticket = 0;
   }
   if (blockIdx.x == 0 && threadIdx.x < kWarp) {
-    float largest = class_weight == nullptr ? 1 : 0;
-    if (class_weight != nullptr) {
-      for (int k = threadIdx.x; k < classes; k += kWarp) largest = larger(largest, class_weight[k]);
+    float largest = in.class_weight == nullptr ? 1 : 0;
+    if (in.class_weight != nullptr) {
+      for (int k = threadIdx.x; k < in.classes; k += kWarp) largest = larger(largest, in.class_weight[k]);
       largest = warp_max(largest);
     }
-    if (threadIdx.x == 0) *work.largest_weight = largest;
+    if (threadIdx.x == 0) *in.work.largest_weight = largest;
   }
 }
 
+// Calls body with a number of the labels' type.
+template <typename Body>
+DSCT_DEVICE void by_label_type(LabelType type, const Body& body) {
+  if (type == LabelType::kU8) return body(uint8_t{});
+  if (type == LabelType::kI8) return body(int8_t{});
+  if (type == LabelType::kI16) return body(int16_t{});
+  if (type == LabelType::kI32) return body(int32_t{});
+  body(int64_t{});
+}
+
 // Codes, partial counts of valid pixels and of their class weights, and the ticket set to zero for the main kernel.
-__global__ void __launch_bounds__(kCountThreads, 1)
-    encode_labels(const void* labels, LabelType type, bool aligned, bool has_ignore, int64_t ignore,
-                  const int64_t* ignore_value, int classes, int64_t pixels, const float* class_weight, bool wide,
-                  Workspace work) {
+__global__ void __launch_bounds__(kCountThreads, 1) encode_labels(Call in, bool wide) {
   release_next();
   DSCT_SHARED(shared);
-  if (ignore_value != nullptr) ignore = *ignore_value;
-  const auto code_of = [&](int64_t label) {
-    if (has_ignore && label == ignore) return kIgnored;
-    return static_cast<uint64_t>(label) < static_cast<uint64_t>(classes) ? static_cast<int>(label) : kBad;
-  };
+  const int64_t ignore = in.ignore_index_value == nullptr ? in.ignore_index : *in.ignore_index_value;
+  const bool aligned = reinterpret_cast<uintptr_t>(in.target) % 16 == 0;
   int valid = 0;
   double sums[2] = {0, 0};
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kCountPixels;
-  const auto encode = [&](auto null) {
-    using L = std::remove_pointer_t<decltype(null)>;
-    struct alignas(kCountPixels * sizeof(L) < 16 ? kCountPixels * sizeof(L) : 16) Run {
-      L lane[kCountPixels];
-    };
-    const L* from = static_cast<const L*>(labels);
-    for (int64_t p = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kCountPixels; p < pixels;
+  by_label_type(in.target_type, [&](auto zero) {
+    using L = decltype(zero);
+    const L* from = static_cast<const L*>(in.target);
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x * kCountPixels;
+    for (int64_t p = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) * kCountPixels; p < in.labels;
          p += step) {
-      Run run;
-      const int count = pixels - p < kCountPixels ? static_cast<int>(pixels - p) : kCountPixels;
+      Pack<L, kCountPixels> run;
+      const int count = in.labels - p < kCountPixels ? static_cast<int>(in.labels - p) : kCountPixels;
       if (aligned && count == kCountPixels) {
-        run = *reinterpret_cast<const Run*>(from + p);
+        run = *reinterpret_cast<const Pack<L, kCountPixels>*>(from + p);
       } else {
 #pragma unroll
         for (int v = 0; v < kCountPixels; ++v) run.lane[v] = from[p + (v < count ? v : 0)];
       }
-      int y[kCountPixels];
+      Pack<short, kCountPixels> codes;
+      Pack<signed char, kCountPixels> narrow;
 #pragma unroll
       for (int v = 0; v < kCountPixels; ++v) {
-        y[v] = code_of(run.lane[v]);
+        const int64_t label = run.lane[v];
+        const bool ignored = in.has_ignore && label == ignore;
+        const bool known = static_cast<uint64_t>(label) < static_cast<uint64_t>(in.classes);
+        const int y = ignored ? kIgnored : known ? static_cast<int>(label) : kBad;
+        codes.lane[v] = static_cast<short>(y), narrow.lane[v] = static_cast<signed char>(y);
         if (v >= count) continue;
-        valid += y[v] != kIgnored;
-        if (class_weight != nullptr && y[v] >= 0) sums[1] += class_weight[y[v]];
+        valid += y != kIgnored;
+        if (in.class_weight != nullptr && y >= 0) sums[1] += in.class_weight[y];
       }
-      wide ? store_codes<short>(work.codes, p, y) : store_codes<signed char>(work.codes, p, y);
+      if (wide) *reinterpret_cast<Pack<short, kCountPixels>*>(static_cast<short*>(in.work.codes) + p) = codes;
+      if (!wide) *reinterpret_cast<Pack<signed char, kCountPixels>*>(static_cast<char*>(in.work.codes) + p) = narrow;
     }
-  };
-  switch (type) {
-    case LabelType::kU8:
-      encode(static_cast<uint8_t*>(nullptr));
-      break;
-    case LabelType::kI8:
-      encode(static_cast<int8_t*>(nullptr));
-      break;
-    case LabelType::kI16:
-      encode(static_cast<int16_t*>(nullptr));
-      break;
-    case LabelType::kI32:
-      encode(static_cast<int32_t*>(nullptr));
-      break;
-    default:
-      encode(static_cast<int64_t*>(nullptr));
-  }
+  });
   sums[0] = valid;
-  finish_count(sums, class_weight, classes, work, shared);
+  finish_count(sums, in, shared);
 }
 
 }  // namespace dsct::cuda

@@ -1,31 +1,29 @@
-// One network's logits, and what of them a thread works on.
+// Both networks' logits at the labels' size, and what of them a thread works on.
 #pragma once
 
-#include "args.cuh"
+#include "call.cuh"
 
 namespace dsct::cuda {
 
-// Logits, or their gradient. All in bytes.
+// One network's logits, or their gradient.
 struct LogitMap {
   unsigned char* data;
-  int64_t image, klass, pixel;  // from one to the next
-  unsigned step;                // klass, of planes. Of each network its own, or the compiler shares products out
   FloatType type;
+  unsigned step;  // bytes from class to class, of planes. Of each network its own, or the compiler shares products out
   // Where a tile of pixels passes through shared memory (tiles.cuh) the classes of a pixel lie side by side there, and
-  // pixels `pitch` apart. runs: they are runs of 16 bytes; an odd number of them is a pitch, so that lanes that each
-  // read a run of their own pixel meet different banks. rows: so they lie in device memory, on 16 bytes.
+  // pixels `pitch` bytes apart. runs: they are runs of 16 bytes; an odd number of them is a pitch, so that lanes that
+  // each read a run of their own pixel meet different banks.
   int pitch;
-  bool runs, rows;
+  bool runs;
 };
 
-struct Logits {
-  LogitMap student, teacher, grad;
-  const void* codes;  // of the labels: encode_labels'
-  float* loss_map;
-  const float* class_weight;
+// Without gaps and on 16 bytes, all three alike: (N, K, *spatial), or, with classes `last`, one image of (pixels, K).
+struct Logits : Call {
+  LogitMap student, teacher, grad;  // grad without data: none is asked for
+  bool last;
   int64_t pixels;  // of an image
   unsigned tiles_per_image, tiles;
-  int classes, unit;  // unit: classes that no two warps share out
+  int unit;  // classes that no two warps share out
 };
 
 // What a thread works on: its classes, and of the tile that its block has come to, its pixels.
@@ -69,20 +67,6 @@ DSCT_DEVICE void by_type(FloatType type, const Body& body) {
   if constexpr (kSize != 4) {
     type == FloatType::kBF16 ? body(static_cast<BFloat16*>(nullptr)) : body(static_cast<Half*>(nullptr));
   }
-}
-
-// -inf, in a word or in either half of one.
-template <typename E>
-DSCT_DEVICE constexpr unsigned absent_word() {
-  return sizeof(E) == 4 ? 0xff800000u : std::is_same_v<E, Half> ? 0xfc00fc00u : 0xff80ff80u;
-}
-
-// The number that is a word, or its lower or upper half.
-template <typename E>
-DSCT_DEVICE float number_in(unsigned word, int half) {
-  if constexpr (sizeof(E) == 4) return std::bit_cast<float>(word);
-  if constexpr (std::is_same_v<E, BFloat16>) return std::bit_cast<float>(half ? word & 0xffff0000u : word << 16);
-  return Half(static_cast<unsigned short>(word >> (16 * half)), Half::from_bits());
 }
 
 }  // namespace dsct::cuda

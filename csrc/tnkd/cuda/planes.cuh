@@ -8,47 +8,23 @@
 
 namespace dsct::cuda {
 
+// Words as loaded: they hold one or two numbers, and wait in registers as they are.
 template <int kBytes>
-struct alignas(kBytes) Words {
-  unsigned word[kBytes / 4];
-};
-template <>
-struct Words<2> {
-  unsigned short word[1];
-};
+using Word = std::conditional_t<kBytes == 2, unsigned short, unsigned>;
+template <int kBytes>
+using Words = Pack<Word<kBytes>, kBytes / sizeof(Word<kBytes>)>;
 
-// Read once, written once: not to stay in L1.
-template <int kBytes>
-DSCT_DEVICE Words<kBytes> load_once(const void* from) {
-#ifdef __CUDA_ARCH__
-  if constexpr (kBytes == 2) return {__ldcs(static_cast<const unsigned short*>(from))};
-  if constexpr (kBytes == 4) return {__ldcs(static_cast<const unsigned*>(from))};
-  if constexpr (kBytes == 8) return std::bit_cast<Words<8>>(__ldcs(static_cast<const uint2*>(from)));
-  if constexpr (kBytes == 16) return std::bit_cast<Words<16>>(__ldcs(static_cast<const uint4*>(from)));
-#else
-  return *static_cast<const Words<kBytes>*>(from);
-#endif
+// -inf, in a word or in either half of one.
+template <typename E>
+DSCT_DEVICE constexpr unsigned absent_word() {
+  return sizeof(E) == 4 ? 0xff800000u : std::is_same_v<E, Half> ? 0xfc00fc00u : 0xff80ff80u;
 }
-// What neighbours read too, 2 or 4 bytes.
-template <int kBytes>
-DSCT_DEVICE Words<kBytes> load_through(const void* from) {
-#ifdef __CUDA_ARCH__
-  if constexpr (kBytes == 2) return {__ldg(static_cast<const unsigned short*>(from))};
-  if constexpr (kBytes == 4) return {__ldg(static_cast<const unsigned*>(from))};
-#else
-  return *static_cast<const Words<kBytes>*>(from);
-#endif
-}
-template <int kBytes>
-DSCT_DEVICE void store_once(void* to, const Words<kBytes>& words) {
-#ifdef __CUDA_ARCH__
-  if constexpr (kBytes == 2) __stcs(static_cast<unsigned short*>(to), words.word[0]);
-  if constexpr (kBytes == 4) __stcs(static_cast<unsigned*>(to), words.word[0]);
-  if constexpr (kBytes == 8) __stcs(static_cast<uint2*>(to), std::bit_cast<uint2>(words));
-  if constexpr (kBytes == 16) __stcs(static_cast<uint4*>(to), std::bit_cast<uint4>(words));
-#else
-  *static_cast<Words<kBytes>*>(to) = words;
-#endif
+// The number that is a word, or its lower or upper half.
+template <typename E>
+DSCT_DEVICE float number_in(unsigned word, int half) {
+  if constexpr (sizeof(E) == 4) return std::bit_cast<float>(word);
+  if constexpr (std::is_same_v<E, BFloat16>) return std::bit_cast<float>(half ? word & 0xffff0000u : word << 16);
+  return Half(static_cast<unsigned short>(word >> (16 * half)), Half::from_bits());
 }
 
 // base + i * step, in one instruction: the compiler, left to itself, carries 64-bit sums from class to class.
@@ -73,7 +49,7 @@ DSCT_DEVICE void repeat(const Body& body) {
 }
 
 // Where logits of kS and kT bytes come from, kPixels a thread. Whether two bytes are bfloat16 or float16 is asked once
-// for all of a thread's.
+// for all of a thread's, before they are loaded: asked behind that, a constant for absent ones took a register.
 template <int kS, int kT, int kPixels_>
 struct Planes {
   static constexpr int kPixels = kPixels_;
@@ -84,19 +60,23 @@ struct Planes {
   static DSCT_DEVICE void fetch(const Logits&, const Place&, unsigned char*) {}
   static DSCT_DEVICE void put_back(const Logits&, const Place&, unsigned char*) {}
 
+  // Class j (of all) of the thread's pixel v, of kSize bytes.
   template <int kSize>
-  static DSCT_DEVICE unsigned char* first(const LogitMap& net, const Place& p) {
-    return net.data + p.image * net.image + p.first * static_cast<uint64_t>(net.step) + (p.start + p.at) * kSize;
+  static DSCT_DEVICE unsigned char* at(const Logits& in, const LogitMap& net, const Place& p, int v, int j) {
+    return net.data + p.image * in.pixels * in.classes * kSize + j * static_cast<uint64_t>(net.step) +
+           (p.start + p.at + v) * kSize;
   }
 
   template <typename E, int kClasses>
-  static DSCT_DEVICE void load_one(const LogitMap& net, const Place& p, Words<sizeof(E) * kPixels> (&bits)[kClasses]) {
-    unsigned char* base = first<sizeof(E)>(net, p);
+  static DSCT_DEVICE void load_one(const Logits& in, const LogitMap& net, const Place& p,
+                                   Words<sizeof(E) * kPixels> (&bits)[kClasses]) {
+    using W = Word<sizeof(E) * kPixels>;
+    unsigned char* base = at<sizeof(E)>(in, net, p, 0, p.first);
     repeat<kClasses>([&](auto index) {
       constexpr int i = decltype(index)::value;
-      for (auto& word : bits[i].word) word = static_cast<std::remove_reference_t<decltype(word)>>(absent_word<E>());
+      for (W& word : bits[i].lane) word = static_cast<W>(absent_word<E>());
       if (i < sure_classes(kClasses) || i < p.classes) {
-        bits[i] = load_once<sizeof(E) * kPixels>(stepped<i>(base, net.step));
+        bits[i] = load_pack<W, bits[i].kSize>(reinterpret_cast<const W*>(stepped<i>(base, net.step)));
       }
     });
   }
@@ -105,7 +85,7 @@ struct Planes {
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) {
 #pragma unroll
-      for (int v = 0; v < kPixels; ++v) z[v][i] = number_in<E>(bits[i].word[v * sizeof(E) / 4], v % 2);
+      for (int v = 0; v < kPixels; ++v) z[v][i] = number_in<E>(bits[i].lane[v * sizeof(E) / 4], v % 2);
     }
   }
   template <int kClasses>
@@ -115,8 +95,8 @@ struct Planes {
       using S = std::conditional_t<kS == 4, float, T>;
       Words<kS * kPixels> bits_s[kClasses];
       Words<kT * kPixels> bits_t[kClasses];
-      load_one<S>(in.student, p, bits_s);
-      load_one<T>(in.teacher, p, bits_t);
+      load_one<S>(in, in.student, p, bits_s);
+      load_one<T>(in, in.teacher, p, bits_t);
       to_floats<S>(bits_s, s);
       to_floats<T>(bits_t, t);
     });
@@ -124,42 +104,35 @@ struct Planes {
 
   template <int kClasses>
   static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char*, const float (&g)[kPixels][kClasses]) {
-    unsigned char* base = first<kS>(in.grad, p);
+    unsigned char* base = at<kS>(in, in.grad, p, 0, p.first);
     by_type<kS>(in.student.type, [&]<typename E>(E*) {
       repeat<kClasses>([&](auto index) {
         constexpr int i = decltype(index)::value;
-        struct alignas(kS * kPixels) {
-          E lane[kPixels];
-        } run;
+        Pack<E, kPixels> run;
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) run.lane[v] = static_cast<E>(g[v][i]);
         if (i < sure_classes(kClasses) || i < p.classes) {
-          store_once(stepped<i>(base, in.grad.step), std::bit_cast<Words<kS * kPixels>>(run));
+          store_pack(reinterpret_cast<E*>(stepped<i>(base, in.grad.step)), run);
         }
       });
     });
   }
 
-  // Class j (of all) of the thread's pixel v.
   template <int kSize>
-  static DSCT_DEVICE unsigned char* at(const LogitMap& net, const Place& p, int v, int j) {
-    return net.data + p.image * net.image + j * static_cast<uint64_t>(net.step) + (p.start + p.at + v) * kSize;
-  }
-  template <int kSize>
-  static DSCT_DEVICE float number(const LogitMap& net, FloatType type, const Place& p, int v, int j) {
+  static DSCT_DEVICE float number(const Logits& in, const LogitMap& net, FloatType type, const Place& p, int v, int j) {
     float z = 0;
-    by_type<kSize>(type, [&]<typename E>(E*) { z = *reinterpret_cast<E*>(at<kSize>(net, p, v, j)); });
+    by_type<kSize>(type, [&]<typename E>(E*) { z = *reinterpret_cast<E*>(at<kSize>(in, net, p, v, j)); });
     return z;
   }
   static DSCT_DEVICE float student(const Logits& in, const Place& p, unsigned char*, int v, int j) {
-    return number<kS>(in.student, in.student.type, p, v, j);
+    return number<kS>(in, in.student, in.student.type, p, v, j);
   }
   static DSCT_DEVICE float teacher(const Logits& in, const Place& p, unsigned char*, int v, int j) {
-    return number<kT>(in.teacher, teacher_type(in), p, v, j);
+    return number<kT>(in, in.teacher, teacher_type(in), p, v, j);
   }
   static DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char*, int v, int j, float g) {
     by_type<kS>(in.student.type,
-                [&]<typename E>(E*) { *reinterpret_cast<E*>(at<kS>(in.grad, p, v, j)) = static_cast<E>(g); });
+                [&]<typename E>(E*) { *reinterpret_cast<E*>(at<kS>(in, in.grad, p, v, j)) = static_cast<E>(g); });
   }
 };
 

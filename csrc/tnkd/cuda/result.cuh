@@ -7,36 +7,20 @@
 
 namespace dsct::cuda {
 
-// What the last block needs to finish.
-template <typename A>
-struct Result {
-  A* loss;
-  A* parts;
-  A* grad_scale;
-  bool mean, float16;   // float16: of the gradient
-  double gathered = 1;  // the most that the weights of the pixels that share a number of the gradient add up to
-};
-
 // 1 / count and 1 / sum of weights of a mean, and the power of two, 2^outside, that a gradient is stored divided by.
 struct Norms {
   double kd = 1, ce = 1;
   int outside = 0;
 };
 
-// What a gradient is multiplied by before it is stored.
-template <typename A>
-struct Factors {
-  A kd, ce;
-};
-
-// What all blocks and pixels of a call need: made once a block, by one warp, at the front of shared memory.
-struct Call {
-  Terms<float> terms;
-  Factors<float> factors;
+// What all pixels of a block need: made by one of its warps, at the front of shared memory.
+struct Head {
+  Terms terms;
+  float kd, ce;  // factors of a gradient that is stored
   Norms norms;
 };
 constexpr int kScratch = 3 * kWarp;  // doubles behind it, for block_sum
-constexpr int kHeadBytes = (sizeof(Call) + 15) / 16 * 16 + kScratch * sizeof(double);
+constexpr int kHeadBytes = (sizeof(Head) + 15) / 16 * 16 + kScratch * sizeof(double);
 
 // Mean: CE over the sum of the weights (F.cross_entropy's rule), TNKD over the valid pixels; over nothing it is 0.
 //
@@ -44,52 +28,49 @@ constexpr int kHeadBytes = (sizeof(Call) + 15) / 16 * 16 + kScratch * sizeof(dou
 // smaller than 6e-5, as a mean over many pixels is, would lose them. So a power of two (which rounds once) is left to
 // grad_scale, such that no entry can reach 2^15; float16 ends at 65504. What bounds the entries lies on the device:
 // every block comes to the same power by itself, and the host is not asked.
-DSCT_DEVICE Norms norms_of(double count, double weight, const Terms<float>& terms, const Workspace& work,
-                           const Result<float>& result) {
+DSCT_DEVICE Norms norms_of(double count, double weight, const Terms& terms, const Call& in) {
   Norms norms;
-  if (result.mean && count > 0) norms.kd = 1 / count;
-  if (result.mean && weight != 0) norms.ce = 1 / weight;
-  if (result.float16) {
+  if (in.mean && count > 0) norms.kd = 1 / count;
+  if (in.mean && weight != 0) norms.ce = 1 / weight;
+  if (in.float16) {
     double bound = static_cast<double>(terms.temperature) * (terms.tckd_weight + terms.nckd_weight) * norms.kd;
-    if (terms.with_ce) bound += terms.ce_weight * *work.largest_weight * norms.ce;
-    bound *= result.gathered;
+    if (terms.with_ce) bound += terms.ce_weight * *in.work.largest_weight * norms.ce;
+    bound *= in.gathered;
     if (bound > 0 && bound < infinity<double>()) norms.outside = std::clamp(ilogb(bound) - 14, -126, 126);
   }
   return norms;
 }
 
-DSCT_DEVICE const Call& set_up(unsigned char* shared, Terms<float> terms, const Workspace& work,
-                               const Result<float>& result) {
-  Call& call = *reinterpret_cast<Call*>(shared);
+DSCT_DEVICE const Head& set_up(unsigned char* shared, const Call& in) {
+  Head& head = *reinterpret_cast<Head*>(shared);
   if (threadIdx.x < kWarp) {
     double count = 0, weight = 0;
-    for (int i = threadIdx.x; i < work.count_blocks; i += kWarp) count += work.counts[i], weight += work.weights[i];
+    for (int i = threadIdx.x; i < in.work.count_blocks; i += kWarp) {
+      count += in.work.counts[i], weight += in.work.weights[i];
+    }
     count = warp_sum(count), weight = warp_sum(weight);
     if (threadIdx.x == 0) {
-      read_numbers(terms);
-      const Norms norms = norms_of(count, weight, terms, work, result);
-      call = {
-          terms,
-          {static_cast<float>(scalbn(norms.kd, -norms.outside)), static_cast<float>(scalbn(norms.ce, -norms.outside))},
-          norms};
+      head.terms = terms_of(in);
+      const Norms norms = head.norms = norms_of(count, weight, head.terms, in);
+      head.kd = static_cast<float>(scalbn(norms.kd, -norms.outside));
+      head.ce = static_cast<float>(scalbn(norms.ce, -norms.outside));
     }
   }
   __syncthreads();
-  return call;
+  return head;
 }
 
 // Adds this block's sums to the result; the last block to arrive reduces all of them in block order.
-DSCT_DEVICE void finish_block(const PixelLoss<float>& total, const Call& call, const Workspace& work,
-                              const Result<float>& result) {
-  double* scratch = reinterpret_cast<double*>(reinterpret_cast<uintptr_t>(&call) + kHeadBytes) - kScratch;
+DSCT_DEVICE void finish_block(const PixelLoss& total, const Head& head, const Call& in) {
+  double* scratch = reinterpret_cast<double*>(reinterpret_cast<uintptr_t>(&head) + kHeadBytes) - kScratch;
   double sums[3] = {static_cast<double>(total.ce), static_cast<double>(total.tckd), static_cast<double>(total.nckd)};
   block_sum(sums, scratch);
   __syncthreads();
   if (threadIdx.x == 0) {
-    double* mine = work.partials + 3 * static_cast<int64_t>(blockIdx.x);
+    double* mine = in.work.partials + 3 * static_cast<int64_t>(blockIdx.x);
     mine[0] = sums[0], mine[1] = sums[1], mine[2] = sums[2];
     __threadfence();
-    scratch[0] = atomicAdd(work.ticket, 1u) == gridDim.x - 1 ? 1.0 : 0.0;
+    scratch[0] = atomicAdd(in.work.ticket, 1u) == gridDim.x - 1 ? 1.0 : 0.0;
     __threadfence();  // the other blocks' partials are read after this
   }
   __syncthreads();
@@ -99,25 +80,24 @@ DSCT_DEVICE void finish_block(const PixelLoss<float>& total, const Call& call, c
   sums[0] = sums[1] = sums[2] = 0;
 #pragma unroll 4
   for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
-    const double* partial = work.partials + 3 * static_cast<int64_t>(i);
+    const double* partial = in.work.partials + 3 * static_cast<int64_t>(i);
     sums[0] += load_from_l2(partial), sums[1] += load_from_l2(partial + 1), sums[2] += load_from_l2(partial + 2);
   }
   block_sum(sums, scratch);
   if (threadIdx.x == 0) {
-    const Terms<float>& terms = call.terms;
-    const Norms& norms = call.norms;
+    const Terms& terms = head.terms;
+    const Norms& norms = head.norms;
     const double squared = static_cast<double>(terms.temperature) * terms.temperature;
     const double part[3] = {sums[0] * norms.ce, sums[1] * norms.kd * squared, sums[2] * norms.kd * squared};
     const double weight[3] = {terms.ce_weight, terms.tckd_weight, terms.nckd_weight};
     double loss = 0;
     for (int i = 0; i < 3; ++i) {
-      result.parts[i] =
-          static_cast<float>(i == 0 && weight[0] == 0 ? 0 : part[i]);  // CE that takes no part is reported 0
+      in.parts[i] = static_cast<float>(i == 0 && weight[0] == 0 ? 0 : part[i]);  // CE that takes no part is reported 0
       // Weight 0 takes no part, 0 * inf would be NaN; but a NaN is never hidden.
       if (weight[i] != 0 || part[i] != part[i]) loss += weight[i] * part[i];
     }
-    if (result.loss != nullptr) *result.loss = static_cast<float>(loss);
-    *result.grad_scale = static_cast<float>(scalbn(1.0, norms.outside));
+    if (in.loss != nullptr) *in.loss = static_cast<float>(loss);
+    *in.grad_scale = static_cast<float>(scalbn(1.0, norms.outside));
   }
 }
 

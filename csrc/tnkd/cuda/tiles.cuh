@@ -1,4 +1,4 @@
-// Everything else: channels_last, mixed layouts, odd sizes, any dtypes. A tile of pixels passes through shared memory,
+// Everything else: channels_last, odd sizes, other pairs of dtypes. A tile of pixels passes through shared memory,
 // where the classes of a pixel lie side by side; the gradient takes the student's place there. A thread beyond the last
 // pixel has a row of its own all the same: another's is being written.
 #pragma once
@@ -7,39 +7,39 @@
 
 namespace dsct::cuda {
 
-template <typename E>
-struct alignas(16) Run {
-  static constexpr int kSize = 16 / sizeof(E);
-  E lane[kSize];
-};
+DSCT_DEVICE void copy_number(unsigned char* to, const unsigned char* from, int bytes) {
+  if (bytes == 4) *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(from);
+  if (bytes == 2) *reinterpret_cast<unsigned short*>(to) = *reinterpret_cast<const unsigned short*>(from);
+}
 
-// From device memory to shared (kIn) or back. Where both have rows of classes, in runs of 16 bytes; else one number at
-// a time, neighbouring lanes taking neighbouring pixels.
-template <bool kIn, typename E>
-DSCT_DEVICE void copy_tile(const LogitMap& net, int classes, const Place& p, unsigned char* tile, int log2) {
-  unsigned char* base = net.data + p.image * net.image + p.start * net.pixel;
-  if (net.rows) {
-    const int row = classes * static_cast<int>(sizeof(E)), bytes = p.pixels * row, pad = net.pitch - row;
+// From device memory to shared (kIn) or back: of rows of classes 16 bytes at a time, of planes one number, neighbouring
+// lanes taking neighbouring pixels.
+template <bool kIn>
+DSCT_DEVICE void copy_tile(const Logits& in, const LogitMap& net, const Place& p, unsigned char* tile, int log2) {
+  const int size = size_of(net.type), row = in.classes * size, pad = net.pitch - row;
+  if (in.last) {
+    unsigned char* base = net.data + p.start * row;
+    const int bytes = p.pixels * row;
     const float rows_per_run = 16.0f / row;
-    for (int i = threadIdx.x * 16; i + 16 <= bytes; i += blockDim.x * 16) {
+    for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) {
       // Half a run more: never near a whole number of rows, so the product need not be exact.
       const int skip = pad == 0 ? 0 : static_cast<int>((i / 16 + 0.5f) * rows_per_run) * pad;
-      auto* there = reinterpret_cast<unsigned*>(base + i);
-      auto* here = reinterpret_cast<unsigned*>(tile + i + skip);
-      if constexpr (kIn) copy_pack_async(here, const_cast<const unsigned*>(there));
-      if constexpr (!kIn) store_pack(there, *reinterpret_cast<const Pack<unsigned>*>(here));
-    }
-    for (int i = bytes / 16 * 16 + threadIdx.x * sizeof(E); i < bytes; i += blockDim.x * sizeof(E)) {
-      E *there = reinterpret_cast<E*>(base + i), *here = reinterpret_cast<E*>(tile + i);  // whole runs leave nothing
-      kIn ? * here = *there : * there = *here;
+      unsigned char *there = base + i, *here = tile + i + skip;
+      if (i + 16 > bytes) {  // the last of all pixels; never where there is a pad
+        for (int b = 0; i + b < bytes; b += 2) copy_number((kIn ? here : there) + b, (kIn ? there : here) + b, 2);
+      } else if constexpr (kIn) {
+        copy_pack_async(here, there);
+      } else {
+        store_pack(there, *reinterpret_cast<const Pack<unsigned char>*>(here));
+      }
     }
   } else {
-    for (int i = threadIdx.x; i < classes << log2; i += blockDim.x) {
-      const int j = i >> log2, pixel = i & ((1 << log2) - 1);
-      if (pixel >= p.pixels) continue;
-      E *there = reinterpret_cast<E*>(base + j * net.klass + pixel * net.pixel),
-        *here = reinterpret_cast<E*>(tile + pixel * net.pitch) + j;
-      kIn ? * here = *there : * there = *here;
+    for (int i = threadIdx.x; i < in.classes << log2; i += blockDim.x) {
+      const int j = i >> log2, v = i & ((1 << log2) - 1);
+      if (v >= p.pixels) continue;
+      unsigned char* here = tile + v * net.pitch + j * size;
+      unsigned char* there = net.data + ((p.image * int64_t{in.classes} + j) * in.pixels + p.start + v) * size;
+      kIn ? copy_number(here, there, size) : copy_number(there, here, size);
     }
   }
 }
@@ -48,85 +48,67 @@ template <bool kSplit>
 struct Tiles {
   static constexpr int kPixels = 1, kLog2 = kSplit ? 5 : 7;  // of a tile's pixels
 
-  // body(null pointer to what has the bits of the network's numbers)
-  template <typename Body>
-  static DSCT_DEVICE void by_size(const LogitMap& net, const Body& body) {
-    net.type == FloatType::kF32 ? body(static_cast<unsigned*>(nullptr)) : body(static_cast<unsigned short*>(nullptr));
-  }
   static DSCT_DEVICE unsigned char* teacher_tile(const Logits& in, unsigned char* tiles) {
     return tiles + (in.student.pitch << kLog2);
   }
 
   static DSCT_DEVICE void fetch(const Logits& in, const Place& p, unsigned char* tiles) {
     __syncthreads();  // the tile before may still be read
-    by_size(in.student, [&](auto* null) {
-      copy_tile<true, std::remove_pointer_t<decltype(null)>>(in.student, in.classes, p, tiles, kLog2);
-    });
-    by_size(in.teacher, [&](auto* null) {
-      copy_tile<true, std::remove_pointer_t<decltype(null)>>(in.teacher, in.classes, p, teacher_tile(in, tiles), kLog2);
-    });
+    copy_tile<true>(in, in.student, p, tiles, kLog2);
+    copy_tile<true>(in, in.teacher, p, teacher_tile(in, tiles), kLog2);
     wait_for_copies();
     __syncthreads();
   }
   static DSCT_DEVICE void put_back(const Logits& in, const Place& p, unsigned char* tiles) {
     __syncthreads();
-    by_size(in.grad, [&](auto* null) {
-      copy_tile<false, std::remove_pointer_t<decltype(null)>>(in.grad, in.classes, p, tiles, kLog2);
-    });
+    copy_tile<false>(in, in.grad, p, tiles, kLog2);
   }
 
-  template <typename E, int kClasses>
-  static DSCT_DEVICE void load_one(const LogitMap& net, const Place& p, const unsigned char* tile,
-                                   float (&z)[kClasses]) {
-    const E* row = reinterpret_cast<const E*>(tile + p.mine * net.pitch) + p.first;
+  // body(class, kRun of its and the next classes): of those that are there.
+  template <int kRun, int kClasses, typename Body>
+  static DSCT_DEVICE void by_runs(const Place& p, const Body& body) {
+#pragma unroll
+    for (int i = 0; i + kRun <= kClasses; i += kRun) {
+      if (i < sure_classes(kClasses) || i < p.classes) body(i);
+    }
+  }
+  template <int kRun, typename E, int kClasses>
+  static DSCT_DEVICE void load_runs(const Place& p, const E* row, float (&z)[kClasses]) {
+    by_runs<kRun, kClasses>(p, [&](int i) {
+      const auto run = *reinterpret_cast<const Pack<E, kRun>*>(row + i);
+#pragma unroll
+      for (int v = 0; v < kRun; ++v) z[i + v] = static_cast<float>(run.lane[v]);
+    });
+  }
+  template <int kRun, typename E, int kClasses>
+  static DSCT_DEVICE void store_runs(const Place& p, E* row, const float (&g)[kClasses]) {
+    by_runs<kRun, kClasses>(p, [&](int i) {
+      Pack<E, kRun> run;
+#pragma unroll
+      for (int v = 0; v < kRun; ++v) run.lane[v] = static_cast<E>(g[i + v]);
+      *reinterpret_cast<Pack<E, kRun>*>(row + i) = run;
+    });
+  }
+  template <int kClasses>
+  static DSCT_DEVICE void load_one(const LogitMap& net, const Place& p, unsigned char* tile, float (&z)[kClasses]) {
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) z[i] = -infinity<float>();
-    if (net.runs) {
-      constexpr int kRun = Run<E>::kSize;
-#pragma unroll
-      for (int i = 0; i + kRun <= kClasses; i += kRun) {
-        if (i >= p.classes) continue;
-        const Run<E> run = *reinterpret_cast<const Run<E>*>(row + i);
-#pragma unroll
-        for (int v = 0; v < kRun; ++v) z[i + v] = static_cast<float>(run.lane[v]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kClasses; ++i) {
-        if (i < sure_classes(kClasses) || i < p.classes) z[i] = static_cast<float>(row[i]);
-      }
-    }
+    by_type(net.type, [&]<typename E>(E*) {
+      const E* row = reinterpret_cast<const E*>(tile + p.mine * net.pitch) + p.first;
+      net.runs ? load_runs<16 / sizeof(E)>(p, row, z) : load_runs<1>(p, row, z);
+    });
   }
   template <int kClasses>
   static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char* tiles, float (&s)[1][kClasses],
                                float (&t)[1][kClasses]) {
-    by_type(in.student.type,
-            [&](auto* null) { load_one<std::remove_pointer_t<decltype(null)>>(in.student, p, tiles, s[0]); });
-    by_type(in.teacher.type, [&](auto* null) {
-      load_one<std::remove_pointer_t<decltype(null)>>(in.teacher, p, teacher_tile(in, tiles), t[0]);
-    });
+    load_one(in.student, p, tiles, s[0]);
+    load_one(in.teacher, p, teacher_tile(in, tiles), t[0]);
   }
-
   template <int kClasses>
   static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char* tiles, const float (&g)[1][kClasses]) {
-    by_type(in.grad.type, [&](auto* null) {
-      using E = std::remove_pointer_t<decltype(null)>;
+    by_type(in.grad.type, [&]<typename E>(E*) {
       E* row = reinterpret_cast<E*>(tiles + p.mine * in.grad.pitch) + p.first;
-      if (in.grad.runs) {
-        constexpr int kRun = Run<E>::kSize;
-#pragma unroll
-        for (int i = 0; i + kRun <= kClasses; i += kRun) {
-          Run<E> run;
-#pragma unroll
-          for (int v = 0; v < kRun; ++v) run.lane[v] = static_cast<E>(g[0][i + v]);
-          if (i < p.classes) *reinterpret_cast<Run<E>*>(row + i) = run;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kClasses; ++i) {
-          if (i < sure_classes(kClasses) || i < p.classes) row[i] = static_cast<E>(g[0][i]);
-        }
-      }
+      in.grad.runs ? store_runs<16 / sizeof(E)>(p, row, g[0]) : store_runs<1>(p, row, g[0]);
     });
   }
 

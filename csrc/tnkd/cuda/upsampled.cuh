@@ -46,13 +46,14 @@ DSCT_DEVICE Tap tap_of(const Axis& axis, int i) {
   return {low, low + (far != 0), static_cast<float>(1 - far), static_cast<float>(far)};
 }
 
-// One network's logits, or their gradient; strides in bytes.
+// One network's logits, or their gradient: without gaps, (N, K, h, w), or, with classes `last`, (N, h, w, K).
 struct SmallMap {
   unsigned char* data;
-  int64_t image, row, column;
-  unsigned step;  // from class to class
   FloatType type;
+  bool last;
   Axis y, x;
+  int64_t image, row, column;  // bytes from one to the next
+  unsigned step;               // and from class to class
 };
 
 // Four classes of a column.
@@ -61,12 +62,10 @@ struct alignas(16) Four {
 };
 
 // A call. Tiles of `rows` x `columns` labels, the last of a row or column of tiles perhaps smaller.
-struct Upsampled {
+struct Upsampled : Call {
   SmallMap student, teacher, grad;
-  const void* codes;  // of the labels: encode_labels'
-  const float* class_weight;
   Four* slabs;  // [tile][row][four classes of a group][column], a tile's gradient; nullptr: none is asked for
-  int images, classes, height, width;
+  int images, height, width;  // of the labels
   int rows, columns, tiles_x, tiles_y;
   unsigned tiles;
   int slab_rows, slab_columns;  // the most that a tile reaches
@@ -167,8 +166,8 @@ DSCT_DEVICE void load_row(const SmallMap& net, const Tap& column, const unsigned
     float a[kCount], b[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      a[i] = number_in<E>(load_through<sizeof(E)>(one).word[0], 0), one += net.step;
-      b[i] = number_in<E>(load_through<sizeof(E)>(two).word[0], 0), two += net.step;
+      a[i] = static_cast<float>(load_pack_cached<E, 1>(reinterpret_cast<const E*>(one)).lane[0]), one += net.step;
+      b[i] = static_cast<float>(load_pack_cached<E, 1>(reinterpret_cast<const E*>(two)).lane[0]), two += net.step;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) to[i * (sizeof(Held) / sizeof(float))] = fmaf(b[i], far, a[i] * near);
@@ -246,12 +245,12 @@ constexpr int kWholeBlocks = 4;
 // threads then meet twice a row, as the warps of tnkd_kernel do.
 template <int kClasses, bool kSplit>
 __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : kWholeBlocks)
-    tnkd_upsampled_kernel(Upsampled in, Terms<float> given, Workspace work, Result<float> result) {
+    tnkd_upsampled_kernel(Upsampled in) {
   DSCT_SHARED(memory);
   wait_for_previous();
-  const Call& call = set_up(memory, given, work, result);
+  const Head& head = set_up(memory, in);
   const Shared shared(in, memory, blockDim.x, kClasses);
-  Terms<float> terms = call.terms;
+  Terms terms = head.terms;
   int groups = kSplit ? in.groups : 1;
   DSCT_KNOWN_CALL(in, terms, groups)
   const int group = kSplit ? threadIdx.x / in.columns : 0, column = kSplit ? threadIdx.x % in.columns : threadIdx.x;
@@ -263,7 +262,7 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
   float* parts = shared.exchange + column;
   float *verdicts = parts + kParts * groups * in.columns, *targets = verdicts + kVerdicts * in.columns;
 
-  PixelLoss<float> total{};
+  PixelLoss total{};
   for (unsigned t = blockIdx.x; t < in.tiles; t += gridDim.x) {
     __syncthreads();  // the tile before may still be read
     const Tile& tile = *shared.tile;
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       if (r == tile.height) break;
       int label[1];
       const bool inside = column < tile.width;
-      load_codes<kSplit>(in.codes, tile.first_pixel + static_cast<int64_t>(r) * in.width + (inside ? column : 0),
+      load_codes<kSplit>(in.work.codes, tile.first_pixel + static_cast<int64_t>(r) * in.width + (inside ? column : 0),
                          inside, label);
       const int y = label[0];
       const Taps taps = shared.rows[r];
@@ -302,11 +301,11 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       for (int i = 0; i < kClasses; ++i) taps.mix(from[i], es[i], et[i]);
       if (mine) taps.mix(kept, target_s, target_t), *target = kept;
       float max_s, max_t, up_s = 1, up_t = 1;
-      PixelSums<float> z = sum_exponentials(es, et, terms, max_s, max_t);
-      PixelGrad<float> grad;
-      auto judge = [&](PixelSums<float> sums) {
-        PixelLoss<float> loss;
-        judge_pixel(sums, y, judged_by(call, terms), in.class_weight, call.factors.kd, call.factors.ce, loss, grad);
+      PixelSums z = sum_exponentials(es, et, terms, max_s, max_t);
+      PixelGrad grad;
+      auto judge = [&](PixelSums sums) {
+        PixelLoss loss;
+        judge_pixel(sums, y, judged_by(head, terms), in.class_weight, head.kd, head.ce, loss, grad);
         total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       };
       if constexpr (!kSplit) {
@@ -331,7 +330,7 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
         __syncthreads();
         grad = take_verdict([&](int i) { return verdicts[i * in.columns]; }, max_s, max_t, terms, z, up_s, up_t);
       }
-      PixelGrad<float> of_sums = grad;
+      PixelGrad of_sums = grad;
       if (terms.own_exponentials()) of_sums.ce = 0;
       differentiate(es, et, terms, of_sums, up_s, up_t);
       if (terms.own_exponentials()) {
@@ -349,11 +348,11 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       }
     }
   }
-  finish_block(total, call, work, result);
+  finish_block(total, head, in);
 }
 
 // encode_labels where there are no labels: the upsampled teacher's argmax, the smallest class of a tie.
-__global__ void __launch_bounds__(kCountThreads) label_by_teacher(Upsampled in, bool wide, Workspace work) {
+__global__ void __launch_bounds__(kCountThreads) label_by_teacher(Upsampled in, bool wide) {
   DSCT_SHARED(shared);
   double sums[2] = {0, 0};
   const int64_t pixels = static_cast<int64_t>(in.images) * in.height * in.width;
@@ -376,9 +375,9 @@ __global__ void __launch_bounds__(kCountThreads) label_by_teacher(Upsampled in, 
     }
     sums[0] += 1;
     if (in.class_weight != nullptr) sums[1] += in.class_weight[label];
-    wide ? static_cast<short*>(work.codes)[p] = label : static_cast<signed char*>(work.codes)[p] = label;
+    wide ? static_cast<short*>(in.work.codes)[p] = label : static_cast<signed char*>(in.work.codes)[p] = label;
   }
-  finish_count(sums, in.class_weight, in.classes, work, shared);
+  finish_count(sums, in, shared);
 }
 
 // The tiles [begin, end) of one dimension, of `size` labels each, that reach input i.

@@ -11,20 +11,25 @@
 
 namespace dsct::cuda {
 
-// `classes`, but no other size or stride of TnkdArgs.
-struct UpsampledArgs : TnkdArgs {
-  int64_t size[4];  // N, K and the labels' height and width
-  int64_t student_size[2], teacher_size[2];
-  int64_t strides[3][4];  // of student, teacher and gradient, in elements
+// What a plan needs to know beside data, dtypes and layouts.
+struct UpsampledSizes {
+  int64_t images, labels[2], student[2], teacher[2];  // height, width
   bool align_corners;
 };
 
 struct UpsampledPlan {
-  Upsampled call{};
+  Upsampled call;
   int classes = 0;  // of a thread; 0: no variant takes the call
-  int count_blocks = 1;
   int64_t blocks = 1;
   size_t shared = 0;
+
+  // With the slabs of a gradient behind it.
+  int64_t place_workspace(void* memory) {
+    const int64_t bytes = cuda::place_workspace(call, memory, blocks, call.groups > 1);
+    if (call.grad.data == nullptr) return bytes;
+    call.slabs = reinterpret_cast<Four*>(static_cast<unsigned char*>(memory) + bytes);
+    return bytes + int64_t{call.tiles} * call.slab_rows * call.slab_row() * int64_t{sizeof(Four)};
+  }
 };
 
 inline Axis axis_of(int64_t inputs, int64_t outputs, bool align_corners) {
@@ -42,16 +47,12 @@ inline double gathered(const Axis& axis) {
   return axis.step > 0 ? 1 / axis.step + 1 : axis.outputs;
 }
 
-inline SmallMap small_map(const UpsampledArgs& args, const void* data, FloatType type, const int64_t (&size)[2],
-                          const int64_t (&strides)[4]) {
-  const int64_t bytes = size_of(type);
-  SmallMap map{};
-  map.data = static_cast<unsigned char*>(const_cast<void*>(data)), map.type = type;
-  map.image = strides[0] * bytes, map.step = static_cast<unsigned>(strides[1] * bytes);
-  map.row = strides[2] * bytes, map.column = strides[3] * bytes;
-  map.y = axis_of(size[0], args.size[2], args.align_corners),
-  map.x = axis_of(size[1], args.size[3], args.align_corners);
-  return map;
+// From data, dtype and layout.
+inline void complete(SmallMap& map, const Upsampled& in, const int64_t (&size)[2], bool align_corners) {
+  map.y = axis_of(size[0], in.height, align_corners), map.x = axis_of(size[1], in.width, align_corners);
+  const int64_t bytes = size_of(map.type), cells = size[0] * size[1];
+  map.image = in.classes * cells * bytes, map.step = static_cast<unsigned>(map.last ? bytes : cells * bytes);
+  map.column = map.last ? in.classes * bytes : bytes, map.row = size[1] * map.column;
 }
 
 // Tiles of so many rows; their number is what the fewest rounds of `resident` blocks, with the least work, want.
@@ -74,23 +75,21 @@ inline void set_rows(Upsampled& in, int64_t resident) {
 
 constexpr int kMostHeld = 19;  // classes of a thread
 
-inline UpsampledPlan upsampled_plan(const UpsampledArgs& args, const Device& device) {
-  UpsampledPlan plan;
+inline UpsampledPlan upsampled_plan(const Upsampled& call, const UpsampledSizes& size, const Device& device) {
+  UpsampledPlan plan{call};
   Upsampled& in = plan.call;
-  const int64_t pixels = args.size[0] * args.size[2] * args.size[3];
-  plan.count_blocks = count_blocks(pixels);
-  in.student = small_map(args, args.student, args.student_type, args.student_size, args.strides[0]);
-  in.teacher = small_map(args, args.teacher, args.teacher_type, args.teacher_size, args.strides[1]);
-  in.grad = small_map(args, args.grad, args.student_type, args.student_size, args.strides[2]);
-  in.class_weight = static_cast<const float*>(args.class_weight);
-  in.images = static_cast<int>(args.size[0]), in.classes = static_cast<int>(args.size[1]);
-  in.height = static_cast<int>(args.size[2]), in.width = static_cast<int>(args.size[3]);
-  for (int64_t size : args.size) {
-    if (size > std::numeric_limits<int32_t>::max() / 2) return plan;
+  for (int64_t most : {size.images, size.labels[0], size.labels[1]}) {
+    if (most > std::numeric_limits<int32_t>::max() / 2) return plan;
   }
-  for (const auto& strides : args.strides) {
-    if (strides[1] < 0 || strides[1] * int64_t{4} >= int64_t{1} << 32) return plan;
+  for (const auto& cells : {size.student, size.teacher}) {
+    if (cells[0] * cells[1] >= int64_t{1} << 30) return plan;
   }
+  in.images = static_cast<int>(size.images), in.labels = size.images * size.labels[0] * size.labels[1];
+  in.height = static_cast<int>(size.labels[0]), in.width = static_cast<int>(size.labels[1]);
+  complete(in.student, in, size.student, size.align_corners);
+  complete(in.grad, in, size.student, size.align_corners);
+  complete(in.teacher, in, size.teacher, size.align_corners);
+  in.gathered = gathered(in.student.y) * gathered(in.student.x);
   const bool split = in.classes > kMostHeld;
   int classes = kMostHeld;
   for (int held : {16, 12, 8, 6}) {
@@ -111,8 +110,7 @@ inline UpsampledPlan upsampled_plan(const UpsampledArgs& args, const Device& dev
   }
   const int64_t tiles = int64_t{in.images} * in.tiles_x * in.tiles_y;
   if (in.groups * in.columns > kMostWarps * kWarp || plan.shared > static_cast<size_t>(device.shared_bytes) ||
-      tiles > std::numeric_limits<int32_t>::max() || args.classes > kMostWarps * kMostClasses ||
-      args.student_type == FloatType::kF64 || args.teacher_type == FloatType::kF64) {
+      tiles > std::numeric_limits<int32_t>::max() || in.classes > kMostWarps * kMostClasses) {
     return plan;
   }
   in.tiles = static_cast<unsigned>(tiles);
@@ -120,15 +118,6 @@ inline UpsampledPlan upsampled_plan(const UpsampledArgs& args, const Device& dev
   plan.blocks = std::clamp<int64_t>(
       tiles, 1, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / (in.groups * in.columns)));
   return plan;
-}
-
-inline int64_t upsampled_workspace_bytes(const UpsampledPlan& plan, const UpsampledArgs& args) {
-  const Upsampled& in = plan.call;
-  const int64_t slabs =
-      args.grad == nullptr ? 0 : int64_t{in.tiles} * in.slab_rows * in.slab_row() * int64_t{sizeof(Four)};
-  return workspace_bytes(plan.count_blocks, plan.blocks, int64_t{in.images} * in.height * in.width,
-                         plan.call.groups > 1) +
-         slabs;
 }
 
 template <typename Body>
@@ -141,30 +130,20 @@ void with_upsampled_kernel(const UpsampledPlan& plan, const Body& body) {
   return body(tnkd_upsampled_kernel<kMostHeld, false>);
 }
 
-// The whole op: three launches on `stream`, nothing else; two without a gradient.
-inline void upsampled_run(const UpsampledArgs& args, const UpsampledPlan& plan, const Device& device,
-                          cudaStream_t stream) {
-  Upsampled in = plan.call;
-  const bool wide = plan.call.groups > 1;
-  const int64_t pixels = int64_t{in.images} * in.height * in.width;
-  const Workspace work = workspace_of(args.workspace, plan.count_blocks, plan.blocks);
-  in.codes = work.codes;
-  if (args.grad != nullptr) {
-    in.slabs = reinterpret_cast<Four*>(static_cast<unsigned char*>(args.workspace) +
-                                       workspace_bytes(plan.count_blocks, plan.blocks, pixels, wide));
-  }
-  if (args.target != nullptr) {
-    encode(args, pixels, wide, work, stream);
+// The whole op, once the workspace is placed: three launches on `stream`, nothing else; two without a gradient.
+inline void upsampled_run(const UpsampledPlan& plan, const Device& device, cudaStream_t stream) {
+  const Upsampled& in = plan.call;
+  const bool wide = in.groups > 1;
+  if (in.target != nullptr) {
+    encode(in, wide, stream);
   } else {
-    launch("tnkd_upsampled", label_by_teacher, plan.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream, in,
-           wide, work);
+    launch("tnkd_upsampled", label_by_teacher, in.work.count_blocks, kCountThreads, 2 * kWarp * sizeof(double), stream,
+           in, wide);
   }
-  const Result<float> result = result_of(args, gathered(in.student.y) * gathered(in.student.x));
   with_upsampled_kernel(plan, [&](auto kernel) {
-    launch_early("tnkd_upsampled", device, kernel, plan.blocks, in.groups * in.columns, plan.shared, stream, in,
-                 terms_of(args), work, result);
+    launch_early("tnkd_upsampled", device, kernel, plan.blocks, in.groups * in.columns, plan.shared, stream, in);
   });
-  if (args.grad == nullptr) return;
+  if (in.grad.data == nullptr) return;
   const int64_t rows = int64_t{in.images} * in.grad.y.inputs * in.groups * in.fours;
   const int threads = std::clamp<int>(ceil_div(in.grad.x.inputs, kWarp) * kWarp, kWarp, kSlabThreads);
   launch("tnkd_upsampled", add_slabs, rows, threads, 0, stream, in);

@@ -50,6 +50,11 @@ struct Tensor {
     return sizes.at(dtype);
   }
   void* data() const { return static_cast<char*>(buffer->data) + offset * itemsize(); }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t n : size) count *= n;
+    return count;
+  }
 };
 
 FloatType float_type(const std::string& name) {
@@ -112,87 +117,94 @@ Device device_of(const Case& c) {
 }
 
 #if !defined(WITHOUT_TNKD) || !defined(WITHOUT_UPSAMPLED)
-// All but shapes and strides.
-void set_call(TnkdArgs& args, const Case& c) {
+template <typename Map>
+void set_map(Map& map, const Case& c, const std::string& name, bool last) {
+  const Tensor& tensor = *c.find(name);
+  map.data = static_cast<unsigned char*>(tensor.data()), map.type = float_type(tensor.dtype);
+  if (!is_dense(map.data, static_cast<int64_t>(tensor.size.size()), tensor.size.data(), tensor.stride.data(), last)) {
+    throw std::invalid_argument(name + ": laid out as tnkd.cu would copy it");
+  }
+}
+
+// All but sizes.
+template <typename C>
+C call_of(const Case& c, bool last, bool teacher_last) {
   static const std::map<std::string, LabelType> labels = {{"uint8", LabelType::kU8},
                                                           {"int8", LabelType::kI8},
                                                           {"int16", LabelType::kI16},
                                                           {"int32", LabelType::kI32},
                                                           {"int64", LabelType::kI64}};
-  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
-  const Tensor* target = c.find("target");
-  args.student = student.data(), args.teacher = teacher.data();
-  args.target = c.data("target"), args.class_weight = c.data("class_weight"), args.grad = c.data("grad");
-  args.loss = c.data("loss"), args.loss_map = c.data("loss_map");
-  args.parts = c.data("parts"), args.grad_scale = c.data("grad_scale");
-  args.student_type = float_type(student.dtype), args.teacher_type = float_type(teacher.dtype);
-  if (target != nullptr) args.target_type = labels.at(target->dtype);
-  args.ce_weight = c.numbers.at("ce_weight"), args.tckd_weight = c.numbers.at("tckd_weight");
-  args.nckd_weight = c.numbers.at("nckd_weight"), args.temperature = c.numbers.at("temperature");
-  args.has_ignore = c.numbers.count("ignore_index") > 0;
-  if (args.has_ignore) args.ignore_index = static_cast<int64_t>(c.numbers.at("ignore_index"));
-  args.values = static_cast<const double*>(c.data("values"));
-  args.ignore_index_value = static_cast<const int64_t*>(c.data("ignore_index"));
-  if (args.ignore_index_value != nullptr) args.has_ignore = true;
-  args.mean = c.numbers.at("reduction") == 1, args.with_ce = c.numbers.at("with_ce") != 0;
-  args.coupled = c.numbers.at("coupled") != 0;
+  C call{};
+  set_map(call.student, c, "student", last), set_map(call.teacher, c, "teacher", teacher_last);
+  call.grad.type = call.student.type, call.float16 = call.student.type == FloatType::kF16;
+  if (c.find("grad") != nullptr) set_map(call.grad, c, "grad", last);
+  if (const Tensor* target = c.find("target")) {
+    call.target = target->data(), call.target_type = labels.at(target->dtype), call.labels = target->numel();
+  }
+  call.classes = static_cast<int>(c.find("student")->size[1]);
+  call.class_weight = static_cast<const float*>(c.data("class_weight"));
+  call.loss = static_cast<float*>(c.data("loss")), call.loss_map = static_cast<float*>(c.data("loss_map"));
+  call.parts = static_cast<float*>(c.data("parts")), call.grad_scale = static_cast<float*>(c.data("grad_scale"));
+  call.ce_weight = c.numbers.at("ce_weight"), call.tckd_weight = c.numbers.at("tckd_weight");
+  call.nckd_weight = c.numbers.at("nckd_weight"), call.temperature = c.numbers.at("temperature");
+  call.has_ignore = c.numbers.count("ignore_index") > 0;
+  if (call.has_ignore) call.ignore_index = static_cast<int64_t>(c.numbers.at("ignore_index"));
+  call.values = static_cast<const double*>(c.data("values"));
+  call.ignore_index_value = static_cast<const int64_t*>(c.data("ignore_index"));
+  if (call.ignore_index_value != nullptr) call.has_ignore = true;
+  call.mean = c.numbers.at("reduction") == 1, call.with_ce = c.numbers.at("with_ce") != 0;
+  call.coupled = c.numbers.at("coupled") != 0;
+  return call;
 }
+
+bool channels_last(const Tensor& logits) { return logits.size[1] > 1 && logits.stride[1] == 1; }
 
 void write_tnkd(const Case& c) {
   for (const char* name : {"grad", "loss", "loss_map", "parts", "grad_scale"}) c.write(name);
 }
 
-#ifndef WITHOUT_TNKD
-void run_tnkd(const Case& c) {
-  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher"), *grad = c.find("grad");
-  TnkdArgs args{};
-  set_call(args, c);
-  if (!set_space(args, static_cast<int64_t>(student.size.size()), student.size.data(), student.stride.data(),
-                 teacher.stride.data(), grad == nullptr ? nullptr : grad->stride.data())) {
-    throw std::invalid_argument("strides that tnkd.cu would copy");
-  }
-  const TnkdPlan plan = tnkd_plan(args, device_of(c));
+template <typename Plan, typename Run>
+void run_plan(const Case& c, Plan plan, const std::string& name, const Run& launch) {
   if (plan.classes == 0) {
     std::cout << "none\n";
     return;
   }
-  Buffer workspace(tnkd_workspace_bytes(plan, args));
-  args.workspace = workspace.data;
-  tnkd_run(args, plan, device_of(c), nullptr);
-  std::cout << kernel_name(plan) << "\n";
+  Buffer workspace(plan.place_workspace(nullptr));
+  plan.place_workspace(workspace.data);
+  launch(plan, device_of(c), nullptr);
+  std::cout << name << "\n";
   write_tnkd(c);
+}
+
+#ifndef WITHOUT_TNKD
+void run_tnkd(const Case& c) {
+  const Tensor& student = *c.find("student");
+  const bool last = channels_last(student);
+  auto call = call_of<Logits>(c, last, last);
+  call.last = last, call.pixels = last || call.labels == 0 ? call.labels : call.labels / student.size[0];
+  const TnkdPlan plan = tnkd_plan(call, device_of(c));
+  run_plan(c, plan, kernel_name(plan), tnkd_run);
 }
 
 #endif
 
 #ifndef WITHOUT_UPSAMPLED
 void run_upsampled(const Case& c) {
-  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher");
-  const Tensor *target = c.find("target"), *grad = c.find("grad");
-  UpsampledArgs args{};
-  set_call(args, c);
-  args.align_corners = c.numbers.at("align_corners") != 0;
-  args.classes = student.size[1];
-  for (int d : {0, 1}) args.size[d] = student.size[d];
+  const Tensor &student = *c.find("student"), &teacher = *c.find("teacher"), *target = c.find("target");
+  const bool last = channels_last(student), teacher_last = channels_last(teacher);
+  auto call = call_of<Upsampled>(c, last, teacher_last);
+  call.student.last = call.grad.last = last, call.teacher.last = teacher_last;
+  UpsampledSizes size{student.size[0]};
+  size.align_corners = c.numbers.at("align_corners") != 0;
   for (int d : {0, 1}) {
-    args.student_size[d] = student.size[d + 2], args.teacher_size[d] = teacher.size[d + 2];
-    const int64_t larger = std::max(args.student_size[d], args.teacher_size[d]);
-    args.size[d + 2] = target == nullptr ? larger : target->size[d + 1];
+    size.student[d] = student.size[d + 2], size.teacher[d] = teacher.size[d + 2];
+    size.labels[d] = target == nullptr ? std::max(size.student[d], size.teacher[d]) : target->size[d + 1];
   }
-  for (int d = 0; d < 4; ++d) {
-    args.strides[0][d] = student.stride[d], args.strides[1][d] = teacher.stride[d];
-    if (grad != nullptr) args.strides[2][d] = grad->stride[d];
-  }
-  const UpsampledPlan plan = upsampled_plan(args, device_of(c));
-  if (plan.classes == 0) {
-    std::cout << "none\n";
-    return;
-  }
-  Buffer workspace(upsampled_workspace_bytes(plan, args));
-  args.workspace = workspace.data;
-  upsampled_run(args, plan, device_of(c), nullptr);
-  std::cout << "upsampled_" << plan.classes << "_" << plan.call.groups << "_" << plan.call.columns << "\n";
-  write_tnkd(c);
+  const UpsampledPlan plan = upsampled_plan(call, size, device_of(c));
+  const auto variant = {plan.classes, plan.call.groups, plan.call.columns};
+  std::string name = "upsampled";
+  for (int number : variant) name += "_" + std::to_string(number);
+  run_plan(c, plan, name, upsampled_run);
 }
 
 #endif
