@@ -63,7 +63,7 @@ KNOWN = """
 #define DSCT_KNOWN(in, terms, y, warps, inside)                                                              \\
   in.loss_map = nullptr, in.class_weight = nullptr, terms.with_ce = {ce}, terms.two_classes = false;             \\
   terms.coupled = false, terms.temperature = 2;                                                                \\
-  in.student.type = in.teacher.type = FloatType::{type};                                                       \\
+  in.student.type = in.teacher.type = in.grad.type = FloatType::{type};                                        \\
   if (kSplit) warps = 8;                                                                                       \\
   __builtin_assume(in.grad.data != nullptr), __builtin_assume(inside);                                         \\
   for (int v = 0; v < kPixels; ++v) __builtin_assume(y[v] >= 0);

@@ -88,34 +88,23 @@ constexpr int tile_pixels(bool split, int pixels) { return (split ? kWarp : kWho
 constexpr int exchange_bytes(int warps, int tile) { return warps == 1 ? 0 : (kParts * warps + kVerdicts) * tile * 4; }
 
 // The gradient takes the exponentials' place. up_s, up_t: from the base that they are from to the one that is meant.
-template <int kClasses>
+// logit(i): the student's once more, where cross-entropy needs exponentials of its own, from ce_base.
+template <int kClasses, typename Logit>
 DSCT_DEVICE void differentiate(float (&es)[kClasses], const float (&et)[kClasses], const Terms& terms,
-                               const PixelGrad& grad, float up_s, float up_t) {
+                               const PixelGrad& grad, float up_s, float up_t, float ce_base, const Logit& logit) {
   const float by_t = grad.teacher * up_t;
   if (terms.squares()) {
     const float once = grad.student * up_s, twice = grad.ce * up_s * up_s;
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) es[i] = fmaf(fmaf(twice, es[i], once), es[i], by_t * et[i]);
   } else {  // at temperature 1 cross-entropy's exponentials are the student's
-    const float once = (grad.student + grad.ce) * up_s;
+    const bool own = terms.own_exponentials();
+    const float once = (own ? grad.student : grad.student + grad.ce) * up_s;
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) es[i] = fmaf(once, es[i], by_t * et[i]);
-  }
-}
-
-// The gradient of pixel v where cross-entropy needs exponentials of its own: from the logits again, one class after the
-// other.
-template <typename Source>
-DSCT_DEVICE void store_own(const Logits& in, const Place& p, unsigned char* tiles, const Terms& terms, int v, int y,
-                           const PixelSums& base, const PixelGrad& grad) {
-  if (in.grad.data == nullptr || !p.inside) return;
-  for (int j = p.first; j < p.first + p.classes; ++j) {
-    const float zs = Source::student(in, p, tiles, v, j), zt = Source::teacher(in, p, tiles, v, j);
-    const float es = exp2_fast(fmaf(zs, terms.log2_scale, -base.student_base));
-    const float et = exp2_fast(fmaf(zt, terms.log2_scale, -base.teacher_base));
-    const float ec = exp2_fast(fmaf(zs, kLog2E, -base.ce_base));
-    const float g = fmaf(grad.ce, ec, fmaf(grad.student, es, grad.teacher * et));
-    Source::store_at(in, p, tiles, v, j, y == kIgnored ? 0 : j == y ? grad.target : g);
+    if (!own) return;
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) es[i] = fmaf(grad.ce, exp2_fast(fmaf(logit(i), kLog2E, -ce_base)), es[i]);
   }
 }
 
@@ -140,9 +129,11 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
   int warps = kSplit ? blockDim.x / kWarp : 1;
   const int warp = kSplit ? threadIdx.x / kWarp : 0;
   const int lane = kSplit ? threadIdx.x % kWarp : threadIdx.x;
-  float* parts = reinterpret_cast<float*>(shared + kHeadBytes);  // [kParts][warps][kTile], then [kVerdicts][kTile]
-  float* verdicts = parts + kParts * warps * kTile;
-  unsigned char* tiles = shared + kHeadBytes + (kSplit ? (kParts * warps + kVerdicts) * kTile * 4 : 0);
+  // kSplit: [kParts][warps][kTile], then [kVerdicts][kTile], then the tiles.
+  float *parts = reinterpret_cast<float*>(shared + kHeadBytes), *verdicts = parts + kParts * warps * kTile;
+  auto part = [&](int v, int i, int w) -> float& { return parts[(i * warps + w) * kTile + v * kWarp + lane]; };
+  auto verdict = [&](int v, int i) -> float& { return verdicts[i * kTile + v * kWarp + lane]; };
+  unsigned char* tiles = kSplit ? reinterpret_cast<unsigned char*>(verdicts + kVerdicts * kTile) : shared + kHeadBytes;
 
   Place p(in, warp, warps);
   PixelLoss total{};
@@ -157,8 +148,8 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
 
     auto judge = [&](int v, int label, PixelSums z, PixelGrad& grad) {
       if (label >= 0) {
-        z.student_target = Source::student(in, p, tiles, v, label);
-        z.teacher_target = Source::teacher(in, p, tiles, v, label);
+        z.student_target = logit_at<Source, Source::kS>(in, in.student, p, tiles, v, label);
+        z.teacher_target = logit_at<Source, Source::kT>(in, in.teacher, p, tiles, v, label);
       }
       const Terms judged = kSplit ? judged_by(head, terms) : terms;
       PixelLoss loss;
@@ -166,9 +157,15 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       if (in.loss_map != nullptr && p.inside) in.loss_map[p.pixel(in) + v] = pixel_loss(loss, judged);
     };
-    float max_s[kPixels], max_t[kPixels], target[kPixels];
-    repeat<kPixels>([&](auto index) {
-      constexpr int v = decltype(index)::value;
+    auto logit_of = [&](int v) {  // of the thread's class i; 0 where there is none, or nobody asks
+      return [&, v](int i) {
+        const float z = i < p.classes ? logit_at<Source, Source::kS>(in, in.student, p, tiles, v, p.first + i) : 0;
+        return y[v] == kIgnored ? 0 : z;
+      };
+    };
+    float target[kPixels];
+#pragma unroll
+    for (int v = 0; v < kPixels; ++v) {
       if (y[v] == kIgnored) {  // whatever stands there
 #pragma unroll
         for (int i = 0; i < kClasses; ++i) es[v][i] = et[v][i] = 0;
@@ -178,57 +175,49 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
         const bool target = i == y[v] - p.first;  // selects: a branch would become an index, and the arrays memory
         es[v][i] = target ? -infinity<float>() : es[v][i], et[v][i] = target ? -infinity<float>() : et[v][i];
       }
-      const PixelSums z = sum_exponentials(es[v], et[v], terms, max_s[v], max_t[v]);
+      float max_s, max_t;
+      const PixelSums z = sum_exponentials(es[v], et[v], terms, max_s, max_t);
       if constexpr (kSplit) {
-        const float mine[kParts] = {max_s[v], max_t[v], z.student_sum, z.teacher_sum, z.cross, z.ce_sum};
+        const float mine[kParts] = {max_s, max_t, z.student_sum, z.teacher_sum, z.cross, z.ce_sum};
 #pragma unroll
-        for (int i = 0; i < kParts; ++i) parts[(i * warps + warp) * kTile + v * kWarp + lane] = mine[i];
+        for (int i = 0; i < kParts; ++i) part(v, i, warp) = mine[i];
       } else {
         PixelGrad grad;
         judge(v, y[v], z, grad);
-        if (terms.own_exponentials()) {
-          store_own<Source>(in, p, tiles, terms, v, y[v], z, grad);
-        } else {
-          differentiate(es[v], et[v], terms, grad, 1, 1);
-        }
+        differentiate(es[v], et[v], terms, grad, 1, 1, z.ce_base, logit_of(v));
         target[v] = grad.target;
       }
-    });
+    }
     if constexpr (kSplit) {
       __syncthreads();
-      repeat<kPixels>([&](auto index) {
-        constexpr int v = decltype(index)::value;
-        if (warp != v) return;
-        auto part = [&](int i, int w) { return parts[(i * warps + w) * kTile + v * kWarp + lane]; };
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {
+        if (warp != v) continue;
         float all_s, all_t;
-        const PixelSums z = join_warps(part, warps, terms, all_s, all_t);
+        const PixelSums z = join_warps([&](int i, int w) { return part(v, i, w); }, warps, terms, all_s, all_t);
         PixelGrad g;
         judge(v, y[v], z, g);
         const float answer[kVerdicts] = {all_s, all_t, g.student, g.teacher, g.ce, g.target};
 #pragma unroll
-        for (int i = 0; i < kVerdicts; ++i) verdicts[i * kTile + v * kWarp + lane] = answer[i];
-      });
+        for (int i = 0; i < kVerdicts; ++i) verdict(v, i) = answer[i];
+      }
       __syncthreads();
-      repeat<kPixels>([&](auto index) {
-        constexpr int v = decltype(index)::value;
+#pragma unroll
+      for (int v = 0; v < kPixels; ++v) {  // largest logits from shared memory again: until now they take no register
         PixelSums all;
         float up_s, up_t;
-        const PixelGrad grad = take_verdict([&](int i) { return verdicts[i * kTile + v * kWarp + lane]; }, max_s[v],
-                                            max_t[v], terms, all, up_s, up_t);
-        target[v] = grad.target;
-        if (terms.own_exponentials()) {
-          store_own<Source>(in, p, tiles, terms, v, y[v], all, grad);
-        } else {
-          differentiate(es[v], et[v], terms, grad, up_s, up_t);
-        }
-      });
+        const PixelGrad grad = take_verdict([&](int i) { return verdict(v, i); }, part(v, kMaxS, warp),
+                                            part(v, kMaxT, warp), terms, all, up_s, up_t);
+        differentiate(es[v], et[v], terms, grad, up_s, up_t, all.ce_base, logit_of(v));
+      }
     }
     if (in.grad.data != nullptr) {
-      if (p.inside && !terms.own_exponentials()) {
+      if (p.inside) {
         Source::store(in, p, tiles, es);
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) {  // over what was stored: no register is chosen by y
-          if (y[v] >= p.first && y[v] < p.first + p.classes) Source::store_at(in, p, tiles, v, y[v], target[v]);
+          if (y[v] < p.first || y[v] >= p.first + p.classes) continue;
+          store_at<Source>(in, p, tiles, v, y[v], kSplit ? verdict(v, kGradTarget) : target[v]);
         }
       }
       Source::put_back(in, p, tiles);

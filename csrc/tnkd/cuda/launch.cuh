@@ -97,6 +97,7 @@ inline TnkdPlan tnkd_plan(const Logits& call, const Device& device) {
   const bool split = plan.warps > 1;
   const int tile = tile_pixels(split, pixels);
   plan.shared += exchange_bytes(plan.warps, tile);
+  in.teacher.tile = in.student.pitch * tile;
   if (!plan.planes) plan.shared += (in.student.pitch + in.teacher.pitch) * tile;
   const int64_t tiles = ceil_div(in.pixels, tile), all = in.labels == 0 ? 0 : in.labels / in.pixels * tiles;
   in.tiles_per_image = static_cast<unsigned>(std::max<int64_t>(tiles, 1)), in.tiles = static_cast<unsigned>(all);

@@ -13,7 +13,8 @@ struct LogitMap {
   // Where a tile of pixels passes through shared memory (tiles.cuh) the classes of a pixel lie side by side there, and
   // pixels `pitch` bytes apart. runs: they are runs of 16 bytes; an odd number of them is a pitch, so that lanes that
   // each read a run of their own pixel meet different banks.
-  int pitch;
+  // `tile`: where its tile begins; the gradient takes the student's place.
+  int pitch, tile;
   bool runs;
 };
 
@@ -59,7 +60,7 @@ struct Place {
 constexpr int sure_classes(int classes) { return classes > 8 ? 8 : 2; }
 
 // Calls body with a null pointer to the type of a network's numbers, which have kSize bytes, or (0) any.
-template <int kSize = 0, typename Body>
+template <int kSize, typename Body>
 DSCT_DEVICE void by_type(FloatType type, const Body& body) {
   if constexpr (kSize != 2) {
     if (kSize == 4 || type == FloatType::kF32) return body(static_cast<float*>(nullptr));
@@ -67,6 +68,20 @@ DSCT_DEVICE void by_type(FloatType type, const Body& body) {
   if constexpr (kSize != 4) {
     type == FloatType::kBF16 ? body(static_cast<BFloat16*>(nullptr)) : body(static_cast<Half*>(nullptr));
   }
+}
+
+// Class j (of all) of the thread's pixel v: both networks' logits, or the gradient.
+template <typename Source, int kSize>
+DSCT_DEVICE float logit_at(const Logits& in, const LogitMap& net, const Place& p, unsigned char* tiles, int v, int j) {
+  const unsigned char* from = Source::template at<kSize>(in, net, p, tiles, v, j);
+  float z = 0;
+  by_type<kSize>(net.type, [&]<typename E>(E*) { z = *reinterpret_cast<const E*>(from); });
+  return z;
+}
+template <typename Source>
+DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char* tiles, int v, int j, float g) {
+  unsigned char* to = Source::template at<Source::kS>(in, in.grad, p, tiles, v, j);
+  by_type<Source::kS>(in.grad.type, [&]<typename E>(E*) { *reinterpret_cast<E*>(to) = static_cast<E>(g); });
 }
 
 }  // namespace dsct::cuda

@@ -34,14 +34,8 @@ DSCT_DEVICE Terms terms_of(const Call& in) {
   bool good = w[3] > 0;
   for (double x : w) good = good && x >= 0 && x < infinity<double>();
   const double temperature = good ? w[3] : std::numeric_limits<double>::quiet_NaN();
-  return {static_cast<float>(w[0]),
-          static_cast<float>(w[1]),
-          static_cast<float>(w[2]),
-          static_cast<float>(temperature),
-          static_cast<float>(std::numbers::log2e / temperature),
-          in.with_ce,
-          in.classes == 2,
-          in.coupled};
+  return {float(w[0]), float(w[1]),     float(w[2]), float(temperature), float(std::numbers::log2e / temperature),
+          in.with_ce,  in.classes == 2, in.coupled};
 }
 
 // Sums over the classes other than the target, in powers of 2: with c = log2(e) / temperature and base = max * c,

@@ -27,42 +27,31 @@ DSCT_DEVICE float number_in(unsigned word, int half) {
   return Half(static_cast<unsigned short>(word >> (16 * half)), Half::from_bits());
 }
 
-// base + i * step, in one instruction: the compiler, left to itself, carries 64-bit sums from class to class.
-template <int i>
-DSCT_DEVICE unsigned char* stepped(unsigned char* base, unsigned step) {
+// base + i * step, in one instruction where i is known: the compiler, left to itself, carries 64-bit sums from class to
+// class.
+DSCT_DEVICE unsigned char* stepped(unsigned char* base, unsigned step, int i) {
 #ifdef __CUDA_ARCH__
   unsigned char* at;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(step), "n"(i), "l"(base));
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(step), "r"(i), "l"(base));
   return at;
 #else
   return base + static_cast<uint64_t>(step) * i;
 #endif
 }
 
-// Calls body(integral_constant<int, 0>) ... body(<kCount - 1>): a loop whose index is a constant.
-template <int kCount, int kFirst = 0, typename Body>
-DSCT_DEVICE void repeat(const Body& body) {
-  if constexpr (kFirst < kCount) {
-    body(std::integral_constant<int, kFirst>{});
-    repeat<kCount, kFirst + 1>(body);
-  }
-}
-
-// Where logits of kS and kT bytes come from, kPixels a thread. Whether two bytes are bfloat16 or float16 is asked once
-// for all of a thread's, before they are loaded: asked behind that, a constant for absent ones took a register.
-template <int kS, int kT, int kPixels_>
+// Where logits of kS and kT bytes come from, kPixels a thread. Two networks of two bytes have one dtype, which is asked
+// once for all of a thread's, before they are loaded: asked behind that, a constant for absent ones took a register.
+template <int kS_, int kT_, int kPixels_>
 struct Planes {
-  static constexpr int kPixels = kPixels_;
-
-  // Two networks of two bytes have one dtype.
-  static DSCT_DEVICE FloatType teacher_type(const Logits& in) { return kS == 2 ? in.student.type : in.teacher.type; }
+  static constexpr int kS = kS_, kT = kT_, kPixels = kPixels_;
 
   static DSCT_DEVICE void fetch(const Logits&, const Place&, unsigned char*) {}
   static DSCT_DEVICE void put_back(const Logits&, const Place&, unsigned char*) {}
 
   // Class j (of all) of the thread's pixel v, of kSize bytes.
   template <int kSize>
-  static DSCT_DEVICE unsigned char* at(const Logits& in, const LogitMap& net, const Place& p, int v, int j) {
+  static DSCT_DEVICE unsigned char* at(const Logits& in, const LogitMap& net, const Place& p, unsigned char*, int v,
+                                       int j) {
     return net.data + p.image * in.pixels * in.classes * kSize + j * static_cast<uint64_t>(net.step) +
            (p.start + p.at + v) * kSize;
   }
@@ -71,14 +60,15 @@ struct Planes {
   static DSCT_DEVICE void load_one(const Logits& in, const LogitMap& net, const Place& p,
                                    Words<sizeof(E) * kPixels> (&bits)[kClasses]) {
     using W = Word<sizeof(E) * kPixels>;
-    unsigned char* base = at<sizeof(E)>(in, net, p, 0, p.first);
-    repeat<kClasses>([&](auto index) {
-      constexpr int i = decltype(index)::value;
+    constexpr int kWords = Words<sizeof(E) * kPixels>::kSize;
+    unsigned char* base = at<sizeof(E)>(in, net, p, nullptr, 0, p.first);
+#pragma unroll
+    for (int i = 0; i < kClasses; ++i) {
       for (W& word : bits[i].lane) word = static_cast<W>(absent_word<E>());
       if (i < sure_classes(kClasses) || i < p.classes) {
-        bits[i] = load_pack<W, bits[i].kSize>(reinterpret_cast<const W*>(stepped<i>(base, net.step)));
+        bits[i] = load_pack<W, kWords>(reinterpret_cast<const W*>(stepped(base, net.step, i)));
       }
-    });
+    }
   }
   template <typename E, int kClasses>
   static DSCT_DEVICE void to_floats(const Words<sizeof(E) * kPixels> (&bits)[kClasses], float (&z)[kPixels][kClasses]) {
@@ -91,10 +81,10 @@ struct Planes {
   template <int kClasses>
   static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char*, float (&s)[kPixels][kClasses],
                                float (&t)[kPixels][kClasses]) {
-    by_type<kT>(teacher_type(in), [&]<typename T>(T*) {
+    by_type<kT>(in.teacher.type, [&]<typename T>(T*) {
       using S = std::conditional_t<kS == 4, float, T>;
-      Words<kS * kPixels> bits_s[kClasses];
-      Words<kT * kPixels> bits_t[kClasses];
+      Words<sizeof(S) * kPixels> bits_s[kClasses];
+      Words<sizeof(T) * kPixels> bits_t[kClasses];
       load_one<S>(in, in.student, p, bits_s);
       load_one<T>(in, in.teacher, p, bits_t);
       to_floats<S>(bits_s, s);
@@ -104,35 +94,18 @@ struct Planes {
 
   template <int kClasses>
   static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char*, const float (&g)[kPixels][kClasses]) {
-    unsigned char* base = at<kS>(in, in.grad, p, 0, p.first);
-    by_type<kS>(in.student.type, [&]<typename E>(E*) {
-      repeat<kClasses>([&](auto index) {
-        constexpr int i = decltype(index)::value;
+    unsigned char* base = at<kS>(in, in.grad, p, nullptr, 0, p.first);
+    by_type<kS>(in.grad.type, [&]<typename E>(E*) {
+#pragma unroll
+      for (int i = 0; i < kClasses; ++i) {
         Pack<E, kPixels> run;
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) run.lane[v] = static_cast<E>(g[v][i]);
         if (i < sure_classes(kClasses) || i < p.classes) {
-          store_pack(reinterpret_cast<E*>(stepped<i>(base, in.grad.step)), run);
+          store_pack(reinterpret_cast<E*>(stepped(base, in.grad.step, i)), run);
         }
-      });
+      }
     });
-  }
-
-  template <int kSize>
-  static DSCT_DEVICE float number(const Logits& in, const LogitMap& net, FloatType type, const Place& p, int v, int j) {
-    float z = 0;
-    by_type<kSize>(type, [&]<typename E>(E*) { z = *reinterpret_cast<E*>(at<kSize>(in, net, p, v, j)); });
-    return z;
-  }
-  static DSCT_DEVICE float student(const Logits& in, const Place& p, unsigned char*, int v, int j) {
-    return number<kS>(in, in.student, in.student.type, p, v, j);
-  }
-  static DSCT_DEVICE float teacher(const Logits& in, const Place& p, unsigned char*, int v, int j) {
-    return number<kT>(in, in.teacher, teacher_type(in), p, v, j);
-  }
-  static DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char*, int v, int j, float g) {
-    by_type<kS>(in.student.type,
-                [&]<typename E>(E*) { *reinterpret_cast<E*>(at<kS>(in, in.grad, p, v, j)) = static_cast<E>(g); });
   }
 };
 

@@ -28,19 +28,6 @@ constexpr int kHeadBytes = (sizeof(Head) + 15) / 16 * 16 + kScratch * sizeof(dou
 // smaller than 6e-5, as a mean over many pixels is, would lose them. So a power of two (which rounds once) is left to
 // grad_scale, such that no entry can reach 2^15; float16 ends at 65504. What bounds the entries lies on the device:
 // every block comes to the same power by itself, and the host is not asked.
-DSCT_DEVICE Norms norms_of(double count, double weight, const Terms& terms, const Call& in) {
-  Norms norms;
-  if (in.mean && count > 0) norms.kd = 1 / count;
-  if (in.mean && weight != 0) norms.ce = 1 / weight;
-  if (in.float16) {
-    double bound = static_cast<double>(terms.temperature) * (terms.tckd_weight + terms.nckd_weight) * norms.kd;
-    if (terms.with_ce) bound += terms.ce_weight * *in.work.largest_weight * norms.ce;
-    bound *= in.gathered;
-    if (bound > 0 && bound < infinity<double>()) norms.outside = std::clamp(ilogb(bound) - 14, -126, 126);
-  }
-  return norms;
-}
-
 DSCT_DEVICE const Head& set_up(unsigned char* shared, const Call& in) {
   Head& head = *reinterpret_cast<Head*>(shared);
   if (threadIdx.x < kWarp) {
@@ -50,8 +37,17 @@ DSCT_DEVICE const Head& set_up(unsigned char* shared, const Call& in) {
     }
     count = warp_sum(count), weight = warp_sum(weight);
     if (threadIdx.x == 0) {
-      head.terms = terms_of(in);
-      const Norms norms = head.norms = norms_of(count, weight, head.terms, in);
+      const Terms terms = head.terms = terms_of(in);
+      Norms norms;
+      if (in.mean && count > 0) norms.kd = 1 / count;
+      if (in.mean && weight != 0) norms.ce = 1 / weight;
+      if (in.float16) {
+        double bound = static_cast<double>(terms.temperature) * (terms.tckd_weight + terms.nckd_weight) * norms.kd;
+        if (terms.with_ce) bound += terms.ce_weight * *in.work.largest_weight * norms.ce;
+        bound *= in.gathered;
+        if (bound > 0 && bound < infinity<double>()) norms.outside = std::clamp(ilogb(bound) - 14, -126, 126);
+      }
+      head.norms = norms;
       head.kd = static_cast<float>(scalbn(norms.kd, -norms.outside));
       head.ce = static_cast<float>(scalbn(norms.ce, -norms.outside));
     }

@@ -15,8 +15,9 @@ DSCT_DEVICE void copy_number(unsigned char* to, const unsigned char* from, int b
 // From device memory to shared (kIn) or back: of rows of classes 16 bytes at a time, of planes one number, neighbouring
 // lanes taking neighbouring pixels.
 template <bool kIn>
-DSCT_DEVICE void copy_tile(const Logits& in, const LogitMap& net, const Place& p, unsigned char* tile, int log2) {
+DSCT_DEVICE void copy_tile(const Logits& in, const LogitMap& net, const Place& p, unsigned char* tiles, int log2) {
   const int size = size_of(net.type), row = in.classes * size, pad = net.pitch - row;
+  unsigned char* tile = tiles + net.tile;
   if (in.last) {
     unsigned char* base = net.data + p.start * row;
     const int bytes = p.pixels * row;
@@ -46,22 +47,24 @@ DSCT_DEVICE void copy_tile(const Logits& in, const LogitMap& net, const Place& p
 
 template <bool kSplit>
 struct Tiles {
-  static constexpr int kPixels = 1, kLog2 = kSplit ? 5 : 7;  // of a tile's pixels
-
-  static DSCT_DEVICE unsigned char* teacher_tile(const Logits& in, unsigned char* tiles) {
-    return tiles + (in.student.pitch << kLog2);
-  }
+  static constexpr int kS = 0, kT = 0, kPixels = 1, kLog2 = kSplit ? 5 : 7;  // of a tile's pixels
 
   static DSCT_DEVICE void fetch(const Logits& in, const Place& p, unsigned char* tiles) {
     __syncthreads();  // the tile before may still be read
     copy_tile<true>(in, in.student, p, tiles, kLog2);
-    copy_tile<true>(in, in.teacher, p, teacher_tile(in, tiles), kLog2);
+    copy_tile<true>(in, in.teacher, p, tiles, kLog2);
     wait_for_copies();
     __syncthreads();
   }
   static DSCT_DEVICE void put_back(const Logits& in, const Place& p, unsigned char* tiles) {
     __syncthreads();
     copy_tile<false>(in, in.grad, p, tiles, kLog2);
+  }
+
+  template <int kSize = 0>
+  static DSCT_DEVICE unsigned char* at(const Logits&, const LogitMap& net, const Place& p, unsigned char* tiles, int,
+                                       int j) {
+    return tiles + net.tile + p.mine * net.pitch + j * size_of(net.type);
   }
 
   // body(class, kRun of its and the next classes): of those that are there.
@@ -90,36 +93,27 @@ struct Tiles {
     });
   }
   template <int kClasses>
-  static DSCT_DEVICE void load_one(const LogitMap& net, const Place& p, unsigned char* tile, float (&z)[kClasses]) {
+  static DSCT_DEVICE void load_one(const Logits& in, const LogitMap& net, const Place& p, unsigned char* tiles,
+                                   float (&z)[kClasses]) {
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) z[i] = -infinity<float>();
-    by_type(net.type, [&]<typename E>(E*) {
-      const E* row = reinterpret_cast<const E*>(tile + p.mine * net.pitch) + p.first;
+    by_type<0>(net.type, [&]<typename E>(E*) {
+      const E* row = reinterpret_cast<const E*>(at(in, net, p, tiles, 0, p.first));
       net.runs ? load_runs<16 / sizeof(E)>(p, row, z) : load_runs<1>(p, row, z);
     });
   }
   template <int kClasses>
   static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char* tiles, float (&s)[1][kClasses],
                                float (&t)[1][kClasses]) {
-    load_one(in.student, p, tiles, s[0]);
-    load_one(in.teacher, p, teacher_tile(in, tiles), t[0]);
+    load_one(in, in.student, p, tiles, s[0]);
+    load_one(in, in.teacher, p, tiles, t[0]);
   }
   template <int kClasses>
   static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char* tiles, const float (&g)[1][kClasses]) {
-    by_type(in.grad.type, [&]<typename E>(E*) {
-      E* row = reinterpret_cast<E*>(tiles + p.mine * in.grad.pitch) + p.first;
+    by_type<0>(in.grad.type, [&]<typename E>(E*) {
+      E* row = reinterpret_cast<E*>(at(in, in.grad, p, tiles, 0, p.first));
       in.grad.runs ? store_runs<16 / sizeof(E)>(p, row, g[0]) : store_runs<1>(p, row, g[0]);
     });
-  }
-
-  static DSCT_DEVICE float student(const Logits& in, const Place& p, unsigned char* tiles, int, int j) {
-    return load_number(tiles + p.mine * in.student.pitch, in.student.type, j);
-  }
-  static DSCT_DEVICE float teacher(const Logits& in, const Place& p, unsigned char* tiles, int, int j) {
-    return load_number(teacher_tile(in, tiles) + p.mine * in.teacher.pitch, in.teacher.type, j);
-  }
-  static DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char* tiles, int, int j, float g) {
-    store_number(tiles + p.mine * in.grad.pitch, in.grad.type, j, g);
   }
 };
 

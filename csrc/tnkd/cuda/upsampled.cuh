@@ -330,17 +330,11 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
         __syncthreads();
         grad = take_verdict([&](int i) { return verdicts[i * in.columns]; }, max_s, max_t, terms, z, up_s, up_t);
       }
-      PixelGrad of_sums = grad;
-      if (terms.own_exponentials()) of_sums.ce = 0;
-      differentiate(es, et, terms, of_sums, up_s, up_t);
-      if (terms.own_exponentials()) {
-#pragma unroll
-        for (int i = 0; i < kClasses; ++i) {
-          float zs, zt;
-          taps.mix(from[i], zs, zt);
-          es[i] = fmaf(grad.ce, exp2_fast(fmaf(zs, kLog2E, -z.ce_base)), es[i]);
-        }
-      }
+      differentiate(es, et, terms, grad, up_s, up_t, z.ce_base, [&](int i) {
+        float zs, zt;
+        taps.mix(from[i], zs, zt);
+        return zs;
+      });
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         const float g = i == y - first ? grad.target : es[i];
