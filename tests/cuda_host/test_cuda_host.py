@@ -243,8 +243,8 @@ PLANTS = {
         "thread",
         "tnkd/cuda/tiles.cuh",
         """    __syncthreads();
-    copy_tile<false>""",
-        """    copy_tile<false>""",
+    copy<false>""",
+        """    copy<false>""",
         TnkdCase(TILES, (1, 19, 10, 20), layout="channels_last"),
     ),
     "channel_gradient: a channel's sum is read before it is there": (

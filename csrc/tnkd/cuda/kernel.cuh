@@ -135,31 +135,31 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
   auto verdict = [&](int v, int i) -> float& { return verdicts[i * kTile + v * kWarp + lane]; };
   unsigned char* tiles = kSplit ? reinterpret_cast<unsigned char*>(verdicts + kVerdicts * kTile) : shared + kHeadBytes;
 
-  Place p(in, warp, warps);
+  Source p(in, tiles, warp, warps);
   PixelLoss total{};
   for (unsigned t = blockIdx.x; t < in.tiles; t += gridDim.x) {
-    p.enter(in, kTile, lane * kPixels);
-    Source::fetch(in, p, tiles);
+    p.enter(kTile, lane * kPixels);
+    p.fetch();
     int y[kPixels];
-    load_codes<kSplit>(in.work.codes, p.pixel(in), p.inside, y);
+    load_codes<kSplit>(in.work.codes, p.pixel(), p.inside, y);
     DSCT_KNOWN(in, terms, y, warps, p.inside)
     float es[kPixels][kClasses], et[kPixels][kClasses];
-    Source::load(in, p, tiles, es, et);
+    p.load(es, et);
 
     auto judge = [&](int v, int label, PixelSums z, PixelGrad& grad) {
       if (label >= 0) {
-        z.student_target = logit_at<Source, Source::kS>(in, in.student, p, tiles, v, label);
-        z.teacher_target = logit_at<Source, Source::kT>(in, in.teacher, p, tiles, v, label);
+        z.student_target = logit_at<Source::kS>(p, in.student, v, label);
+        z.teacher_target = logit_at<Source::kT>(p, in.teacher, v, label);
       }
       const Terms judged = kSplit ? judged_by(head, terms) : terms;
       PixelLoss loss;
       judge_pixel(z, label, judged, in.class_weight, head.kd, head.ce, loss, grad);
       total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
-      if (in.loss_map != nullptr && p.inside) in.loss_map[p.pixel(in) + v] = pixel_loss(loss, judged);
+      if (in.loss_map != nullptr && p.inside) in.loss_map[p.pixel() + v] = pixel_loss(loss, judged);
     };
     auto logit_of = [&](int v) {  // of the thread's class i; 0 where there is none, or nobody asks
       return [&, v](int i) {
-        const float z = i < p.classes ? logit_at<Source, Source::kS>(in, in.student, p, tiles, v, p.first + i) : 0;
+        const float z = i < p.classes ? logit_at<Source::kS>(p, in.student, v, p.first + i) : 0;
         return y[v] == kIgnored ? 0 : z;
       };
     };
@@ -213,16 +213,16 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
     }
     if (in.grad.data != nullptr) {
       if (p.inside) {
-        Source::store(in, p, tiles, es);
+        p.store(es);
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) {  // over what was stored: no register is chosen by y
           if (y[v] < p.first || y[v] >= p.first + p.classes) continue;
-          store_at<Source>(in, p, tiles, v, y[v], kSplit ? verdict(v, kGradTarget) : target[v]);
+          store_at(p, v, y[v], kSplit ? verdict(v, kGradTarget) : target[v]);
         }
       }
-      Source::put_back(in, p, tiles);
+      p.put_back();
     }
-    p.next(in);
+    p.next();
   }
   finish_block(total, head, in);
 }

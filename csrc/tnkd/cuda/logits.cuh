@@ -29,6 +29,8 @@ struct Logits : Call {
 
 // What a thread works on: its classes, and of the tile that its block has come to, its pixels.
 struct Place {
+  const Logits& in;
+  unsigned char* shared;  // for tiles
   int first, classes;
   unsigned image, tile, more_images, more_tiles;  // and from one tile of the block to its next
   int64_t start;                                  // the tile's first pixel
@@ -37,23 +39,23 @@ struct Place {
   bool inside;                                    // which is there
   int at;                                         // and if it is not, one that is
 
-  DSCT_DEVICE Place(const Logits& in, int warp, int warps) {
+  DSCT_DEVICE Place(const Logits& in, unsigned char* shared, int warp, int warps) : in(in), shared(shared) {
     first = in.classes / in.unit * warp / warps * in.unit;
     classes = in.classes / in.unit * (warp + 1) / warps * in.unit - first;
     image = blockIdx.x / in.tiles_per_image, tile = blockIdx.x % in.tiles_per_image;
     more_images = gridDim.x / in.tiles_per_image, more_tiles = gridDim.x % in.tiles_per_image;
   }
-  DSCT_DEVICE void enter(const Logits& in, int tile_pixels, int first_pixel) {
+  DSCT_DEVICE void enter(int tile_pixels, int first_pixel) {
     start = static_cast<int64_t>(tile) * tile_pixels;
     pixels = in.pixels - start < tile_pixels ? static_cast<int>(in.pixels - start) : tile_pixels;
     mine = first_pixel, inside = mine < pixels, at = inside ? mine : 0;
   }
-  DSCT_DEVICE void next(const Logits& in) {
+  DSCT_DEVICE void next() {
     image += more_images, tile += more_tiles;
     if (tile >= in.tiles_per_image) tile -= in.tiles_per_image, ++image;
   }
   // Of the thread's first pixel, among all.
-  DSCT_DEVICE int64_t pixel(const Logits& in) const { return image * in.pixels + start + at; }
+  DSCT_DEVICE int64_t pixel() const { return image * in.pixels + start + at; }
 };
 
 // So many of a thread's classes are there whatever K: the plan takes the smallest variant that will do.
@@ -71,17 +73,17 @@ DSCT_DEVICE void by_type(FloatType type, const Body& body) {
 }
 
 // Class j (of all) of the thread's pixel v: both networks' logits, or the gradient.
-template <typename Source, int kSize>
-DSCT_DEVICE float logit_at(const Logits& in, const LogitMap& net, const Place& p, unsigned char* tiles, int v, int j) {
-  const unsigned char* from = Source::template at<kSize>(in, net, p, tiles, v, j);
+template <int kSize, typename Source>
+DSCT_DEVICE float logit_at(const Source& p, const LogitMap& net, int v, int j) {
+  const unsigned char* from = p.template number<kSize>(net, v, j);
   float z = 0;
   by_type<kSize>(net.type, [&]<typename E>(E*) { z = *reinterpret_cast<const E*>(from); });
   return z;
 }
 template <typename Source>
-DSCT_DEVICE void store_at(const Logits& in, const Place& p, unsigned char* tiles, int v, int j, float g) {
-  unsigned char* to = Source::template at<Source::kS>(in, in.grad, p, tiles, v, j);
-  by_type<Source::kS>(in.grad.type, [&]<typename E>(E*) { *reinterpret_cast<E*>(to) = static_cast<E>(g); });
+DSCT_DEVICE void store_at(const Source& p, int v, int j, float g) {
+  unsigned char* to = p.template number<Source::kS>(p.in.grad, v, j);
+  by_type<Source::kS>(p.in.grad.type, [&]<typename E>(E*) { *reinterpret_cast<E*>(to) = static_cast<E>(g); });
 }
 
 }  // namespace dsct::cuda

@@ -42,30 +42,29 @@ DSCT_DEVICE unsigned char* stepped(unsigned char* base, unsigned step, int i) {
 // Where logits of kS and kT bytes come from, kPixels a thread. Two networks of two bytes have one dtype, which is asked
 // once for all of a thread's, before they are loaded: asked behind that, a constant for absent ones took a register.
 template <int kS_, int kT_, int kPixels_>
-struct Planes {
+struct Planes : Place {
   static constexpr int kS = kS_, kT = kT_, kPixels = kPixels_;
+  using Place::Place;
 
-  static DSCT_DEVICE void fetch(const Logits&, const Place&, unsigned char*) {}
-  static DSCT_DEVICE void put_back(const Logits&, const Place&, unsigned char*) {}
+  DSCT_DEVICE void fetch() const {}
+  DSCT_DEVICE void put_back() const {}
 
   // Class j (of all) of the thread's pixel v, of kSize bytes.
   template <int kSize>
-  static DSCT_DEVICE unsigned char* at(const Logits& in, const LogitMap& net, const Place& p, unsigned char*, int v,
-                                       int j) {
-    return net.data + p.image * in.pixels * in.classes * kSize + j * static_cast<uint64_t>(net.step) +
-           (p.start + p.at + v) * kSize;
+  DSCT_DEVICE unsigned char* number(const LogitMap& net, int v, int j) const {
+    return net.data + image * in.pixels * in.classes * kSize + j * static_cast<uint64_t>(net.step) +
+           (start + at + v) * kSize;
   }
 
   template <typename E, int kClasses>
-  static DSCT_DEVICE void load_one(const Logits& in, const LogitMap& net, const Place& p,
-                                   Words<sizeof(E) * kPixels> (&bits)[kClasses]) {
+  DSCT_DEVICE void load_one(const LogitMap& net, Words<sizeof(E) * kPixels> (&bits)[kClasses]) const {
     using W = Word<sizeof(E) * kPixels>;
     constexpr int kWords = Words<sizeof(E) * kPixels>::kSize;
-    unsigned char* base = at<sizeof(E)>(in, net, p, nullptr, 0, p.first);
+    unsigned char* base = number<sizeof(E)>(net, 0, first);
 #pragma unroll
     for (int i = 0; i < kClasses; ++i) {
       for (W& word : bits[i].lane) word = static_cast<W>(absent_word<E>());
-      if (i < sure_classes(kClasses) || i < p.classes) {
+      if (i < sure_classes(kClasses) || i < classes) {
         bits[i] = load_pack<W, kWords>(reinterpret_cast<const W*>(stepped(base, net.step, i)));
       }
     }
@@ -79,29 +78,28 @@ struct Planes {
     }
   }
   template <int kClasses>
-  static DSCT_DEVICE void load(const Logits& in, const Place& p, unsigned char*, float (&s)[kPixels][kClasses],
-                               float (&t)[kPixels][kClasses]) {
+  DSCT_DEVICE void load(float (&s)[kPixels][kClasses], float (&t)[kPixels][kClasses]) const {
     by_type<kT>(in.teacher.type, [&]<typename T>(T*) {
       using S = std::conditional_t<kS == 4, float, T>;
-      Words<sizeof(S) * kPixels> bits_s[kClasses];
-      Words<sizeof(T) * kPixels> bits_t[kClasses];
-      load_one<S>(in, in.student, p, bits_s);
-      load_one<T>(in, in.teacher, p, bits_t);
+      Words<kS * kPixels> bits_s[kClasses];
+      Words<kT * kPixels> bits_t[kClasses];
+      load_one<S>(in.student, bits_s);
+      load_one<T>(in.teacher, bits_t);
       to_floats<S>(bits_s, s);
       to_floats<T>(bits_t, t);
     });
   }
 
   template <int kClasses>
-  static DSCT_DEVICE void store(const Logits& in, const Place& p, unsigned char*, const float (&g)[kPixels][kClasses]) {
-    unsigned char* base = at<kS>(in, in.grad, p, nullptr, 0, p.first);
+  DSCT_DEVICE void store(const float (&g)[kPixels][kClasses]) const {
+    unsigned char* base = number<kS>(in.grad, 0, first);
     by_type<kS>(in.grad.type, [&]<typename E>(E*) {
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
         Pack<E, kPixels> run;
 #pragma unroll
         for (int v = 0; v < kPixels; ++v) run.lane[v] = static_cast<E>(g[v][i]);
-        if (i < sure_classes(kClasses) || i < p.classes) {
+        if (i < sure_classes(kClasses) || i < classes) {
           store_pack(reinterpret_cast<E*>(stepped(base, in.grad.step, i)), run);
         }
       }
