@@ -22,23 +22,22 @@ struct Tiles : Place {
   template <bool kIn>
   DSCT_DEVICE void copy(const LogitMap& net) const {
     const int size = size_of(net.type), row = in.classes * size, bytes = pixels * row, pad = net.pitch - row;
+    unsigned char *base = net.data + start * row, *tile = shared + net.tile;
     const float rows_per_run = 16.0f / row;
-    for (int i = threadIdx.x * 16; in.last && i < bytes; i += blockDim.x * 16) {
+    for (int i = threadIdx.x * 16; in.last && i + 16 <= bytes; i += blockDim.x * 16) {
       // Half a run more: never near a whole number of rows, so the product need not be exact.
       const int skip = pad == 0 ? 0 : static_cast<int>((i / 16 + 0.5f) * rows_per_run) * pad;
-      unsigned char *there = net.data + start * row + i, *here = shared + net.tile + i + skip;
-      if (i + 16 > bytes) {  // the last of all pixels; never where there is a pad
-        for (int b = 0; i + b < bytes; b += 2) copy_number((kIn ? here : there) + b, (kIn ? there : here) + b, 2);
-      } else if constexpr (kIn) {
-        copy_pack_async(here, there);
-      } else {
-        store_pack(there, *reinterpret_cast<const Pack<unsigned char>*>(here));
-      }
+      auto *there = reinterpret_cast<unsigned*>(base + i), *here = reinterpret_cast<unsigned*>(tile + i + skip);
+      if constexpr (kIn) copy_pack_async(here, there);
+      if constexpr (!kIn) store_pack(there, *reinterpret_cast<const Pack<unsigned>*>(here));
+    }
+    for (int i = bytes / 16 * 16 + threadIdx.x * 2; in.last && i < bytes; i += blockDim.x * 2) {
+      copy_number((kIn ? tile : base) + i, (kIn ? base : tile) + i, 2);  // where rows are whole runs nothing is left
     }
     for (int i = threadIdx.x; !in.last && i < in.classes << kLog2; i += blockDim.x) {
       const int j = i >> kLog2, v = i & ((1 << kLog2) - 1);
       if (v >= pixels) continue;
-      unsigned char* here = shared + net.tile + v * net.pitch + j * size;
+      unsigned char* here = tile + v * net.pitch + j * size;
       unsigned char* there = net.data + ((image * int64_t{in.classes} + j) * in.pixels + start + v) * size;
       kIn ? copy_number(here, there, size) : copy_number(there, here, size);
     }
