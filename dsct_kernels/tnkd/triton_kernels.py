@@ -42,31 +42,10 @@ def _log(x):
 
 
 @triton.jit
-def _log1p(e):
-    """log(1 + e) for 0 <= e <= 1, relative to its size: tiny e gives e. A polynomial, exact to 5e-9 before rounding."""
-    p = -0.0032563784727292254
-    p = p * e + 0.019907160925644585
-    p = p * e - 0.05706420076122008
-    p = p * e + 0.10614264687062452
-    p = p * e - 0.15311863102217202
-    p = p * e + 0.19678117256353023
-    p = p * e - 0.2495455887108236
-    p = p * e + 0.333300040352213
-    p = p * e - 0.4999990399276394
-    return (p * e + 1.0) * e
-
-
-@triton.jit
-def _expm1_tail(x):
-    """(exp(x) - 1 - x) / x^2 for |x| <= 1, exact to 2e-9."""
-    p = 2.812654656736413e-06
-    p = p * x + 2.5358644052175805e-05
-    p = p * x + 0.00019836986029986292
-    p = p * x + 0.0013885394437238574
-    p = p * x + 0.00833334494382143
-    p = p * x + 0.04166673496365547
-    p = p * x + 0.1666666716337204
-    return p * x + 0.5
+def _log1p(x):
+    """log(1 + x) for x > -1, relative to its size."""
+    more = 1.0 + x
+    return _log(more) + (x - (more - 1.0)) * reciprocal(more)
 
 
 @triton.jit
@@ -111,7 +90,7 @@ def ignored(ignore):
 
 @triton.jit
 def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2_tau, tau, tckd_weight, nckd_weight,
-           ce_factor, mean_factor, NEAR: tl.constexpr, V: tl.constexpr):  # fmt: skip
+           ce_factor, mean_factor, V: tl.constexpr):  # fmt: skip
     """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
 
     sum: of e_j = exp2(x_j * to_2_tau - shift), sum_1: at temperature 1; y: the target's logit; cross: sum of e^T_j
@@ -144,9 +123,8 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
         nckd = tl.where(none_s, float("inf"), nckd)
         nckd = tl.where(none_t, 0.0, nckd)
         nckd_weight = tl.where(none_t, 0.0, nckd_weight)  # a teacher without other classes: nothing to learn from it
-    # Both seen from the teacher's less likely side (v_t <= 0). With p = sigmoid(v_t) and delta = v_s - v_t,
-    # TCKD = softplus(v_s) - softplus(v_t) - p delta = log(1 + p (exp(delta) - 1)) - p delta:
-    # the second form near the teacher, where the first would cancel, the first away from it, where nothing overflows.
+    # Both seen from the teacher's less likely side (v_t <= 0). With p = sigmoid(v_t),
+    # TCKD = softplus(v_s) - softplus(v_t) - p (v_s - v_t), and a softplus is max(v, 0) + log(1 + exp(-|v|))
     side = tl.where(u_t > 0, -1.0, 1.0)
     v_s = u_s * side
     v_t = u_t * side
@@ -158,17 +136,7 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     side_s = more_s * tl.where(v_s >= 0, 1.0, e_s)
     # 0 * log 0 = 0: a side that the teacher gives no mass adds nothing, however far off the student is
     rare = tl.where(less_t == 0, 0.0, less_t * (tl.maximum(-v_s, 0.0) + v_t))
-    far = more_t * tl.maximum(v_s, 0.0) + rare
-    x = (e_s - e_t) * more_t  # softplus(v_s) - softplus(v_t) less what is above 0: log(1 + x)
-    rest = far
-    if NEAR:
-        delta = v_s - v_t
-        near = tl.abs(delta) < 1.0
-        x = tl.where(near, less_t * (delta + delta * delta * _expm1_tail(delta)), x)
-        rest = tl.where(near, -less_t * delta, far)
-    one_more = 1.0 + x
-    lost = (x - (one_more - 1.0)) * reciprocal(one_more)  # where both are sure, all there is
-    tckd = _log(one_more) + lost + rest
+    tckd = _log1p((e_s - e_t) * more_t) + (more_t * tl.maximum(v_s, 0.0) + rare)
     gap = side_s - less_t
     gap *= side  # b^S - b^T
     if V.coupled:
@@ -361,8 +329,7 @@ def exponentials(others, scale, shift):
 
 
 @triton.jit
-def judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_factor, NEAR: tl.constexpr,
-           V: tl.constexpr):  # fmt: skip
+def judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_factor, V: tl.constexpr):
     """The terms of the tile's pixels, and what makes their gradient: factors and exponentials."""
     tau, to_2_tau, tckd_weight, nckd_weight, _ = numbers
     y_s, s_others, top_s = _aside(s_tiles, y, k, V)
@@ -383,7 +350,7 @@ def judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_facto
     y_s = tl.where(known, y_s, float("nan"))  # a bad label: NaN spreads to the loss and every factor
     ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
         shift_s, shift_t, top_s * LOG2_E, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), to_2_tau,
-        tau, tckd_weight, nckd_weight, ce_factor * weight, mean_factor, NEAR, V)  # fmt: skip
+        tau, tckd_weight, nckd_weight, ce_factor * weight, mean_factor, V)  # fmt: skip
     return (ce, tckd, nckd), (by_s, by_t, by_1, at_y), (e_s, e_t, e_1)
 
 
@@ -457,7 +424,6 @@ def tnkd_kernel(student, teacher, target, class_weight, largest_weight, counts, 
     All that is one number a pixel is kept CLASSES x PIXELS, the same in every row: in the layout of the logits, so that
     nothing moves between threads but the sums over classes.
     """
-    NEAR: tl.constexpr = student.dtype.element_ty == tl.float32
     numbers = numbers_of(numbers, V)
     if ignore is not None:
         ignore = ignored(ignore)
@@ -477,7 +443,7 @@ def tnkd_kernel(student, teacher, target, class_weight, largest_weight, counts, 
         else:
             label = likeliest(t_tiles, k, V)
         y, valid, known, weight = labels(label, class_weight, inside, ignore, V)
-        terms, by, e = judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_factor, NEAR, V)
+        terms, by, e = judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_factor, V)
         if grad is not None:
             y_late = late(y, valid, tau)
             for c in tl.static_range(tl.constexpr(V.chunks)):

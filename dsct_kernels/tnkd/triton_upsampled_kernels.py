@@ -276,7 +276,7 @@ def march_kernel(s, t, target, class_weight, counts, slab, own_counts, partial, 
                 else:
                     label = likeliest(t_tiles, k, V)
                 y, valid, known, weight = labels(label, class_weight, inside, ignore, V)
-                terms, by, e = judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, 1.0, True, V)
+                terms, by, e = judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, 1.0, V)
                 if slab is not None:
                     over = tl.where(before < 0, 0.0, near)
                     under = tl.where(before < 0, near, far)
