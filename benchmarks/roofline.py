@@ -213,7 +213,7 @@ def bytes_of(case: Case, launch: Launch) -> int:
     if name == "collect_kernel":
         return slab + (logits if slab else 0)
     # both networks: two reads; the student: one, and the gradient's write where there is one
-    times = {"row_stats_kernel": 2, "maps_kernel": 2, "row_backward_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
+    times = {"row_stats_kernel": 2, "maps_kernel": 2, "rho_kernel": 1, "write_kernel": 2}
     return times.get(name, 0) * features
 
 

@@ -90,7 +90,8 @@ def tnkd_candidates(num_classes: int, itemsize: int, pixels_adjacent: bool) -> l
 def cafd_candidates(channels: int, positions: int, itemsize: int, adjacent: bool) -> list[cafd.Config]:
     """The table's choice, and from there one kernel's launch changed at a time."""
     base = cafd.choose(channels, positions, itemsize, adjacent)
-    found = [base, *(dataclasses.replace(base, rows=rows) for rows in (1, 2, 4, 8))]
+    writes = (base.write._replace(unroll=unroll) for unroll in (1, 2, 4, 8))
+    found = [base, *(dataclasses.replace(base, write=write) for write in writes)]
     for warps, size, lanes in itertools.product((4, 8), (512, 1024, 2048, 4096), (32, 64, 128, 256, 512, 1024)):
         if lanes > size:
             continue

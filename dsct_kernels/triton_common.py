@@ -110,8 +110,9 @@ def read_by_kernels(numbers: Tensor, by_pointer: bool | None) -> bool:
     return numbers.device.type != "cpu" if by_pointer is None else by_pointer
 
 
-def temperatures(numbers: Tensor, by_pointer: bool | None) -> Tensor | tuple[float, ...]:
-    """As the kernels take them (triton_math.py): where they lie, or as numbers, with log2(e) / the last behind them."""
+def numbers_for(numbers: Tensor, by_pointer: bool | None) -> Tensor | tuple[float, ...]:
+    """An op's numbers, the last of them a temperature, as the kernels take them (`numbers_of` in triton_math.py): where
+    they lie, or as they are, with log2(e) / the temperature behind them."""
     if read_by_kernels(numbers, by_pointer):
         return numbers
     known = numbers.tolist()

@@ -37,27 +37,20 @@ def offsets(c, p, channels, positions, LAST: tl.constexpr):
 
 
 @triton.jit
-def sound(tau):
-    """A temperature from device memory, where nobody has looked at it: what the host refuses makes everything NaN."""
-    tau = tl.where(tau > 0, tau, float("nan"))
-    return tl.where(tau < float("inf"), tau, float("nan"))
+def numbers_of(numbers, COUNT: tl.constexpr):
+    """The COUNT numbers of an op, the last of them a temperature, and log2(e) over that: exp(x / tau) = exp2(x * it).
 
-
-@triton.jit
-def temperature(numbers, WHICH: tl.constexpr):
-    """One of `temperatures` (triton_common.py), as it came or from device memory."""
+    As `numbers_for` (triton_common.py) gives them, or from device memory, divided in float64 and rounded once. Nobody
+    has looked at those: what the host refuses makes the temperature NaN, and everything with it.
+    """
+    found = numbers
     if isinstance(numbers, tl.tensor):
-        tau = sound(tl.load(numbers + WHICH)).to(tl.float32)
-    else:
-        tau = numbers[WHICH]
-    return tau
-
-
-@triton.jit
-def to_exp2(numbers, LAST: tl.constexpr):
-    """log2(e) / tau of the last temperature, so that exp(x / tau) = exp2(x * it): divided in float64, rounded once."""
-    if isinstance(numbers, tl.tensor):
-        scale = (tl.full([], LOG2_E, tl.float64) / sound(tl.load(numbers + LAST))).to(tl.float32)
-    else:
-        scale = numbers[LAST + 1]
-    return scale
+        found = ()
+        tau = tl.load(numbers + (COUNT - 1))
+        tau = tl.where((tau > 0) & (tau < float("inf")), tau, float("nan"))
+        for i in tl.static_range(COUNT - 1):
+            one = tl.load(numbers + i)
+            tau = tl.where((one >= 0) & (one < float("inf")), tau, float("nan"))
+            found += (one.to(tl.float32),)
+        found += (tau.to(tl.float32), (tl.full([], LOG2_E, tl.float64) / tau).to(tl.float32))
+    return found

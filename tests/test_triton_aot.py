@@ -119,8 +119,8 @@ def vectors(launch: Launch, values: int, itemsize: int) -> int:
 
 def per_pixel(result: Report, launch: Launch) -> float:
     """Thread instructions a pixel of tnkd_kernel, the programs' beginnings and ends included."""
-    tiles, pixels = launch.argument("tiles"), launch.argument("num_pixels")
-    return result.issued(tiles / launch.programs) * launch.programs * launch.warps * 32 / pixels
+    pixels = launch.argument("target").numel()
+    return result.issued(launch.argument("tiles") / launch.programs) * launch.programs * launch.warps * 32 / pixels
 
 
 def check(result: Report) -> None:
@@ -274,7 +274,7 @@ def test_cafd(chip, dtype, layout):
         name, sizes = launch.kernel.__name__, launch.constants
         result = report(f"{name} {str(dtype)[6:]} {layout}", launch, chip)
         check(result)
-        if name in ("row_stats_kernel", "maps_kernel", "rho_kernel", "row_backward_kernel", "write_kernel"):
+        if name in ("row_stats_kernel", "maps_kernel", "rho_kernel", "write_kernel"):
             assert set(result.loads) <= {16, 4}, "narrow loads of features"  # 4: a number of stats
         if name in ("row_stats_kernel", "maps_kernel"):  # one code path a network
             tiles = sizes["TILE_S"], sizes["TILE_T"]
@@ -282,8 +282,8 @@ def test_cafd(chip, dtype, layout):
             assert result.loads[16] >= sum(vectors(launch, values, dtype.itemsize) for values in held)
         if name == "row_stats_kernel":
             assert set(result.loads) == {16}
-        if name in ("row_backward_kernel", "write_kernel"):
-            tile = sizes["BLOCK"] if "BLOCK" in sizes else sizes["TILE"].channels * sizes["TILE"].positions
+        if name == "write_kernel":
+            tile = sizes["TILE"].channels * sizes["TILE"].positions
             assert set(result.stores) == {16}, "narrow stores of the gradient"
             assert result.loads[16] >= vectors(launch, tile, dtype.itemsize) == result.stores[16]
     names = {launch.kernel.__name__ for launch in launches}

@@ -18,9 +18,9 @@ from ..triton_common import (
     dense,
     launch,
     next_power_of_2,
+    numbers_for,
     on_device,
     settled,
-    temperatures,
     why_not,
 )
 from ..values import Number
@@ -39,7 +39,7 @@ def choose(x: Tensor) -> Config:
     stats = Tile(32, 16, 4, unroll=4) if last else Tile(1, 512, 4, unroll=4)
     write = Tile(32, 64, 4) if last else Tile(1, 2048, 4)
     stats, write = (fit(tile, channels, positions, not last) for tile in (stats, write))
-    return Config(stats, stats, write, 1)
+    return Config(stats, stats, write)
 
 
 def forward(
@@ -60,7 +60,7 @@ def forward(
     if samples == 0:
         return loss.zero_(), stats
     s = Network(student, config or choose(student))
-    numbers = temperatures(temperatures_, by_pointer)
+    numbers = numbers_for(temperatures_, by_pointer)
     partial = loss.new_empty([samples, s.splits, 6, channels])
     per_sample = loss if reduction == 0 else loss.new_empty([samples])
     block = next_power_of_2(channels)
@@ -105,7 +105,7 @@ def backward(
             kernels.matched_write_kernel, programs, tile.warps,
             s.features, dense(teacher, s.last), mask, stats, grad_output, out,
             1.0 / samples if reduction == 1 else 1.0, s.positions, grad_output.stride(0) if reduction == 0 else 0,
-            temperatures(temperatures_, by_pointer), CHANNELS=channels, TILE=tile)  # fmt: skip
+            numbers_for(temperatures_, by_pointer), CHANNELS=channels, TILE=tile)  # fmt: skip
     return settled(grad, out, s.last)
 
 

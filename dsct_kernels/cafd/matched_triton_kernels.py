@@ -11,8 +11,8 @@ once: exp(x / tau) = exp2(x k).
 import triton
 import triton.language as tl
 
-from ..triton_math import LN_2, LOW, finite_max, offsets, temperature, to_exp2
-from .triton_kernels import places, read, stretch
+from ..triton_math import LN_2, LOW, finite_max, numbers_of, offsets
+from .triton_kernels import along, read, stretch
 
 
 @triton.jit
@@ -41,8 +41,10 @@ def matched_part_kernel(student, teacher, mask, partial, splits, steps, position
                         CHANNELS: tl.constexpr, TILE: tl.constexpr, UNIFORM: tl.constexpr):  # fmt: skip
     """partial[n, split] = maxima of teacher and student, their sums of exponentials, sum of e^T (x^T - x^S) and of
     |teacher|, of every channel over the positions of that split: the one read of both maps."""
-    k = to_exp2(numbers, 1)
-    n, split, c, first, end = stretch(tl.program_id(0), splits, steps, CHANNELS, positions, TILE)
+    k = numbers_of(numbers, 2)[2]
+    length = steps * (TILE.positions * TILE.unroll)
+    n, split, first_c, first, end = stretch(tl.program_id(0), splits, length, CHANNELS, positions, TILE.channels)
+    c = along(first_c, TILE.channels)
     map_at = n * CHANNELS * positions
     m_t = tl.full([TILE.channels, TILE.positions], LOW, tl.float32)
     m_s = m_t
@@ -61,7 +63,7 @@ def matched_part_kernel(student, teacher, mask, partial, splits, steps, position
         top_s = m_s
         top_t = m_t
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
-            p = places(u, start, TILE)
+            p = along(start + u * TILE.positions, TILE.positions)
             xs_s += (_counted(tiles_s[u], mask_at, p, end),)
             xs_t += (_counted(tiles_t[u], mask_at, p, end),)
             top_s = tl.maximum(top_s, xs_s[u])
@@ -110,8 +112,11 @@ def matched_join_kernel(partial, stats, loss, numbers, factor, channels, splits,
                         SPLITS: tl.constexpr, UNIFORM: tl.constexpr):  # fmt: skip
     """A sample's rows put together, SPLITS of each at a time: its stats, and its loss, times factor."""
     n = tl.program_id(0).to(tl.int64)
-    tau = temperature(numbers, 1).to(tl.float64)
-    k = to_exp2(numbers, 1).to(tl.float64)
+    channel_t = numbers_of(numbers, 2)[0]
+    tau = numbers_of(numbers, 2)[1]
+    tau = tau.to(tl.float64)
+    k = numbers_of(numbers, 2)[2]
+    k = k.to(tl.float64)
     c = tl.arange(0, BLOCK)
     known = c < channels
     top_t = tl.full([BLOCK], LOW, tl.float64)
@@ -143,7 +148,7 @@ def matched_join_kernel(partial, stats, loss, numbers, factor, channels, splits,
     if not UNIFORM:
         mean = tl.sum(size, 0) / channels
         r = tl.where(known, tl.where(mean == 0, 1.0, size / mean), LOW)  # a silent teacher: all channels alike
-        w = tl.exp((r - tl.max(r, 0)) / temperature(numbers, 0).to(tl.float64))
+        w = tl.exp((r - tl.max(r, 0)) / channel_t.to(tl.float64))
         w = w / tl.sum(w, 0)
     # a weight that is only rounded to 0 hides nothing: 0 * inf would be NaN
     part = tl.where((w == 0) & (kl == float("inf")), kl, w * kl)
@@ -162,23 +167,21 @@ def matched_write_kernel(student, teacher, mask, stats, upstream, grad, factor, 
     """The gradient of a tile: the second read of both maps, and the one write. From the last sample to the first, as
     matched_part_kernel has read that last."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    k = to_exp2(numbers, 1)
-    channel_blocks = tl.cdiv(CHANNELS, TILE.channels)
-    position_blocks = tl.cdiv(positions, TILE.positions)
-    n = (program // position_blocks // channel_blocks).to(tl.int64)
-    c = program // position_blocks % channel_blocks * TILE.channels + tl.arange(0, TILE.channels)
-    p = program % position_blocks * TILE.positions + tl.arange(0, TILE.positions)
+    tau = numbers_of(numbers, 2)[1]
+    k = numbers_of(numbers, 2)[2]
+    blocks = tl.cdiv(positions, TILE.positions)
+    n, _split, first_c, first, end = stretch(program, blocks, TILE.positions, CHANNELS, positions, TILE.channels)
+    c = along(first_c, TILE.channels)
+    p = along(first, TILE.positions)
     known = c < CHANNELS
-    there = known[:, None] & (p < positions)[None, :]
     map_at = n * CHANNELS * positions
-    tile_at = offsets(c, p, CHANNELS, positions, TILE.last)
     mask_at = mask
     if mask is not None:
         mask_at = mask + n * positions
-    x_s = _counted(tl.load(student + map_at + tile_at, mask=there, other=LOW), mask_at, p, positions)
-    x_t = _counted(tl.load(teacher + map_at + tile_at, mask=there, other=LOW), mask_at, p, positions)
+    x_s = _counted(read(student + map_at, c, first, end, CHANNELS, positions, TILE)[0], mask_at, p, end)
+    x_t = _counted(read(teacher + map_at, c, first, end, CHANNELS, positions, TILE)[0], mask_at, p, end)
     at = stats + n * 5 * CHANNELS + c
-    by = tl.load(upstream + n * upstream_n).to(tl.float64) * factor * temperature(numbers, 1).to(tl.float64)
+    by = tl.load(upstream + n * upstream_n).to(tl.float64) * factor * tau.to(tl.float64)
     by *= tl.load(at + 4 * CHANNELS, mask=known, other=0.0)
     by_s = by * tl.load(at + CHANNELS, mask=known, other=0.0)
     by_t = by * tl.load(at + 3 * CHANNELS, mask=known, other=0.0)
@@ -190,4 +193,5 @@ def matched_write_kernel(student, teacher, mask, stats, upstream, grad, factor, 
     e_t = tl.exp2((x_t - tl.load(at + 2 * CHANNELS, mask=known, other=0.0).to(tl.float32)[:, None]) * k)
     g = (e_s - e_t) * least.to(tl.float32)[:, None] + (e_s * more_s - e_t * more_t)
     g = tl.where((x_s == LOW) & (x_t == LOW), 0.0, g)  # whatever comes from upstream
-    tl.store(grad + map_at + tile_at, g.to(grad.dtype.element_ty), mask=there)
+    at = grad + map_at + offsets(c, p, CHANNELS, positions, TILE.last)
+    tl.store(at, g.to(grad.dtype.element_ty), mask=known[:, None] & (p < end)[None, :])

@@ -1,4 +1,4 @@
-"""CAFD on Triton (triton_kernels.py): four launches forward, two backward where the positions are adjacent, else three.
+"""CAFD on Triton (triton_kernels.py): four launches forward, two backward where a tile has all positions, else three.
 
 Forward, both networks in each launch: maximum, sum of exponentials and sum of magnitudes of every channel; the weights
 of the channels; the attention map (the second read of the features, meant to hit L2); the divergence and its gradient
@@ -22,9 +22,9 @@ from ..triton_common import (
     dense,
     launch,
     next_power_of_2,
+    numbers_for,
     on_device,
     settled,
-    temperatures,
     why_not,
 )
 from ..values import Number
@@ -33,7 +33,7 @@ from . import op
 __all__ = ["attention_map", "cafd", "why_not"]
 
 MOST_COMPILED = 7  # kernels of one variant, forward and backward
-LONGEST_ROW = 16384  # positions that one program holds in registers in the one-launch backward
+LONGEST_ROW = 16384  # adjacent positions that one program of the backward holds in registers
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: more splits gain nothing
 
 # ---------------------------------------------------------------------------------------------- launch choices
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     channels: int
     positions: int
     warps: int
-    unroll: int = 1  # tiles loaded together
+    unroll: int = 1  # tiles loaded together; of write_kernel: one after the other
     last: bool = False  # channels_last: set by Network
 
 
@@ -54,7 +54,6 @@ class Config:
     stats: Tile  # row_stats_kernel, rho_kernel
     maps: Tile
     write: Tile
-    rows: int  # channels a program of row_backward_kernel takes, one after the other
 
 
 def fit(tile: Tile, channels: int, positions: int, positions_adjacent: bool) -> Tile:
@@ -81,9 +80,11 @@ def choose(channels: int, positions: int, itemsize: int, positions_adjacent: boo
         stats = Tile(64 * wide, 16, 4, unroll=2)
         maps = Tile(64 * wide, 16, 4, unroll=2)
         write = Tile(64 * wide, 32, 4)
-    rows = 1 if positions <= 1024 else 4
     stats, maps, write = (fit(t, channels, positions, positions_adjacent) for t in (stats, maps, write))
-    return Config(stats, maps, write, rows)
+    if positions_adjacent and positions <= LONGEST_ROW:  # whole rows: two launches, and the features are read once
+        row = max(16, next_power_of_2(positions))
+        write = Tile(1, row, max(1, min(16, row // 1024)), unroll=1 if positions <= 1024 else 4)
+    return Config(stats, maps, write)
 
 
 # ------------------------------------------------------------------------------------------------- the launches
@@ -112,7 +113,6 @@ class Network:
         config = config or choose(self.channels, self.positions, x.element_size(), not self.last)
         tiles = (tile._replace(last=self.last) for tile in (config.stats, config.maps, config.write))
         self.stats, self.maps, self.write = tiles
-        self.rows = config.rows
         # positions are split over programs until there are enough of them
         step = self.stats.positions * self.stats.unroll
         blocks = -(-self.channels // self.stats.channels)
@@ -184,7 +184,7 @@ def forward(
     same = student.shape[2:] == teacher.shape[2:]
     with on_device(student):
         networks = [Network(x, configs[i] if configs else None) for i, x in enumerate((student, teacher))]
-        s, t = _attend(networks, temperatures(temperatures_, by_pointer))
+        s, t = _attend(networks, numbers_for(temperatures_, by_pointer))
         map_s, map_t, row_s, row_t = s.stats, t.stats, s.row, t.row
         positions, pooled_grad = s.positions, grad_map if needs_grad else None
         if not same:  # the maps are tiny: pooled in float64 by matrix products, both ways in a fixed order
@@ -220,7 +220,7 @@ def map_forward(features: Tensor, temperatures_: Tensor, config: Config | None =
     if features.shape[0] == 0:
         return attention, stats
     with on_device(features):
-        found = _attend([Network(features, config)], temperatures(temperatures_, by_pointer))[0]
+        found = _attend([Network(features, config)], numbers_for(temperatures_, by_pointer))[0]
     return found.map, found.stats
 
 
@@ -234,28 +234,22 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
         return grad
     network = Network(features, config)
     x, out, grad_map = network.empty(stats), dense(grad, network.last), grad_map.contiguous()
-    numbers = temperatures(temperatures_, by_pointer)
+    numbers = numbers_for(temperatures_, by_pointer)
     with on_device(features):
         centered, products = torch.empty_like(grad_map), stats.new_empty([network.samples, 2])
         block = min(4096, max(16, next_power_of_2(x.positions)))
         launch(
             kernels.center_kernel, network.samples, 8 if block > 512 else 1,
             x, grad_map, centered, products, BLOCK=block)  # fmt: skip
-        if not network.last and x.positions <= LONGEST_ROW:
-            block = max(16, next_power_of_2(x.positions))
-            groups = -(-x.channels // network.rows)
+        tile, whole = network.write, network.write.positions >= x.positions
+        if not whole:
             launch(
-                kernels.row_backward_kernel, network.samples * groups, max(1, min(16, block // 1024)),
-                x, centered, products, out, groups, numbers, ROWS=network.rows, BLOCK=block)  # fmt: skip
-            return settled(grad, out, network.last)
-        launch(
-            kernels.rho_kernel, network.stats_programs, network.stats.warps,
-            x, centered, x.partial, *network.walk, numbers, TILE=network.stats)  # fmt: skip
-        tile = network.write
-        blocks = -(-x.channels // tile.channels) * -(-x.positions // tile.positions)
+                kernels.rho_kernel, network.stats_programs, network.stats.warps,
+                x, centered, *network.walk, numbers, TILE=network.stats)  # fmt: skip
+        blocks = -(-x.channels // (tile.channels * tile.unroll)) * -(-x.positions // tile.positions)
         launch(
             kernels.write_kernel, network.samples * blocks, tile.warps,
-            x, centered, products, x.partial, out, network.splits, numbers, TILE=tile)  # fmt: skip
+            x, centered, products, out, network.splits, numbers, WHOLE=whole, TILE=tile)  # fmt: skip
     return settled(grad, out, network.last)
 
 

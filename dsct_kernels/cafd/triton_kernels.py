@@ -15,33 +15,31 @@ row besides. A network comes as a `Maps` of triton.py, x here, and its tile as a
 import triton
 import triton.language as tl
 
-from ..triton_math import LOW, finite_max, offsets, temperature, to_exp2
+from ..triton_math import LOW, finite_max, numbers_of, offsets
 
 EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def stretch(program, splits, steps, channels, positions, TILE: tl.constexpr):
-    """A program's sample, split, channels and, of those, first position and end: `steps` of TILE in each split."""
-    channel_blocks = tl.cdiv(channels, TILE.channels)
-    c = program // splits % channel_blocks * TILE.channels + tl.arange(0, TILE.channels)
-    length = steps * (TILE.positions * TILE.unroll)
+def stretch(program, splits, length, channels, positions, CHANNELS: tl.constexpr):
+    """A program's sample, split of the positions, first channel, of CHANNELS, first position, and end of the split."""
+    blocks = tl.cdiv(channels, CHANNELS)
     first = program % splits * length
-    n = (program // splits // channel_blocks).to(tl.int64)
-    return n, program % splits, c, first, tl.minimum(first + length, positions)
+    n = (program // splits // blocks).to(tl.int64)
+    return n, program % splits, program // splits % blocks * CHANNELS, first, tl.minimum(first + length, positions)
 
 
 @triton.jit
-def places(u, start, TILE: tl.constexpr):
-    return start + u * TILE.positions + tl.arange(0, TILE.positions)
+def along(first, SIZE: tl.constexpr):
+    return first + tl.arange(0, SIZE)
 
 
 @triton.jit
 def read(features, c, start, end, channels, positions, TILE: tl.constexpr):
-    """TILE.unroll tiles, loaded together, -inf past the end."""
+    """TILE.unroll tiles one after another along the positions, loaded together, -inf past the end."""
     tiles = ()
     for u in tl.static_range(tl.constexpr(TILE.unroll)):
-        p = places(u, start, TILE)
+        p = along(start + u * TILE.positions, TILE.positions)
         there = (c < channels)[:, None] & (p < end)[None, :]
         tiles += (tl.load(features + offsets(c, p, channels, positions, TILE.last), mask=there, other=LOW),)
     return tiles
@@ -50,7 +48,9 @@ def read(features, c, start, end, channels, positions, TILE: tl.constexpr):
 @triton.jit
 def _row_stats(x, splits, steps, program, scale, TILE: tl.constexpr):
     """partial[n, split] = m, z, sum |F| of every channel over the positions of that split."""
-    n, split, c, first, end = stretch(program, splits, steps, x.channels, x.positions, TILE)
+    length = steps * (TILE.positions * TILE.unroll)
+    n, split, first_c, first, end = stretch(program, splits, length, x.channels, x.positions, TILE.channels)
+    c = along(first_c, TILE.channels)
     m = tl.full([TILE.channels, TILE.positions], LOW, tl.float32)
     z = tl.full([TILE.channels, TILE.positions], 0.0, tl.float32)
     g = tl.full([TILE.channels, TILE.positions], 0.0, tl.float32)
@@ -63,7 +63,8 @@ def _row_stats(x, splits, steps, program, scale, TILE: tl.constexpr):
         z *= tl.exp2((m - base) * scale)
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
             z += tl.exp2((tiles[u].to(tl.float32) - base) * scale)
-            g += tl.where((places(u, start, TILE) < end)[None, :], tl.abs(tiles[u].to(tl.float32)), 0.0)
+            p = along(start + u * TILE.positions, TILE.positions)
+            g += tl.where((p < end)[None, :], tl.abs(tiles[u].to(tl.float32)), 0.0)
         m = new
     most = tl.max(m, 1)
     known = c < x.channels
@@ -79,7 +80,7 @@ def row_stats_kernel(s, t, splits_s, steps_s, splits_t, steps_t, programs_s, num
                      TILE_T: tl.constexpr):  # fmt: skip
     """Both networks, or one, in one launch: the first programs_s programs are the student's."""
     program = tl.program_id(0)
-    scale = to_exp2(numbers, 1)
+    scale = numbers_of(numbers, 2)[2]
     if program < programs_s:
         _row_stats(s, splits_s, steps_s, program, scale, TILE_S)
     elif t is not None:
@@ -89,7 +90,7 @@ def row_stats_kernel(s, t, splits_s, steps_s, splits_t, steps_t, programs_s, num
 @triton.jit
 def _channel_weights(x, splits, n, numbers, BLOCK: tl.constexpr):
     """The splits of one sample put together in order; r and w; into the sample's row of stats."""
-    scale = to_exp2(numbers, 1)
+    scale = numbers_of(numbers, 2)[2]
     c = tl.arange(0, BLOCK)
     there = c < x.channels
     m = tl.full([BLOCK], LOW, tl.float32)
@@ -108,7 +109,7 @@ def _channel_weights(x, splits, n, numbers, BLOCK: tl.constexpr):
     g = g / x.positions
     mean = tl.sum(g, 0) / x.channels
     r = tl.where(mean == 0, 1.0, g / mean)  # all-zero features: all channels alike
-    v = tl.where(there, r, LOW) / temperature(numbers, 0)
+    v = tl.where(there, r, LOW) / numbers_of(numbers, 2)[0]
     v = tl.exp(v - tl.max(v, 0))
     w = v / tl.sum(v, 0)
     w = tl.where(mean == mean, w, mean)  # NaN stays NaN where a maximum would drop it
@@ -148,7 +149,7 @@ def _maps(x, program, scale, TILE: tl.constexpr):
     """A and B at a block of positions, over all the channels: the second read of the features."""
     blocks = tl.cdiv(x.positions, TILE.positions)
     n = (program // blocks).to(tl.int64)
-    p = program % blocks * TILE.positions + tl.arange(0, TILE.positions)
+    p = along(program % blocks * TILE.positions, TILE.positions)
     inside = p < x.positions
     features = x.features + n * x.channels * x.positions
     a = tl.full([TILE.channels, TILE.positions], 0.0, tl.float32)
@@ -156,11 +157,11 @@ def _maps(x, program, scale, TILE: tl.constexpr):
     for start in range(0, x.channels, TILE.channels * TILE.unroll):
         tiles = ()
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
-            c = start + u * TILE.channels + tl.arange(0, TILE.channels)
+            c = along(start + u * TILE.channels, TILE.channels)
             there = (c < x.channels)[:, None] & inside[None, :]
             tiles += (tl.load(features + offsets(c, p, x.channels, x.positions, TILE.last), mask=there, other=LOW),)
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
-            c = start + u * TILE.channels + tl.arange(0, TILE.channels)
+            c = along(start + u * TILE.channels, TILE.channels)
             m, over_z, w, r = _weights(x, n, c)
             e = tl.exp2((tiles[u].to(tl.float32) - m[:, None]) * scale)
             a += e * (w * over_z)[:, None]
@@ -175,7 +176,7 @@ def _maps(x, program, scale, TILE: tl.constexpr):
 def maps_kernel(s, t, programs_s, numbers, TILE_S: tl.constexpr, TILE_T: tl.constexpr):
     """From the last sample to the first: what the statistics have read last still lies in L2. Backward turns again."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    scale = to_exp2(numbers, 1)
+    scale = numbers_of(numbers, 2)[2]
     if program < programs_s:
         _maps(s, program, scale, TILE_S)
     elif t is not None:
@@ -257,71 +258,59 @@ def _by_magnitude(x, rho, w, products, n, channel_t):
     return tl.where(mean == 0, 0.0, (s - pull) / mean) / x.positions
 
 
-@triton.jit
-def row_backward_kernel(x, centered, products, grad, groups, numbers, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of ROWS channels whose positions are adjacent: one read of the features, one write."""
-    program = tl.program_id(0)
-    n = (program // groups).to(tl.int64)
-    channel_t = temperature(numbers, 0)
-    tau = temperature(numbers, 1)
-    scale = to_exp2(numbers, 1)
-    p = tl.arange(0, BLOCK)
-    inside = p < x.positions
-    d = tl.load(centered + n * x.positions + p, mask=inside, other=0.0)
-    first = program % groups * ROWS
-    for c in range(first, tl.minimum(first + ROWS, x.channels)):
-        m, over_z, w, _r = _weights(x, n, c)
-        at = (n * x.channels + c) * x.positions + p
-        f = tl.load(x.features + at, mask=inside, other=LOW).to(tl.float32)
-        e = tl.exp2((f - m) * scale) * over_z  # P_ci
-        rho = tl.sum(e * d, 0)
-        by_g = _by_magnitude(x, rho, w, products, n, channel_t)
-        sign = tl.where(f > 0, by_g, tl.where(f < 0, -by_g, 0.0))
-        g = (w / tau) * e * (d - rho) + sign
-        tl.store(grad + at, g.to(grad.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["splits", "steps"])
-def rho_kernel(x, grad_map, partial, splits, steps, numbers, TILE: tl.constexpr):
-    """partial[n, split, c] = sum over the split's positions of P_ci D_i, for any layout."""
-    n, split, c, first, end = stretch(tl.program_id(0), splits, steps, x.channels, x.positions, TILE)
-    scale = to_exp2(numbers, 1)
+def rho_kernel(x, centered, splits, steps, numbers, TILE: tl.constexpr):
+    """x.partial[n, split, c] = sum over the split's positions of P_ci D_i, for maps of more positions than a tile."""
+    length = steps * (TILE.positions * TILE.unroll)
+    program = tl.program_id(0)
+    n, split, first_c, first, end = stretch(program, splits, length, x.channels, x.positions, TILE.channels)
+    scale = numbers_of(numbers, 2)[2]
+    c = along(first_c, TILE.channels)
     m, over_z, _w, _r = _weights(x, n, c)
     rho = tl.full([TILE.channels, TILE.positions], 0.0, tl.float32)
     for start in range(first, end, TILE.positions * TILE.unroll):
         tiles = read(x.features + n * x.channels * x.positions, c, start, end, x.channels, x.positions, TILE)
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
-            p = places(u, start, TILE)
-            d = tl.load(grad_map + n * x.positions + p, mask=p < end, other=0.0)
+            p = along(start + u * TILE.positions, TILE.positions)
+            d = tl.load(centered + n * x.positions + p, mask=p < end, other=0.0)
             rho += tl.exp2((tiles[u].to(tl.float32) - m[:, None]) * scale) * d[None, :]
-    tl.store(partial + (n * splits + split) * x.channels + c, tl.sum(rho, 1) * over_z, mask=c < x.channels)
+    tl.store(x.partial + (n * splits + split) * x.channels + c, tl.sum(rho, 1) * over_z, mask=c < x.channels)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def write_kernel(x, centered, products, partial, grad, splits, numbers, TILE: tl.constexpr):
-    """The gradient of a tile from the numbers of its channels, for any layout: the last read, and the write.
+def write_kernel(x, centered, products, grad, splits, numbers, WHOLE: tl.constexpr, TILE: tl.constexpr):
+    """The gradient of TILE.unroll tiles, one after another along the channels: the last read, and the write.
 
-    From the last sample to the first: rho_kernel has read that last.
+    WHOLE: a tile has all the positions, and rho_kernel is not needed. Else it has read the last sample last.
     """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    channel_blocks = tl.cdiv(x.channels, TILE.channels)
-    position_blocks = tl.cdiv(x.positions, TILE.positions)
-    n = (program // position_blocks // channel_blocks).to(tl.int64)
-    c = program % channel_blocks * TILE.channels + tl.arange(0, TILE.channels)
-    p = program // channel_blocks % position_blocks * TILE.positions + tl.arange(0, TILE.positions)
-    known = c < x.channels
+    channel_t = numbers_of(numbers, 2)[0]
+    tau = numbers_of(numbers, 2)[1]
+    scale = numbers_of(numbers, 2)[2]
+    program = tl.program_id(0)
+    if not WHOLE:
+        program = tl.num_programs(0) - 1 - program
+    blocks = tl.cdiv(x.positions, TILE.positions)
+    n, _split, first_c, first, _end = stretch(
+        program, blocks, TILE.positions, x.channels, x.positions, TILE.channels * TILE.unroll
+    )
+    p = along(first, TILE.positions)
     inside = p < x.positions
-    there = known[:, None] & inside[None, :]
-    map_at = n * x.channels * x.positions
-    at = offsets(c, p, x.channels, x.positions, TILE.last)
-    f = tl.load(x.features + map_at + at, mask=there, other=LOW).to(tl.float32)
-    m, over_z, w, _r = _weights(x, n, c)
-    rho = tl.zeros_like(over_z)
-    for split in range(0, splits):
-        rho += tl.load(partial + (n * splits + split) * x.channels + c, mask=known, other=0.0)
-    by_g = _by_magnitude(x, rho, w, products, n, temperature(numbers, 0))
     d = tl.load(centered + n * x.positions + p, mask=inside, other=0.0)
-    e = tl.exp2((f - m[:, None]) * to_exp2(numbers, 1))
-    sign = tl.where(f > 0, by_g[:, None], tl.where(f < 0, -by_g[:, None], 0.0))
-    g = e * (w * over_z / temperature(numbers, 1))[:, None] * (d[None, :] - rho[:, None]) + sign
-    tl.store(grad + map_at + at, g.to(grad.dtype.element_ty), mask=there)
+    for start in range(first_c, tl.minimum(first_c + TILE.channels * TILE.unroll, x.channels), TILE.channels):
+        c = along(start, TILE.channels)
+        known = c < x.channels
+        there = known[:, None] & inside[None, :]
+        at = n * x.channels * x.positions + offsets(c, p, x.channels, x.positions, TILE.last)
+        f = tl.load(x.features + at, mask=there, other=LOW).to(tl.float32)
+        m, over_z, w, _r = _weights(x, n, c)
+        e = tl.exp2((f - m[:, None]) * scale)
+        rho = tl.zeros_like(over_z)
+        if WHOLE:
+            rho = tl.sum(e * d[None, :], 1) * over_z
+        else:
+            for split in range(0, splits):
+                rho += tl.load(x.partial + (n * splits + split) * x.channels + c, mask=known, other=0.0)
+        by_g = _by_magnitude(x, rho, w, products, n, channel_t)[:, None]
+        sign = tl.where(f > 0, by_g, tl.where(f < 0, -by_g, 0.0))
+        g = e * (w * over_z / tau)[:, None] * (d[None, :] - rho[:, None]) + sign
+        tl.store(grad + at, g.to(grad.dtype.element_ty), mask=there)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import values
 from ..tnkd import plan
 from ..tnkd.triton import Walk, why_not
-from ..triton_common import define, dense, launch, next_power_of_2, on_device, settled, temperatures
+from ..triton_common import define, dense, launch, next_power_of_2, numbers_for, on_device, settled
 from ..values import Number
 from . import op
 
@@ -55,7 +55,7 @@ def forward(
         launch(
             kernels.jaccard_sums_kernel, programs, walk.warps,
             dense(student, walk.last), dense(teacher, walk.last), share, partial, *walk.sizes,
-            temperatures(temperature, by_pointer), V=walk.variant)  # fmt: skip
+            numbers_for(temperature, by_pointer), V=walk.variant)  # fmt: skip
         sums = partial.sum(0)
         launch(kernels.jaccard_finish_kernel, 1, 4, sums, loss, coefficients, classes, BLOCK=block)
     return loss, coefficients
@@ -82,7 +82,7 @@ def backward(
         launch(
             kernels.jaccard_write_kernel, walk.programs(student, CROWD), walk.warps,
             dense(student, walk.last), dense(teacher, walk.last), share, coefficients.contiguous(), out, *walk.sizes,
-            temperatures(temperature, by_pointer), V=walk.variant)  # fmt: skip
+            numbers_for(temperature, by_pointer), V=walk.variant)  # fmt: skip
     return settled(grad, out, walk.last)
 
 

@@ -10,8 +10,8 @@ lane's for its own pixels, until the program's end.
 import triton
 import triton.language as tl
 
-from ..tnkd.triton_kernels import exponentials, place, read, write
-from ..triton_math import LOW, reciprocal, temperature, to_exp2
+from ..tnkd.triton_kernels import added, exponentials, place, read, write, zeros
+from ..triton_math import LOW, numbers_of, reciprocal
 
 
 @triton.jit
@@ -31,56 +31,44 @@ def _softmax(tiles, counts, scale, ALL: tl.constexpr):
 
 @triton.jit
 def _tile(tile, student, teacher, share, inner, plane, blocks, scale, V: tl.constexpr):
-    """v of a tile's pixels, 0 past the end, both networks' exponentials and their sums, and where the tile is."""
-    first, left, at, step, inside = place(tile, inner, plane, blocks, V)
+    """Where the tile is, v of its pixels, 0 past the end, and both networks' exponentials and one over their sums."""
+    here = place(tile, inner, plane, blocks, V)
     k = tl.arange(0, V.classes)[:, None]
-    s_tiles = read(student + at, step, inside, k, V)
-    t_tiles = read(teacher + at, step, inside, k, V)
-    v = tl.where(inside, 1.0, 0.0)
+    s_tiles = read(student, here, k, V)
+    t_tiles = read(teacher, here, k, V)
+    v = tl.where(here.inside, 1.0, 0.0)
     if share is not None:
         p = tl.arange(0, V.pixels)
-        v = tl.load(share + first + p, mask=p < left, other=0.0)[None, :]
+        v = tl.load(share + here.first + p, mask=p < here.left, other=0.0)[None, :]
     ALL: tl.constexpr = V.whole and share is None
     e_s, sum_s = _softmax(s_tiles, v != 0, scale, ALL)
     e_t, sum_t = _softmax(t_tiles, v != 0, scale, ALL)
-    return v, e_s, reciprocal(sum_s), e_t, reciprocal(sum_t), at, step, inside
+    return here, v, e_s, reciprocal(sum_s), e_t, reciprocal(sum_t)
 
 
 @triton.jit(do_not_specialize=["inner", "blocks", "tiles"])
 def jaccard_sums_kernel(student, teacher, share, partial, inner, plane, blocks, tiles, numbers, V: tl.constexpr):
     """partial[program] = the sums of v q, v (p + q) and v |p - q| of every class: the first read of both maps."""
-    scale = to_exp2(numbers, 0)
-    theirs = ()
-    for _ in tl.static_range(tl.constexpr(V.chunks)):
-        theirs += (tl.full([V.classes, V.pixels], 0.0, tl.float32),)
-    both = theirs
-    apart = theirs
+    scale = numbers_of(numbers, 1)[1]
+    sums = zeros(3 * V.chunks, V.classes, V.pixels)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        v, e_s, by_s, e_t, by_t, _at, _step, _inside = _tile(
-            tile, student, teacher, share, inner, plane, blocks, scale, V
-        )
+        _here, v, e_s, by_s, e_t, by_t = _tile(tile, student, teacher, share, inner, plane, blocks, scale, V)
         by_s = v * by_s
         by_t = v * by_t
-        theirs_now = ()
-        both_now = ()
-        apart_now = ()
+        now = ()
         for c in tl.static_range(tl.constexpr(V.chunks)):
             ours = e_s[c] * by_s
-            there = e_t[c] * by_t
-            theirs_now += (theirs[c] + there,)
-            both_now += (both[c] + (ours + there),)
+            theirs = e_t[c] * by_t
             # not |p - q|, whose product may be fused into the difference: equal networks would differ. A NaN that max
             # and min drop is in the other sums
-            apart_now += (apart[c] + (tl.maximum(ours, there) - tl.minimum(ours, there)),)
-        theirs = theirs_now
-        both = both_now
-        apart = apart_now
+            now += (theirs, ours + theirs, tl.maximum(ours, theirs) - tl.minimum(ours, theirs))
+        sums = added(sums, now)
     for c in tl.static_range(tl.constexpr(V.chunks)):
         one = c * V.classes + tl.arange(0, V.classes)
         at = partial + tl.program_id(0).to(tl.int64) * 3 * V.num_classes + one
-        tl.store(at, tl.sum(theirs[c], 1).to(tl.float64), mask=one < V.num_classes)
-        tl.store(at + V.num_classes, tl.sum(both[c], 1).to(tl.float64), mask=one < V.num_classes)
-        tl.store(at + 2 * V.num_classes, tl.sum(apart[c], 1).to(tl.float64), mask=one < V.num_classes)
+        for i in tl.static_range(3):
+            total = tl.sum(sums[3 * c + i], 1).to(tl.float64)
+            tl.store(at + i * V.num_classes, total, mask=one < V.num_classes)
 
 
 @triton.jit
@@ -108,8 +96,9 @@ def jaccard_finish_kernel(sums, loss, coefficients, num_classes, BLOCK: tl.const
 def jaccard_write_kernel(student, teacher, share, coefficients, grad, inner, plane, blocks, tiles, numbers,
                          V: tl.constexpr):  # fmt: skip
     """The gradient, p (h - sum_k p_k h_k) v / tau with h = a + b sign(p - q): the second read, and the one write."""
-    scale = to_exp2(numbers, 0)
-    by_tau = (1.0 / temperature(numbers, 0).to(tl.float64)).to(tl.float32)
+    tau = numbers_of(numbers, 1)[0]
+    scale = numbers_of(numbers, 1)[1]
+    by_tau = (1.0 / tau.to(tl.float64)).to(tl.float32)
     k = tl.arange(0, V.classes)[:, None]
     above = ()
     below = ()
@@ -120,7 +109,7 @@ def jaccard_write_kernel(student, teacher, share, coefficients, grad, inner, pla
         above += ((a + b).to(tl.float32),)
         below += ((a - b).to(tl.float32),)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        v, e_s, by_s, e_t, by_t, at, step, inside = _tile(tile, student, teacher, share, inner, plane, blocks, scale, V)
+        here, v, e_s, by_s, e_t, by_t = _tile(tile, student, teacher, share, inner, plane, blocks, scale, V)
         h = ()
         mean = tl.full([V.classes, V.pixels], 0.0, tl.float32)
         for c in tl.static_range(tl.constexpr(V.chunks)):
@@ -133,4 +122,4 @@ def jaccard_write_kernel(student, teacher, share, coefficients, grad, inner, pla
         by = by_s * v * by_tau
         for c in tl.static_range(tl.constexpr(V.chunks)):
             g = e_s[c] * by * (h[c] - mean)
-            write(grad + at, step, inside, k, c, tl.where(v != 0, g, 0.0), V)  # whatever comes from upstream
+            write(grad, here, k, c, tl.where(v != 0, g, 0.0), V)  # whatever comes from upstream

@@ -83,8 +83,7 @@ MOST_SLOTS = 32  # pixels between two cells of a row that a warp adds up
 STRIP_ROWS = 32  # of labels: the first of a strip fetches its logits anew, and one row of gradients more is written
 
 
-@dataclass(frozen=True)
-class UpsampledConfig:
+class UpsampledConfig(NamedTuple):
     pixels: int
     classes: int
     warps: int

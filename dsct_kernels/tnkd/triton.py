@@ -11,23 +11,13 @@ run uses one or two.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import triton_common
-from ..triton_common import (
-    LOG2_E,
-    channels_last,
-    define,
-    dense,
-    launch,
-    most_programs,
-    on_device,
-    read_by_kernels,
-    settled,
-)
+from ..triton_common import channels_last, define, dense, launch, most_programs, numbers_for, on_device, settled
 from . import op
 from .objective import MEAN, NONE, Objective
 from .plan import MOST_CLASSES, Config, choose
@@ -61,12 +51,23 @@ class Variant(NamedTuple):
     pixels: int
     classes: int  # of a tile
     last: bool  # channels_last
-    whole: bool  # every pixel of every tile exists, and no access needs a mask for it
+    whole: bool = False  # every pixel of every tile exists, and no access needs a mask for it
     coupled: bool = False
     with_ce: bool = False
     mean: bool = False
     weighted: bool = False  # by classes
     float16: bool = False  # whose gradient leaves a power of two to grad_scale
+    counts: int = COUNT_PROGRAMS  # upper bound
+
+
+class Divisor(NamedTuple):
+    """What sums and gradient are divided by. Numbers as floats, for which Triton compiles nothing anew."""
+
+    counts: Tensor | None  # (2, programs): valid pixels, and their class weights; None: all of the pixels
+    programs: float
+    pixels: float
+    largest_weight: Tensor | None  # of classes, for float16
+    gathered: float = 1.0  # how many pixels a logit has a part in, by weight, at most
 
 
 class Walk:
@@ -91,97 +92,107 @@ class Walk:
         return min(self.sizes[-1], max(1, most_programs(like, crowd * self.warps)))
 
 
+class Asked:
+    """What a call of either op comes to: numbers and tensors as arguments of the kernels, and flags of their Variant.
+
+    Numbers on the CPU are read here; those on the GPU are read by the kernels, and the host is not asked.
+    """
+
+    def __init__(
+        self,
+        student: Tensor,
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        values: Tensor,  # (4,) float64: weights of CE, TCKD and NCKD, the temperature; (3,), without the first: no CE
+        ignore_index: Tensor | None,  # () int64
+        coupled: bool,
+        reduction: int,
+        by_pointer: bool | None,
+    ) -> None:
+        if student.shape[1] > MOST_CLASSES:
+            raise ValueError(f"student: expected at most {MOST_CLASSES} classes, got {student.shape[1]}")
+        self.numbers = numbers_for(values, by_pointer)
+        with_ce = len(values) == 4
+        if not isinstance(self.numbers, Tensor):
+            with_ce = with_ce and self.numbers[0] != 0
+            self.numbers = self.numbers if with_ce else self.numbers[-4:]
+        self.target = None if target is None else target.contiguous()
+        self.ignore: Tensor | int | None = None if target is None else ignore_index
+        if self.ignore is not None and not triton_common.read_by_kernels(self.ignore, by_pointer):
+            self.ignore = int(self.ignore)
+        self.weight = class_weight if with_ce else None
+        self.mean, float16 = reduction == MEAN, student.dtype == torch.float16
+        self.weighted = self.mean and self.weight is not None
+        if self.weighted and target is None:
+            raise ValueError(
+                "target: expected labels (the teacher's argmax) where class weights are averaged over, got None"
+            )
+        self.largest_weight = self.weight.amax() if float16 and self.weight is not None else None
+        self.flags: dict[str, Any] = dict(
+            coupled=coupled, with_ce=with_ce, mean=self.mean, weighted=self.weighted, float16=float16
+        )
+
+    def divisor(self, counts: Tensor | None, num_pixels: int, gathered: float = 1.0) -> Divisor:
+        programs = 0 if counts is None else counts.shape[-1]
+        return Divisor(counts, float(programs), float(num_pixels), self.largest_weight, gathered)
+
+    def counts(self, num_classes: int) -> Tensor:
+        """(2, programs): valid labels, and their class weights added up, in up to COUNT_PROGRAMS partial sums."""
+        from . import triton_kernels as kernels
+
+        assert self.target is not None
+        programs = min(-(-self.target.numel() // COUNT_BLOCK), COUNT_PROGRAMS)
+        counts = torch.empty([2, programs], dtype=torch.float32, device=self.target.device)
+        launch(
+            kernels.count_kernel, programs, 4,
+            self.target, self.weight, counts, len(self.target), self.target[0].numel(), num_classes, self.ignore,
+            BLOCK=COUNT_BLOCK)  # fmt: skip
+        return counts
+
+
 def forward(
     student: Tensor,  # (N, K, *spatial)
     teacher: Tensor,  # (N, K, *spatial)
     target: Tensor | None,  # (N, *spatial)
     class_weight: Tensor | None,  # (K,)
-    values: Tensor,  # (4,) float64: the weights of CE, TCKD and NCKD, the temperature; (3,), without the first: no CE
-    ignore_index: Tensor | None,  # () int64
+    values: Tensor,
+    ignore_index: Tensor | None,
     coupled: bool,
     reduction: int,
     needs_grad: bool,
     config: Config | None = None,
     by_pointer: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice.
-
-    Numbers on the CPU are read here and become the kernels' arguments; those on the GPU are read by the kernels, and
-    the host is not asked. `by_pointer` makes that choice for both (the interpreter's tensors all lie on the CPU).
-    """
+    """The op: loss, parts, grad, grad_scale (docs/ops.md). `config` replaces the table's launch choice, by_pointer the
+    choice of who reads the numbers (the interpreter's tensors all lie on the CPU)."""
     from . import triton_kernels as kernels
 
-    loss, parts, grad, grad_scale = op.fake(
-        student, teacher, target, class_weight, values, ignore_index, coupled, reduction, needs_grad)  # fmt: skip
+    args = (student, teacher, target, class_weight, values, ignore_index, coupled, reduction)
+    loss, parts, grad, grad_scale = op.fake(*args, needs_grad)
+    asked = Asked(student, *args[2:], by_pointer)
     num_classes, num_pixels = student.shape[1], student.numel() // student.shape[1]
-    if num_classes > MOST_CLASSES:
-        raise ValueError(f"student: expected at most {MOST_CLASSES} classes, got {num_classes}")
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
-    asked = read(values, ignore_index if target is not None else None, by_pointer)
-    walk = Walk(student, teacher, functools.partial(choose, with_ce=asked.with_ce), config)
+    walk = Walk(student, teacher, functools.partial(choose, with_ce=asked.flags["with_ce"]), config)
     programs = walk.programs(student)
-    weight = class_weight if asked.with_ce else None
-    mean, float16 = reduction == MEAN, student.dtype == torch.float16
-    if mean and weight is not None and target is None:
-        raise ValueError(
-            "target: expected labels (the teacher's argmax) where class weights are averaged over, got None"
-        )
-    target = None if target is None else target.contiguous()
-    largest_weight = weight.amax() if float16 and weight is not None else None
-    variant = walk.variant._replace(
-        coupled=coupled, with_ce=asked.with_ce, mean=mean, weighted=weight is not None, float16=float16
-    )
+    variant = walk.variant._replace(**asked.flags)
     partial = loss.new_empty([3, programs])
-    out, counts, num_counts = dense(grad, walk.last) if needs_grad else None, None, 0
+    out, counts = dense(grad, walk.last) if needs_grad else None, None
     with on_device(student):
         # without ignored pixels and class weights the count is known from the shape, and the labels are read once
-        if mean and target is not None and (asked.ignore is not None or weight is not None):
-            counts = count(target, weight, num_classes, asked.ignore)
-            num_counts = counts.shape[1]
+        if asked.mean and (asked.ignore is not None or asked.weighted):
+            counts = asked.counts(num_classes)
+        divisor = asked.divisor(counts, num_pixels)
         launch(
             kernels.tnkd_kernel, programs, walk.warps,
-            dense(student, walk.last), dense(teacher, walk.last), target, weight, largest_weight, counts, out,
-            loss if reduction == NONE else None, partial, num_pixels, num_counts, *walk.sizes, asked.numbers,
-            asked.ignore, V=variant, COUNTS=COUNT_PROGRAMS)  # fmt: skip
+            dense(student, walk.last), dense(teacher, walk.last), asked.target, asked.weight, divisor, out,
+            loss if reduction == NONE else None, partial, *walk.sizes, asked.numbers, asked.ignore,
+            V=variant)  # fmt: skip
         launch(
             kernels.finish_kernel, 1, 8,
-            partial, largest_weight, counts, None if reduction == NONE else loss, parts, grad_scale, programs,
-            num_counts, num_pixels, 1.0, asked.numbers, V=variant, COUNTS=COUNT_PROGRAMS,
-            BLOCK=FINISH_BLOCK)  # fmt: skip
+            partial, divisor, None if reduction == NONE else loss, parts, grad_scale, programs, asked.numbers,
+            V=variant, BLOCK=FINISH_BLOCK)  # fmt: skip
     return loss, parts, grad if out is None else settled(grad, out, walk.last), grad_scale
-
-
-class Asked(NamedTuple):
-    """The ops' numbers, as arguments of the kernels: read here where they lie on the CPU, else by the kernels."""
-
-    numbers: Tensor | tuple[float, ...]  # temperature, log2(e) / temperature, weights of TCKD, NCKD and CE
-    with_ce: bool
-    ignore: Tensor | int | None
-
-
-def read(values: Tensor, ignore_index: Tensor | None, by_pointer: bool | None) -> Asked:
-    """by_pointer: as for `forward`."""
-    ignore: Tensor | int | None = ignore_index
-    if ignore_index is not None and not read_by_kernels(ignore_index, by_pointer):
-        ignore = int(ignore_index)
-    if read_by_kernels(values, by_pointer):
-        return Asked(values, len(values) == 4, ignore)
-    ce, tckd, nckd, temperature = [0.0, *values.tolist()][-4:]
-    return Asked((temperature, LOG2_E / temperature, tckd, nckd, ce), ce != 0, ignore)
-
-
-def count(target: Tensor, class_weight: Tensor | None, num_classes: int, ignore: Tensor | int | None) -> Tensor:
-    """(2, programs): valid labels, and their class weights added up, in up to COUNT_PROGRAMS partial sums."""
-    from . import triton_kernels as kernels
-
-    programs = min(-(-target.numel() // COUNT_BLOCK), COUNT_PROGRAMS)
-    counts = torch.empty([2, programs], dtype=torch.float32, device=target.device)
-    launch(
-        kernels.count_kernel, programs, 4,
-        target, class_weight, counts, len(target), target[0].numel(), num_classes, ignore,
-        BLOCK=COUNT_BLOCK)  # fmt: skip
-    return counts
 
 
 def scale_in_place(grad: Tensor, factor: Tensor) -> None:

@@ -10,15 +10,25 @@ COUPLED: (1 - b^T) NCKD takes the place of NCKD; with equal weights the sum is p
 
 A tile is CLASSES x PIXELS of dense maps. Exponents are one fused multiply-add, rounded once, relative to their size:
 exact where the logits are close, for |logit| / tau up to 10^8 (above, the shift's own rounding leaves float32's range).
-V, in every kernel: the `Variant` of triton.py.
+In every kernel V is the `Variant` of triton.py, D its `Divisor`.
 """
 
 # mypy: ignore-errors
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
+from .. import triton_math
 from ..triton_math import LN_2, LOG2_E, LOW, finite_max, reciprocal
+
+Numbers = namedtuple("Numbers", "ce tckd nckd tau to_2_tau")  # weights, temperature, log2(e) over that
+# Of a tile the first pixel, of all; how many are left from there; where in the maps the tile is, and how far the next
+# chunk of classes; which pixels exist.
+Place = namedtuple("Place", "first left at step inside")
+# The class, -1 where it is none; whether the pixel counts; whether it is a class; its weight in cross-entropy.
+Label = namedtuple("Label", "y valid known weight")
 
 
 @triton.jit
@@ -49,6 +59,14 @@ def _log1p(x):
 
 
 @triton.jit
+def _u(at_y, none, log_sum):
+    """u, of the target's exponent; infinite where every other class is absent and the target has all the mass. +inf is
+    no number to learn from, and would pass for that, which in turn would hide a NaN."""
+    u = tl.where(none, float("inf"), tl.fma(at_y, LN_2, -log_sum))
+    return tl.where(at_y < float("inf"), u, float("nan"))
+
+
+@triton.jit
 def _weighted(weight, part):
     """A part with weight 0 takes no part: 0 * inf would be NaN. But a NaN is never hidden."""
     return tl.where(weight == 0, tl.where(part == part, 0.0, part), weight * part)
@@ -56,28 +74,13 @@ def _weighted(weight, part):
 
 @triton.jit
 def numbers_of(numbers, V: tl.constexpr):
-    """Temperature, log2(e) / temperature and the weights of TCKD, NCKD and CE, as they came or from device memory,
-    divided in float64 and rounded once. Nobody has looked at those: what the host refuses makes every loss NaN."""
-    if isinstance(numbers, tl.tensor):
-        ce_weight = tl.full([], 1.0, tl.float64)
-        if V.with_ce:  # else its weight, the first, is not among them
-            ce_weight = tl.load(numbers)
-            numbers += 1
-        tckd_weight = tl.load(numbers)
-        nckd_weight = tl.load(numbers + 1)
-        tau = tl.load(numbers + 2)
-        least = tl.minimum(tl.minimum(ce_weight, tckd_weight), nckd_weight)  # drops a NaN, which the sum does not
-        tau = tl.where(tau > 0, tau, float("nan"))
-        tau = tl.where(least >= 0, tau, float("nan"))
-        tau = tl.where(ce_weight + tckd_weight + nckd_weight + tau < float("inf"), tau, float("nan"))
-        to_2_tau = (tl.full([], LOG2_E, tl.float64) / tau).to(tl.float32)
-        tau = tau.to(tl.float32)
-        tckd_weight = tckd_weight.to(tl.float32)
-        nckd_weight = nckd_weight.to(tl.float32)
-        ce_weight = ce_weight.to(tl.float32)
+    """`Numbers`, as they came or from device memory."""
+    found = triton_math.numbers_of(numbers, 4 if V.with_ce else 3)
+    if V.with_ce:
+        found = Numbers(*found)
     else:
-        tau, to_2_tau, tckd_weight, nckd_weight, ce_weight = numbers
-    return tau, to_2_tau, tckd_weight, nckd_weight, ce_weight
+        found = Numbers(0.0, *found)
+    return found
 
 
 @triton.jit
@@ -89,15 +92,15 @@ def ignored(ignore):
 
 
 @triton.jit
-def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2_tau, tau, tckd_weight, nckd_weight,
-           ce_factor, mean_factor, V: tl.constexpr):  # fmt: skip
-    """Sums over the classes of one network pair -> the three terms, and the four factors of the gradient.
+def _pixel(at_s, sum_s, at_t, sum_t, at_1, sum_1, cross, by_ce, by_tckd, by_nckd, V: tl.constexpr):
+    """Sums over the classes of one network pair -> the terms, TCKD, NCKD and CE, and what makes the gradient.
 
-    sum: of e_j = exp2(x_j * to_2_tau - shift), sum_1: at temperature 1; y: the target's logit; cross: sum of e^T_j
-    times the difference of the exponents. The shift is a rounded product: 2^its error is in every e_j of the pixel and
-    in y's exponent alike, and cancels. Gradient: by_s * e^S_j + by_t * e^T_j + by_1 * e1_j, and at_y for the target.
+    sum: of e_j = exp2(x_j * to_2_tau - shift), at: the target's exponent, both of the student, of the teacher, and of
+    the student at temperature 1; cross: sum of e^T_j times the difference of the exponents. The shift is a rounded
+    product: 2^its error is in every e_j of the pixel and in the target's exponent alike, and cancels. by: a term's
+    factor in the gradient, which is of_s * e^S_j + of_t * e^T_j + of_1 * e1_j, and of_y for the target.
     """
-    none_s = sum_s == 0  # every other class absent: the target has all the mass
+    none_s = sum_s == 0
     none_t = sum_t == 0
     sum_s = tl.where(none_s, 1.0, sum_s)
     sum_t = tl.where(none_t, 1.0, sum_t)
@@ -107,22 +110,19 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     ratio = sum_s * over_t
     ratio += tl.fma(-ratio, sum_t, sum_s) * over_t  # what was rounded away: equal sums have the ratio 1, its log is 0
     log_ratio = _log(ratio)
-    u_s = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, to_2_tau, -shift_s), LN_2, -(log_t + log_ratio)))
-    u_t = tl.where(none_t, float("inf"), tl.fma(tl.fma(y_t, to_2_tau, -shift_t), LN_2, -log_t))
-    # +inf is no number to learn from, and would pass for an absence of others, which in turn would hide a NaN
-    u_s = tl.where(y_s < float("inf"), u_s, float("nan"))
-    u_t = tl.where(y_t < float("inf"), u_t, float("nan"))
+    u_s = _u(at_s, none_s, log_t + log_ratio)
+    u_t = _u(at_t, none_t, log_t)
     if V.num_classes == 2:  # one beside the target: nothing to compare, not even where the student has it at -inf
         nckd = log_ratio * 0.0
         if V.coupled:  # which the sum of KD does tell
             nckd = tl.where(none_s, float("inf"), nckd)
         else:
-            nckd_weight = nckd_weight * 0.0
+            by_nckd = by_nckd * 0.0
     else:
         nckd = cross * over_t * LN_2 + log_ratio
         nckd = tl.where(none_s, float("inf"), nckd)
         nckd = tl.where(none_t, 0.0, nckd)
-        nckd_weight = tl.where(none_t, 0.0, nckd_weight)  # a teacher without other classes: nothing to learn from it
+        by_nckd = tl.where(none_t, 0.0, by_nckd)  # a teacher without other classes: nothing to learn from it
     # Both seen from the teacher's less likely side (v_t <= 0). With p = sigmoid(v_t),
     # TCKD = softplus(v_s) - softplus(v_t) - p (v_s - v_t), and a softplus is max(v, 0) + log(1 + exp(-|v|))
     side = tl.where(u_t > 0, -1.0, 1.0)
@@ -139,26 +139,27 @@ def _pixel(shift_s, shift_t, shift_1, sum_s, sum_t, sum_1, y_s, y_t, cross, to_2
     tckd = _log1p((e_s - e_t) * more_t) + (more_t * tl.maximum(v_s, 0.0) + rare)
     gap = side_s - less_t
     gap *= side  # b^S - b^T
+    of_y = by_tckd * gap
     if V.coupled:
         others_s = tl.where(u_t > 0, side_s, more_s * tl.where(v_s >= 0, e_s, 1.0))  # 1 - b^S
         others_t = tl.where(u_t > 0, less_t, more_t)
         nckd = tl.where(others_t == 0, 0.0, others_t * nckd)
-        by_s = (tau * mean_factor) * (tckd_weight * others_s + (nckd_weight - tckd_weight) * others_t) * over_s
-        by_t = (-tau * mean_factor * nckd_weight) * others_t * over_t
+        of_s = (by_tckd * others_s + (by_nckd - by_tckd) * others_t) * over_s
+        of_t = -by_nckd * others_t * over_t
     else:
-        by_s = (tau * mean_factor) * (nckd_weight - tckd_weight * gap) * over_s
-        by_t = (-tau * mean_factor * nckd_weight) * over_t
-    at_y = (tau * mean_factor * tckd_weight) * gap
+        of_s = (by_nckd - of_y) * over_s
+        of_t = -by_nckd * over_t
     ce = gap
-    by_1 = gap
+    of_1 = gap
     if V.with_ce:
-        u_1 = tl.where(none_s, float("inf"), tl.fma(tl.fma(y_s, LOG2_E, -shift_1), LN_2, -_log(sum_1)))
+        sum_1 = tl.where(none_s, 1.0, sum_1)
+        u_1 = _u(at_1, none_s, _log(sum_1))
         e_1 = tl.exp2(tl.abs(u_1) * -LOG2_E)
-        missed = reciprocal(1.0 + e_1) * tl.where(u_1 >= 0, e_1, 1.0)
+        missed = by_ce * reciprocal(1.0 + e_1) * tl.where(u_1 >= 0, e_1, 1.0)
         ce = tl.maximum(-u_1, 0.0) + _log1p(e_1)
-        by_1 = ce_factor * missed * tl.where(none_s, 0.0, reciprocal(sum_1))
-        at_y -= ce_factor * missed
-    return ce, tckd, nckd, by_s, by_t, by_1, at_y
+        of_1 = missed * reciprocal(sum_1)
+        of_y -= missed
+    return (tckd, nckd, ce), (of_s, of_t, of_1, of_y)
 
 
 @triton.jit(do_not_specialize=["samples", "ignore"])
@@ -186,40 +187,48 @@ def count_kernel(target, class_weight, counts, samples, plane, num_classes, igno
 
 
 @triton.jit
-def totals(counts, num_counts, num_pixels, V: tl.constexpr, COUNTS: tl.constexpr):
+def totals(D, V: tl.constexpr):
     """The number of valid pixels and the sum of their class weights, added in the same order by everyone who asks."""
-    count = tl.cast(num_pixels, tl.float32)
-    if counts is not None:
-        i = tl.arange(0, COUNTS)
-        count = tl.sum(tl.load(counts + i, mask=i < num_counts, other=0.0).to(tl.float64), 0).to(tl.float32)
+    count = D.pixels
+    if D.counts is not None:
+        i = tl.arange(0, V.counts)
+        count = tl.sum(tl.load(D.counts + i, mask=i < D.programs, other=0.0).to(tl.float64), 0).to(tl.float32)
     weight = count
     if V.weighted:
-        weight = tl.sum(tl.load(counts + num_counts + i, mask=i < num_counts, other=0.0), 0)
+        weight = tl.sum(tl.load(D.counts + tl.cast(D.programs, tl.int32) + i, mask=i < D.programs, other=0.0), 0)
     return count, weight
 
 
 @triton.jit
-def factors(counts, largest_weight, num_counts, num_pixels, gathered, numbers, V: tl.constexpr, COUNTS: tl.constexpr):
-    """What the gradient of CE and of the TNKD terms is multiplied by, ce_weight/weights and 1/count, both divided by
-    the third: the power of two that is left to grad_scale. gathered: how many pixels a logit may have, by weight."""
-    tau, _, tckd_weight, nckd_weight, ce_factor = numbers
-    mean_factor = tl.full([], 1.0, tl.float32)
-    outside = mean_factor
+def averages(D, V: tl.constexpr):
+    """What the sums of TNKD's terms and of cross-entropy are multiplied by: 1, or one over what is averaged over."""
+    of_tnkd = tl.full([], 1.0, tl.float32)
+    of_ce = of_tnkd
     if V.mean:
-        count, weight = totals(counts, num_counts, num_pixels, V, COUNTS)
-        mean_factor = tl.where(count > 0, 1.0 / count, 0.0)
-        ce_factor = tl.where(weight > 0, ce_factor * (1.0 / weight), 0.0)
+        count, weight = totals(D, V)
+        of_tnkd = tl.where(count > 0, 1.0 / count, 0.0)
+        of_ce = tl.where(weight > 0, 1.0 / weight, 0.0)
+    return of_tnkd, of_ce
+
+
+@triton.jit
+def factors(D, N, V: tl.constexpr):
+    """What the gradients of TNKD's terms and, weighted, of cross-entropy are multiplied by, both divided by the third:
+    the power of two that is left to grad_scale."""
+    of_tnkd, of_ce = averages(D, V)
+    of_ce *= N.ce
+    outside = tl.full([], 1.0, tl.float32)
     if V.float16:
-        bound = tau * (tckd_weight + nckd_weight) * mean_factor
+        bound = N.tau * (N.tckd + N.nckd) * of_tnkd
         if V.with_ce:
-            if largest_weight is not None:
-                bound += ce_factor * tl.load(largest_weight)
+            if D.largest_weight is not None:
+                bound += of_ce * tl.load(D.largest_weight)
             else:
-                bound += ce_factor
-        outside = _float16_scale(bound * gathered)
-        mean_factor /= outside
-        ce_factor /= outside
-    return ce_factor, mean_factor, outside
+                bound += of_ce
+        outside = _float16_scale(bound * D.gathered)
+        of_tnkd /= outside
+        of_ce /= outside
+    return of_tnkd, of_ce, outside
 
 
 @triton.jit
@@ -237,7 +246,7 @@ def _float16_scale(bound):
 
 @triton.jit
 def labels(label, class_weight, inside, ignore, V: tl.constexpr):
-    """Label, whether the pixel counts, whether the label is a class, its weight."""
+    """`Label`."""
     label = label.to(tl.int64)
     valid = inside
     if ignore is not None:
@@ -246,13 +255,12 @@ def labels(label, class_weight, inside, ignore, V: tl.constexpr):
     weight = tl.where(valid, 1.0, 0.0)
     if class_weight is not None:
         weight = tl.load(class_weight + label, mask=valid & known, other=0.0)
-    return tl.where(known, label, -1).to(tl.int32), valid, known, weight
+    return Label(tl.where(known, label, -1).to(tl.int32), valid, known, weight)
 
 
 @triton.jit
 def place(tile, inner, plane, blocks, V: tl.constexpr):
-    """Of a tile the first pixel, of all; how many are left from there; where in the maps the tile is, and how far the
-    next chunk of classes; which pixels exist. channels_last has all its pixels in one sample, of `inner`."""
+    """`Place`. channels_last has all its pixels in one sample, of `inner`."""
     n = (tile // blocks).to(tl.int64)
     start = (tile % blocks).to(tl.int64) * V.pixels
     k = tl.arange(0, V.classes)[:, None]
@@ -272,21 +280,35 @@ def place(tile, inner, plane, blocks, V: tl.constexpr):
     inside = (k >= 0) & (p >= 0)
     if not V.whole:
         inside = inside & (p < left)
-    return first, left, at, step, inside
+    return Place(first, left, at, step, inside)
 
 
 @triton.jit
-def read(at, step, inside, k, V: tl.constexpr):
+def read(logits, here, k, V: tl.constexpr):
     """Every logit of the tile, once (only the last chunk may need a mask for its classes)."""
     tiles = ()
     for c in tl.static_range(tl.constexpr(V.chunks)):
+        at = logits + here.at + c * here.step
         if (c + 1) * V.classes > V.num_classes:
-            tiles += (tl.load(at + c * step, mask=inside & (c * V.classes + k < V.num_classes), other=LOW),)
+            tiles += (tl.load(at, mask=here.inside & (c * V.classes + k < V.num_classes), other=LOW),)
         elif V.whole:
-            tiles += (tl.load(at + c * step),)
+            tiles += (tl.load(at),)
         else:
-            tiles += (tl.load(at + c * step, mask=inside, other=LOW),)
+            tiles += (tl.load(at, mask=here.inside, other=LOW),)
     return tiles
+
+
+@triton.jit
+def write(grad, here, k, c, g, V: tl.constexpr):
+    """A chunk's gradient."""
+    at = grad + here.at + c * here.step
+    g = g.to(grad.dtype.element_ty)
+    if (c + 1) * V.classes > V.num_classes:
+        tl.store(at, g, mask=here.inside & (c * V.classes + k < V.num_classes))
+    elif V.whole:
+        tl.store(at, g)
+    else:
+        tl.store(at, g, mask=here.inside)
 
 
 @triton.jit
@@ -329,168 +351,161 @@ def exponentials(others, scale, shift):
 
 
 @triton.jit
-def judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_factor, V: tl.constexpr):
-    """The terms of the tile's pixels, and what makes their gradient: factors and exponentials."""
-    tau, to_2_tau, tckd_weight, nckd_weight, _ = numbers
-    y_s, s_others, top_s = _aside(s_tiles, y, k, V)
-    y_t, t_others, top_t = _aside(t_tiles, y, k, V)
-    shift_s = top_s * to_2_tau
-    shift_t = top_t * to_2_tau
-    e_s, sum_s = exponentials(s_others, to_2_tau, shift_s)
-    e_t, sum_t = exponentials(t_others, to_2_tau, shift_t)
-    e_1 = e_s
-    sum_1 = sum_s
+def judged(s_tiles, t_tiles, label, k, scale, by, V: tl.constexpr):
+    """The terms of the tile's pixels, and what makes their gradient: factors and exponentials. by: as for `_pixel`."""
+    by_ce, by_tckd, by_nckd = by
+    y_s, s_others, top_s = _aside(s_tiles, label.y, k, V)
+    y_t, t_others, top_t = _aside(t_tiles, label.y, k, V)
+    y_s = tl.where(label.known, y_s, float("nan"))  # a bad label: NaN spreads to the loss and every factor
+    shift_s = top_s * scale
+    shift_t = top_t * scale
+    at_s = tl.fma(y_s, scale, -shift_s)
+    e_s, sum_s = exponentials(s_others, scale, shift_s)
+    e_t, sum_t = exponentials(t_others, scale, shift_t)
+    at_1, e_1, sum_1 = at_s, e_s, sum_s
     if V.with_ce:
+        at_1 = tl.fma(y_s, LOG2_E, top_s * -LOG2_E)
         e_1, sum_1 = exponentials(s_others, LOG2_E, top_s * LOG2_E)
     # of e^T times the difference, a class that the teacher rules out left out
     cross = tl.zeros(e_t[0].shape, tl.float32)
     for c in tl.static_range(tl.constexpr(V.chunks)):
-        apart = tl.fma(t_others[c], to_2_tau, -shift_t) - tl.fma(s_others[c], to_2_tau, -shift_s)
+        apart = tl.fma(t_others[c], scale, -shift_t) - tl.fma(s_others[c], scale, -shift_s)
         cross += e_t[c] * tl.where(e_t[c] == 0, 0.0, apart)
-    y_s = tl.where(known, y_s, float("nan"))  # a bad label: NaN spreads to the loss and every factor
-    ce, tckd, nckd, by_s, by_t, by_1, at_y = _pixel(
-        shift_s, shift_t, top_s * LOG2_E, sum_s, sum_t, sum_1, y_s, y_t, tl.sum(cross, 0, keep_dims=True), to_2_tau,
-        tau, tckd_weight, nckd_weight, ce_factor * weight, mean_factor, V)  # fmt: skip
-    return (ce, tckd, nckd), (by_s, by_t, by_1, at_y), (e_s, e_t, e_1)
+    terms, of = _pixel(at_s, sum_s, tl.fma(y_t, scale, -shift_t), sum_t, at_1, sum_1, tl.sum(cross, 0, keep_dims=True),
+                       by_ce * label.weight, by_tckd, by_nckd, V)  # fmt: skip
+    return terms, of, (e_s, e_t, e_1)
 
 
 @triton.jit
-def late(y, valid, tau):
-    """The label for `gradient`, -2 where the pixel does not count. Plus 0, but the compiler cannot know: else it keeps
+def late(label, tau):
+    """The class for `gradient`, -2 where the pixel does not count. Plus 0, but the compiler cannot know: else it keeps
     a predicate for each logit since the first comparison, packed into registers: a third of all instructions."""
-    return tl.where(valid, y, -2) + (tau < 0).to(tl.int32)
+    never = tau < 0
+    return tl.where(label.valid, label.y, -2) + never.to(tl.int32)
 
 
 @triton.jit
-def gradient(c, k, y, by, e, V: tl.constexpr):
+def gradient(c, k, y, of, e, V: tl.constexpr):
     """The gradient of a chunk's logits; y: -2 where the pixel does not count."""
-    by_s, by_t, by_1, at_y = by
+    of_s, of_t, of_1, of_y = of
     e_s, e_t, e_1 = e
-    g = by_s * e_s[c] + by_t * e_t[c]
+    g = of_s * e_s[c] + of_t * e_t[c]
     if V.with_ce:
-        g += by_1 * e_1[c]
-    g = tl.where(c * V.classes + k == y, at_y, g)
+        g += of_1 * e_1[c]
+    g = tl.where(c * V.classes + k == y, of_y, g)
     return tl.where(y != -2, g, 0.0)
 
 
 @triton.jit
-def write(at, step, inside, k, c, g, V: tl.constexpr):
-    """A chunk's gradient."""
-    g = g.to(at.dtype.scalar.element_ty)
-    if (c + 1) * V.classes > V.num_classes:
-        tl.store(at + c * step, g, mask=inside & (c * V.classes + k < V.num_classes))
-    elif V.whole:
-        tl.store(at + c * step, g)
-    else:
-        tl.store(at + c * step, g, mask=inside)
-
-
-@triton.jit
-def counted(terms, valid, known, weight, tau, V: tl.constexpr):
-    """The terms as they are added up: an ignored pixel's NaN is dropped by selection, never by multiplication."""
-    ce, tckd, nckd = terms
-    tckd = tl.where(valid, tckd, 0.0) * (tau * tau)
-    nckd = tl.where(valid, tl.where(known, nckd, float("nan")), 0.0) * (tau * tau)
+def counted(terms, label, tau, V: tl.constexpr):
+    """TCKD, NCKD and, if there is one, CE, as they are added up: an ignored pixel's NaN is dropped by selection, never
+    by multiplication."""
+    tckd, nckd, ce = terms
+    tckd = tl.where(label.valid, tckd, 0.0) * (tau * tau)
+    nckd = tl.where(label.valid, tl.where(label.known, nckd, float("nan")), 0.0) * (tau * tau)
+    found = (tckd, nckd)
     if V.with_ce:
-        ce = tl.where(valid & (known == 0), float("nan"), tl.where(weight == 0, 0.0, ce * weight))
-    return ce, tckd, nckd
+        ce = tl.where(label.weight == 0, 0.0, ce * label.weight)
+        found += (tl.where(label.valid & (label.known == 0), float("nan"), ce),)
+    return found
 
 
 @triton.jit
-def store_sums(partial, sums, k, V: tl.constexpr):
+def zeros(COUNT: tl.constexpr, CLASSES: tl.constexpr, PIXELS: tl.constexpr):
+    """So many tiles of 0."""
+    found = ()
+    for _ in tl.static_range(COUNT):
+        found += (tl.full([CLASSES, PIXELS], 0.0, tl.float32),)
+    return found
+
+
+@triton.jit
+def added(a, b):
+    """Term by term."""
+    found = ()
+    for i in tl.static_range(tl.constexpr(len(a))):
+        found += (a[i] + b[i],)
+    return found
+
+
+@triton.jit
+def store_sums(partial, sums, k):
     """The sums of this program, each pixel once."""
-    at = partial + tl.program_id(0)
-    for i in tl.static_range(0 if V.with_ce else 1, 3):
-        tl.store(at + i * tl.num_programs(0), tl.sum(tl.where(k == 0, sums[i], 0.0)))
+    for i in tl.static_range(tl.constexpr(len(sums))):
+        at = partial + i * tl.num_programs(0) + tl.program_id(0)
+        tl.store(at, tl.sum(tl.where(k == 0, sums[i], 0.0)))
 
 
 @triton.jit
-def _value(ce, tckd, nckd, numbers, V: tl.constexpr):
+def _value(terms, N, V: tl.constexpr):
     """The weighted sum."""
-    _, _, tckd_weight, nckd_weight, ce_weight = numbers
-    value = _weighted(tckd_weight, tckd) + _weighted(nckd_weight, nckd)
+    value = _weighted(N.tckd, terms[0]) + _weighted(N.nckd, terms[1])
     if V.with_ce:
-        value += _weighted(ce_weight, ce)
+        value += _weighted(N.ce, terms[2])
     return value
 
 
 # What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["num_pixels", "num_counts", "inner", "blocks", "tiles", "ignore"])
-def tnkd_kernel(student, teacher, target, class_weight, largest_weight, counts, grad, loss_map, partial, num_pixels,
-                num_counts, inner, plane, blocks, tiles, numbers, ignore, V: tl.constexpr,
-                COUNTS: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["inner", "blocks", "tiles", "ignore"])
+def tnkd_kernel(student, teacher, target, class_weight, D, grad, loss_map, partial, inner, plane, blocks, tiles,
+                numbers, ignore, V: tl.constexpr):  # fmt: skip
     """Loss and gradient, V.pixels at a time: tile after tile, as many apart as there are programs.
 
     All that is one number a pixel is kept CLASSES x PIXELS, the same in every row: in the layout of the logits, so that
     nothing moves between threads but the sums over classes.
     """
-    numbers = numbers_of(numbers, V)
+    N = numbers_of(numbers, V)
     if ignore is not None:
         ignore = ignored(ignore)
-    tau = numbers[0]
-    ce_factor, mean_factor, _ = factors(counts, largest_weight, num_counts, num_pixels, 1.0, numbers, V, COUNTS)
+    of_tnkd, of_ce, _outside = factors(D, N, V)
+    by = (of_ce, N.tau * of_tnkd * N.tckd, N.tau * of_tnkd * N.nckd)
     k = tl.arange(0, V.classes)[:, None]
     p = tl.arange(0, V.pixels)[None, :]
-    ce_sum = tl.full([V.classes, V.pixels], 0.0, tl.float32)
-    tckd_sum = ce_sum
-    nckd_sum = ce_sum
+    sums = zeros(3 if V.with_ce else 2, V.classes, V.pixels)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first, _left, at, step, inside = place(tile, inner, plane, blocks, V)
-        s_tiles = read(student + at, step, inside, k, V)
-        t_tiles = read(teacher + at, step, inside, k, V)
+        here = place(tile, inner, plane, blocks, V)
+        s_tiles = read(student, here, k, V)
+        t_tiles = read(teacher, here, k, V)
         if target is not None:
-            label = tl.load(target + first + (k * 0 + p), mask=inside, other=0)
+            label = tl.load(target + here.first + (k * 0 + p), mask=here.inside, other=0)
         else:
             label = likeliest(t_tiles, k, V)
-        y, valid, known, weight = labels(label, class_weight, inside, ignore, V)
-        terms, by, e = judged(s_tiles, t_tiles, y, known, weight, k, numbers, ce_factor, mean_factor, V)
+        label = labels(label, class_weight, here.inside, ignore, V)
+        terms, of, e = judged(s_tiles, t_tiles, label, k, N.to_2_tau, by, V)
         if grad is not None:
-            y_late = late(y, valid, tau)
+            y = late(label, N.tau)
             for c in tl.static_range(tl.constexpr(V.chunks)):
-                write(grad + at, step, inside, k, c, gradient(c, k, y_late, by, e, V), V)
-
-        ce, tckd, nckd = counted(terms, valid, known, weight, tau, V)
-        tckd_sum += tckd
-        nckd_sum += nckd
-        if V.with_ce:
-            ce_sum += ce
+                write(grad, here, k, c, gradient(c, k, y, of, e, V), V)
+        terms = counted(terms, label, N.tau, V)
+        sums = added(sums, terms)
         if loss_map is not None:
-            value = _value(ce, tckd, nckd, numbers, V)
-            tl.store(loss_map + first + (k * 0 + p), value, mask=inside & (k == 0))
-
-    store_sums(partial, (ce_sum, tckd_sum, nckd_sum), k, V)
+            tl.store(loss_map + here.first + (k * 0 + p), _value(terms, N, V), mask=here.inside & (k == 0))
+    store_sums(partial, sums, k)
 
 
-@triton.jit(do_not_specialize=["num_programs", "num_counts", "num_pixels"])
-def finish_kernel(partial, largest_weight, counts, loss, parts, grad_scale, num_programs, num_counts, num_pixels,
-                  gathered, numbers, V: tl.constexpr, COUNTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["num_programs"])
+def finish_kernel(partial, D, loss, parts, grad_scale, num_programs, numbers, V: tl.constexpr, BLOCK: tl.constexpr):
     """One program: the partial sums in a fixed order, the averages, the weighted loss. loss: None where it is a map."""
-    numbers = numbers_of(numbers, V)
-    ce = tl.zeros([BLOCK], tl.float32)
-    tckd = tl.zeros([BLOCK], tl.float32)
-    nckd = tl.zeros([BLOCK], tl.float32)
+    N = numbers_of(numbers, V)
+    sums = zeros(3 if V.with_ce else 2, 1, BLOCK)
     for start in range(0, num_programs, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        there = i < num_programs
-        if V.with_ce:
-            ce += tl.load(partial + i, mask=there, other=0.0)
-        tckd += tl.load(partial + num_programs + i, mask=there, other=0.0)
-        nckd += tl.load(partial + 2 * num_programs + i, mask=there, other=0.0)
-    ce = tl.sum(ce, 0)
-    tckd = tl.sum(tckd, 0)
-    nckd = tl.sum(nckd, 0)
-    if V.mean:
-        count, weight = totals(counts, num_counts, num_pixels, V, COUNTS)
-        over = tl.where(count > 0, 1.0 / count, 0.0)
-        tckd *= over
-        nckd *= over
-        ce *= tl.where(weight > 0, 1.0 / weight, 0.0)
+        i = start + tl.arange(0, BLOCK)[None, :]
+        part = ()
+        for term in tl.static_range(tl.constexpr(len(sums))):
+            part += (tl.load(partial + term * num_programs + i, mask=i < num_programs, other=0.0),)
+        sums = added(sums, part)
+    of_tnkd, of_ce = averages(D, V)
+    terms = (tl.sum(sums[0]) * of_tnkd, tl.sum(sums[1]) * of_tnkd)
+    ce = of_ce * 0.0
+    if V.with_ce:
+        terms += (tl.sum(sums[2]) * of_ce,)
+        ce = tl.where(N.ce == 0, 0.0, terms[2])  # what takes no part is reported 0
     if loss is not None:
-        tl.store(loss, _value(ce, tckd, nckd, numbers, V))
-    tl.store(parts, tl.where(numbers[4] == 0, 0.0, ce))  # what takes no part is reported 0
-    tl.store(parts + 1, tckd)
-    tl.store(parts + 2, nckd)
-    tl.store(grad_scale, factors(counts, largest_weight, num_counts, num_pixels, gathered, numbers, V, COUNTS)[2])
+        tl.store(loss, _value(terms, N, V))
+    tl.store(parts, ce)
+    tl.store(parts + 1, terms[0])
+    tl.store(parts + 2, terms[1])
+    tl.store(grad_scale, factors(D, N, V)[2])
 
 
 @triton.jit

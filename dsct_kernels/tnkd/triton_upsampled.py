@@ -7,15 +7,14 @@ With class weights in a mean a third comes first, as in triton.py: cross-entropy
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import checks
 from ..triton_common import channels_last, define, dense, launch, most_programs, next_power_of_2, on_device, settled
 from . import op, triton
 from .objective import MEAN, NONE, Objective
-from .plan import MOST_CLASSES, UpsampledConfig, choose_upsampled
-from .triton import COUNT_PROGRAMS, FINISH_BLOCK, Variant, count, read, scale_in_place
+from .plan import UpsampledConfig, choose_upsampled
+from .triton import COUNT_PROGRAMS, FINISH_BLOCK, Asked, Variant, scale_in_place
 from .upsample import smaller
 
 __all__ = ["UPSAMPLES_ON", "forward", "serves", "tnkd"]
@@ -36,7 +35,8 @@ class Cells(NamedTuple):
 class March(NamedTuple):
     """What march_kernel is compiled for beside a `Variant`: a constant of the kernels, as it is."""
 
-    slots: int
+    slots: int  # these three: of an UpsampledConfig
+    parts: int
     rows: int
     align: bool
     same: bool  # both networks' logits have one size
@@ -76,65 +76,49 @@ def forward(
     """The op: loss, parts, grad, grad_scale (docs/ops.md). The last two arguments are as for triton.forward."""
     from . import triton_upsampled_kernels as kernels
 
-    loss, parts, grad, grad_scale = op.fake_upsampled(
-        student, teacher, target, class_weight, values, ignore_index, coupled, reduction, align_corners, needs_grad
-    )  # fmt: skip
-    samples, num_classes = student.shape[:2]
-    if num_classes > MOST_CLASSES:
-        raise ValueError(f"student: expected at most {MOST_CLASSES} classes, got {num_classes}")
+    args = (student, teacher, target, class_weight, values, ignore_index, coupled, reduction)
+    loss, parts, grad, grad_scale = op.fake_upsampled(*args, align_corners, needs_grad)
     if reduction == NONE:
         raise ValueError("reduction: expected a mean or a sum, got none")
+    asked = Asked(student, *args[2:], by_pointer)
+    samples, num_classes, h, w = student.shape
     height, width = checks.label_size(student, teacher, target)
     num_pixels = samples * height * width
     if num_pixels == 0:
         return loss.zero_(), parts.zero_(), grad, grad_scale.fill_(1.0)
-    h_s, w_s = student.shape[2:]
 
-    asked = read(values, ignore_index if target is not None else None, by_pointer)
-    weight, mean, float16 = class_weight if asked.with_ce else None, reduction == MEAN, student.dtype == torch.float16
-    weighted = mean and weight is not None
-    if weighted and target is None:
-        raise ValueError("target: expected labels where class weights are averaged over, got None")
-    largest_weight = weight.amax() if float16 and weight is not None else None
-
-    if config is None:
-        config = choose_upsampled(num_classes, (h_s, w_s), (height, width), align_corners)
-    before = 0 if align_corners else 1  # intervals before the first cell
-    tiles = -(-w_s * config.parts // (config.pixels // config.slots))
-    strips = -(-(h_s + before) // config.rows)
+    pixels, classes, warps, slots, divided, rows = config or choose_upsampled(
+        num_classes, (h, w), (height, width), align_corners
+    )
+    tiles = -(-w * divided // (pixels // slots))
+    side = tiles * pixels // slots
+    strips = -(-(h + (not align_corners)) // rows)  # of intervals: one more before the first cell
     items = samples * strips * tiles
-    programs = min(items, most_programs(student, 2 * config.warps), MOST_PROGRAMS)
-    side = tiles * config.pixels // config.slots
+    programs = min(items, most_programs(student, 2 * warps), MOST_PROGRAMS)
     last = channels_last(student)
-    variant = Variant(
-        num_classes, -(-num_classes // config.classes), config.pixels, config.classes, last, False, coupled,
-        asked.with_ce, mean, weighted, float16
-    )  # fmt: skip
-    march = March(config.slots, config.rows, align_corners, teacher.shape == student.shape)
-    slab_size = samples * strips * (config.rows + 1) * num_classes * 2 * side
-    slab, out = (loss.new_empty(slab_size), dense(grad, last)) if needs_grad else (None, None)
-    partial, own_counts = (loss.new_empty(size, dtype=torch.float32) for size in (3 * programs, programs))
-    target = None if target is None else target.contiguous()
-    counts, most = own_counts if mean and asked.ignore is not None else None, MOST_PROGRAMS
+    counts_of = COUNT_PROGRAMS if asked.weighted else MOST_PROGRAMS
+    chunks = -(-num_classes // classes)
+    variant = Variant(num_classes, chunks, pixels, classes, last, counts=counts_of)._replace(**asked.flags)
+    march = March(slots, divided, rows, align_corners, teacher.shape == student.shape)
+    slab = loss.new_empty([samples, strips, rows + 1, num_classes, 2, side]) if needs_grad else None
+    out = dense(grad, last) if needs_grad else None
+    partial, own_counts = loss.new_empty([3, programs]), loss.new_empty([programs])
     with on_device(student):
-        if weighted:
-            assert target is not None
-            counts, most = count(target, weight, num_classes, asked.ignore), COUNT_PROGRAMS
-        num_counts = 0 if counts is None else counts.shape[-1]
+        counts = asked.counts(num_classes) if asked.weighted else own_counts
+        divisor = asked.divisor(
+            counts if asked.weighted or (asked.mean and asked.ignore is not None) else None, num_pixels,
+            _gathered(h, height, align_corners) * _gathered(w, width, align_corners))  # fmt: skip
         launch(
-            kernels.march_kernel, programs, config.warps,
-            Cells(dense(student, last), h_s, w_s), Cells(dense(teacher, last), *teacher.shape[2:]), target, weight,
-            counts if weighted else None, slab, own_counts, partial, num_pixels, num_counts, items, tiles, strips,
-            config.parts, height, width, asked.numbers, asked.ignore, 0, V=variant, M=march, COUNTS=most)  # fmt: skip
-        classes, columns = (min(most, next_power_of_2(n)) for most, n in zip(COLLECTED, (num_classes, w_s)))
-        class_tiles, cell_tiles = -(-num_classes // classes), -(-w_s // columns)
-        cells = samples * h_s * class_tiles * cell_tiles if needs_grad else 0
-        gathered = _gathered(h_s, height, align_corners) * _gathered(w_s, width, align_corners)
+            kernels.march_kernel, programs, warps,
+            Cells(dense(student, last), h, w), Cells(dense(teacher, last), *teacher.shape[2:]), asked.target,
+            asked.weight, divisor, slab, own_counts, partial, items, tiles, strips, height, width, asked.numbers,
+            asked.ignore, 0, V=variant, M=march)  # fmt: skip
+        classes, columns = (min(most, next_power_of_2(n)) for most, n in zip(COLLECTED, (num_classes, w)))
+        cells = samples * h * -(-num_classes // classes) * -(-w // columns) if needs_grad else 0
         launch(
             kernels.collect_kernel, max(1, min(cells, most_programs(student, 8))), 4,
-            slab, Cells(out, h_s, w_s), partial, largest_weight, counts, loss, parts, grad_scale, programs, num_counts,
-            num_pixels, cells, cell_tiles, class_tiles, strips, config.parts, side, gathered, asked.numbers, V=variant,
-            M=march, CLASSES=classes, COLUMNS=columns, COUNTS=most, BLOCK=FINISH_BLOCK)  # fmt: skip
+            slab, Cells(out, h, w), partial, divisor, loss, parts, grad_scale, programs, cells, strips, side,
+            asked.numbers, V=variant, M=march, CLASSES=classes, COLUMNS=columns, BLOCK=FINISH_BLOCK)  # fmt: skip
     return loss, parts, grad if out is None else settled(grad, out, last), grad_scale
 
 

@@ -59,9 +59,9 @@ def test_magnitudes_and_mixed_dtypes(device, layout):
 
 # Tiles that fill the maps, that end within and after them, walked in one step and in several.
 CONFIGS = [
-    Config(Tile(1, 4, 1, 2), Tile(1, 4, 1, 2), Tile(2, 16, 1), rows=1),
-    Config(Tile(2, 4, 1, 1), Tile(2, 4, 1, 1), Tile(4, 8, 2), rows=1),
-    Config(Tile(8, 16, 2, 4), Tile(8, 16, 2, 4), Tile(1, 64, 4), rows=1),
+    Config(Tile(1, 4, 1, 2), Tile(1, 4, 1, 2), Tile(2, 16, 1)),
+    Config(Tile(2, 4, 1, 1), Tile(2, 4, 1, 1), Tile(4, 8, 2)),
+    Config(Tile(8, 16, 2, 4), Tile(8, 16, 2, 4), Tile(1, 64, 4)),
 ]
 
 

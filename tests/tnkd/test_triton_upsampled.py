@@ -27,7 +27,7 @@ if DEVICES[-1] == "cuda" or backends.NATIVE_MISSING is not None:  # whose helper
 
 import triton.language as tl  # noqa: E402
 
-from dsct_kernels.tnkd.triton_upsampled_kernels import _first, _steps, _taps  # noqa: E402
+from dsct_kernels.tnkd.triton_upsampled_kernels import axis_of, first_of, taps  # noqa: E402
 from tests.tnkd.test_low_resolution import compare, eager, interpolated, problem, walked  # noqa: E402
 from tests.tnkd.test_native import DEFAULTS, packed  # noqa: E402
 
@@ -53,15 +53,15 @@ def equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 @triton.jit
 def taps_kernel(interval, cell, near, far, begins, inputs, outputs, never, ALIGN: tl.constexpr):
     """Where the outputs look, and with which output each interval begins."""
-    step, over = _steps(inputs, outputs, ALIGN)
+    axis = axis_of(inputs, outputs, never, ALIGN)
     i = tl.arange(0, 512)
-    found, low, of_low, of_next = _taps(i, inputs, step, never, ALIGN)
+    found, low, of_low, of_next = taps(i, axis, ALIGN)
     tl.store(interval + i, found)
     tl.store(cell + i, low)
     tl.store(near + i, of_low)
     tl.store(far + i, of_next)
     j = tl.arange(0, 128)
-    tl.store(begins + j, _first(j - (0 if ALIGN else 1), inputs, outputs, step, over, never, ALIGN))
+    tl.store(begins + j, first_of(j - (0 if ALIGN else 1), axis, ALIGN))
 
 
 @settings(max_examples=60, deadline=None)
