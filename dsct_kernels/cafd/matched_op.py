@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import values
 from ..autograd import Ops, first_derivative_only, with_fakes
 from ..dtypes import acc_dtype
 from ..torch_private import BelowAutograd
+from ..values import Number
 
 # As csrc/ops.cpp has them: tests/test_ops.py compares the two.
 SIGNATURES = {
@@ -75,16 +77,19 @@ class _Eager(torch.autograd.Function):
         return None, _gradient(ctx, ctx.backward_op, grad_output), None, None, None, None, None
 
 
-def call(
+def matched_cafd(
     ops: Ops,
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    temperatures: Tensor,
-    uniform: bool,
+    channel_temperature: Number | None,
+    temperature: Number,
     reduction: int,
 ) -> Tensor:
-    """The loss, differentiable in `student`."""
+    """The loss, differentiable in `student`; the arguments are reference.matched_cafd's."""
+    uniform = channel_temperature is None
+    pair = (1.0 if channel_temperature is None else channel_temperature, temperature)
+    args = (student, teacher, mask, values.packed(pair, student.device), uniform, reduction)
     if student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Eager.apply(ops, student, teacher, mask, temperatures, uniform, reduction)
-    return ops.forward(student, teacher, mask, temperatures, uniform, reduction)[0]
+        return _Eager.apply(ops, *args)
+    return ops.forward(*args)[0]

@@ -8,10 +8,11 @@ Variants: one of each kernel for each C and a combination of dtypes, layout, mas
 of H*W.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import values
 from ..triton_common import (
     channels_last,
     define,
@@ -23,7 +24,6 @@ from ..triton_common import (
     settled,
     why_not,
 )
-from ..values import Number
 from . import matched_op
 from .triton import Config, Network, Tile, fit
 
@@ -114,15 +114,6 @@ define("matched_cafd_backward_triton", matched_op.SIGNATURES["matched_cafd_backw
 _ops = matched_op.register("_triton")
 
 
-def matched_cafd(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    channel_temperature: Number | None,
-    temperature: Number,
-    reduction: int,
-) -> Tensor:
+def matched_cafd(*args: Any) -> Tensor:
     """The loss; the arguments are reference.matched_cafd's."""
-    pair = (1.0 if channel_temperature is None else channel_temperature, temperature)
-    packed = values.packed(pair, student.device)
-    return matched_op.call(_ops, student, teacher, mask, packed, channel_temperature is None, reduction)
+    return matched_op.matched_cafd(_ops, *args)

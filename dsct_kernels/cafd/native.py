@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import values
 from ..backends import NATIVE_MISSING, why_not_native
-from ..dtypes import acc_dtype
 from ..values import Number
-from . import op, reference
+from . import op
 
 __all__ = ["attention_map", "cafd", "why_not"]
 
@@ -32,30 +30,18 @@ def stats_row(channels: int, positions: int) -> int:
 
 
 if NATIVE_MISSING is None:
-    _cafd, _map, _backward = op.register("", op.Results(stats_row))
+    _ops = op.register("", op.Results(stats_row))
 
 
 def cafd(
     student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
 ) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
-    if student.is_cuda and student.shape[2:] != teacher.shape[2:]:
-        return cafd_pooled(student, teacher, channel_temperature, spatial_temperature, reduction)
-    temperatures = values.packed((channel_temperature, spatial_temperature), student.device)
-    return op.call(_cafd, _backward, student, teacher, temperatures, reduction)
-
-
-def cafd_pooled(
-    student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
-) -> Tensor:
-    """The same for maps of two sizes: the kernels leave one number a position, which is pooled and compared in float64,
-    whose plain sum of logs keeps what float32 would lose near the teacher."""
-    maps = (attention_map(x, channel_temperature, spatial_temperature) for x in (student, teacher.detach()))
-    loss = reference.map_loss(*(x.double() for x in maps))
-    return reference.reduced(loss, reduction).to(acc_dtype(student, teacher))
+    pooled = student.is_cuda and student.shape[2:] != teacher.shape[2:]
+    loss = op.cafd_pooled if pooled else op.cafd
+    return loss(_ops, student, teacher, channel_temperature, spatial_temperature, reduction)
 
 
 def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
     """A, (N, H, W), differentiable."""
-    attention: Tensor = _map(features, values.packed((channel_temperature, spatial_temperature), features.device))[0]
-    return attention
+    return op.attention_map(_ops, features, channel_temperature, spatial_temperature)

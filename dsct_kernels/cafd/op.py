@@ -6,14 +6,17 @@ rule serves them all.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import values
 from ..autograd import first_derivative_only
 from ..dtypes import acc_dtype
 from ..torch_private import BelowAutograd
+from ..values import Number
+from . import reference
 
 Op = Callable[..., Any]
 
@@ -24,6 +27,14 @@ SIGNATURES = {
     "attention_map": "(Tensor features, Tensor temperatures) -> (Tensor map, Tensor stats)",
     "attention_map_backward": "(Tensor features, Tensor grad_map, Tensor stats, Tensor temperatures) -> Tensor",
 }
+
+
+class Ops(NamedTuple):
+    """A backend's."""
+
+    cafd: Op
+    attention_map: Op
+    attention_map_backward: Op
 
 
 class Results:
@@ -94,13 +105,13 @@ class EagerCAFD(torch.autograd.Function):
         return None, None, _cafd_backward(ctx, ctx.backward_op, grad_output), None, None, None
 
 
-def register(suffix: str, results: Results) -> tuple[Op, Op, Op]:
+def register(suffix: str, results: Results) -> Ops:
     """The ops `cafd`, `attention_map` and `attention_map_backward` with this suffix, given their fakes and autograd."""
     names = [f"{name}{suffix}" for name in SIGNATURES]
     fakes: tuple[Op, ...] = (results.cafd, results.attention_map, results.attention_map_backward)
     for name, fake in zip(names, fakes, strict=True):
         torch.library.register_fake(f"dsct_kernels::{name}", fake)
-    cafd, attention_map, attention_map_backward = (getattr(torch.ops.dsct_kernels, name).default for name in names)
+    ops = Ops(*(getattr(torch.ops.dsct_kernels, name).default for name in names))
 
     def cafd_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, grad_map, stats = output
@@ -109,7 +120,7 @@ def register(suffix: str, results: Results) -> tuple[Op, Op, Op]:
         ctx.save_for_backward(inputs[0], grad_map, stats, inputs[2])
 
     def cafd_backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _cafd_backward(ctx, attention_map_backward, grad_output), None, None, None, None
+        return _cafd_backward(ctx, ops.attention_map_backward, grad_output), None, None, None, None
 
     def map_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, stats = output
@@ -118,16 +129,35 @@ def register(suffix: str, results: Results) -> tuple[Op, Op, Op]:
         ctx.save_for_backward(inputs[0], stats, inputs[1])
 
     def map_backward(ctx: Any, grad_map: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return _map_backward(ctx, attention_map_backward, grad_map), None
+        return _map_backward(ctx, ops.attention_map_backward, grad_map), None
 
     torch.library.register_autograd(f"dsct_kernels::{names[0]}", cafd_backward, setup_context=cafd_context)
     torch.library.register_autograd(f"dsct_kernels::{names[1]}", map_backward, setup_context=map_context)
-    return cafd, attention_map, attention_map_backward
+    return ops
 
 
-def call(op: Op, backward_op: Op, student: Tensor, teacher: Tensor, temperatures: Tensor, reduction: int) -> Tensor:
-    """The loss of one stage, differentiable in `student`."""
+def cafd(
+    ops: Ops, student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
+) -> Tensor:
+    """The loss of one stage, differentiable in `student`; the arguments are reference.cafd's."""
+    temperatures = values.packed((channel_temperature, spatial_temperature), student.device)
     needs_grad = student.requires_grad and torch.is_grad_enabled()
     if needs_grad and not torch.compiler.is_compiling():
-        return EagerCAFD.apply(op, backward_op, student, teacher, temperatures, reduction)
-    return op(student, teacher, temperatures, reduction, needs_grad)[0]
+        return EagerCAFD.apply(ops.cafd, ops.attention_map_backward, student, teacher, temperatures, reduction)
+    return ops.cafd(student, teacher, temperatures, reduction, needs_grad)[0]
+
+
+def cafd_pooled(
+    ops: Ops, student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
+) -> Tensor:
+    """The same for maps of two sizes on a GPU: the kernels leave one number a position, which is pooled and compared in
+    float64, whose plain sum of logs keeps what float32 would lose near the teacher."""
+    maps = (attention_map(ops, x, channel_temperature, spatial_temperature) for x in (student, teacher.detach()))
+    loss = reference.map_loss(*(x.double() for x in maps))
+    return reference.reduced(loss, reduction).to(acc_dtype(student, teacher))
+
+
+def attention_map(ops: Ops, features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
+    """A, (N, H, W), differentiable."""
+    temperatures = values.packed((channel_temperature, spatial_temperature), features.device)
+    return ops.attention_map(features, temperatures)[0]

@@ -9,13 +9,11 @@ process uses: a training run uses one per stage at most.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import values
-from ..pool import pooling
 from ..triton_common import (
     channels_last,
     define,
@@ -27,7 +25,6 @@ from ..triton_common import (
     settled,
     why_not,
 )
-from ..values import Number
 from . import op
 
 __all__ = ["attention_map", "cafd", "why_not"]
@@ -96,7 +93,7 @@ class Maps(NamedTuple):
     features: Tensor  # dense
     partial: Tensor  # (N, splits, 3, C)
     stats: Tensor  # (N, row)
-    map: Tensor  # (N, H, W)
+    map: Tensor | None  # (N, H, W)
     channels: int
     positions: int
     row: int
@@ -106,8 +103,8 @@ class Network:
     """One network's features: sizes, tiles, programs."""
 
     def __init__(self, x: Tensor, config: Config | None) -> None:
-        self.samples, self.channels, *self.size = x.shape
-        self.positions = self.size[0] * self.size[1]
+        self.samples, self.channels, height, width = x.shape
+        self.positions = height * width
         self.last = channels_last(x)
         self.features = dense(x, self.last)
         config = config or choose(self.channels, self.positions, x.element_size(), not self.last)
@@ -123,14 +120,13 @@ class Network:
         self.walk = (self.splits, steps)
         self.stats_programs = self.samples * blocks * self.splits
 
-    def empty(self, stats: Tensor | None) -> Maps:
-        """With memory of what is left for others."""
-        x, shape = self.features, (self.channels, self.positions)
+    def to_kernels(self, stats: Tensor | None, map_: Tensor | None) -> Maps:
+        """stats: None for memory of its own."""
         if stats is None:
-            stats = x.new_empty([self.samples, stats_row(*shape)], dtype=torch.float32)
+            row = stats_row(self.channels, self.positions)
+            stats = self.features.new_empty([self.samples, row], dtype=torch.float32)
         partial = stats.new_empty([self.samples, self.splits, 3, self.channels])
-        map_ = stats.new_empty([self.samples, *self.size])
-        return Maps(x, partial, stats, map_, *shape, stats.shape[1])
+        return Maps(self.features, partial, stats, map_, self.channels, self.positions, stats.shape[1])
 
 
 def stats_row(channels: int, positions: int) -> int:
@@ -141,32 +137,29 @@ def stats_row(channels: int, positions: int) -> int:
 _results = op.Results(stats_row)
 
 
-def _attend(networks: list[Network], numbers: Tensor | tuple[float, ...]) -> list[Maps]:
-    """stats of each network (A is its first part) and the maps by themselves: three launches for both."""
+def _attend(student: Network, teacher: Network, s: Maps, t: Maps | None, numbers: Tensor | tuple[float, ...]) -> None:
+    """stats of each network, of which A is the first part: three launches for both, or for the student alone."""
     from . import triton_kernels as kernels
 
-    found = [x.empty(None) for x in networks]
-    student, teacher = networks[0], networks[-1]
-    both = (found[0], found[1] if len(found) == 2 else None)
+    networks = (student,) if t is None else (student, teacher)
     launch(
         kernels.row_stats_kernel, sum(x.stats_programs for x in networks), max(x.stats.warps for x in networks),
-        *both, *student.walk, *teacher.walk, student.stats_programs, numbers, TILE_S=student.stats,
+        s, t, *student.walk, *teacher.walk, student.stats_programs, numbers, TILE_S=student.stats,
         TILE_T=teacher.stats)  # fmt: skip
     launch(
         kernels.channel_weights_kernel, sum(x.samples for x in networks), 4,
-        *both, student.splits, teacher.splits, student.samples, numbers,
+        s, t, student.splits, teacher.splits, student.samples, numbers,
         BLOCK_S=next_power_of_2(student.channels), BLOCK_T=next_power_of_2(teacher.channels))  # fmt: skip
     programs = [x.samples * -(-x.positions // x.maps.positions) for x in networks]
     launch(
         kernels.maps_kernel, sum(programs), max(x.maps.warps for x in networks),
-        *both, programs[0], numbers, TILE_S=student.maps, TILE_T=teacher.maps)  # fmt: skip
-    return found
+        s, t, programs[0], numbers, TILE_S=student.maps, TILE_T=teacher.maps)  # fmt: skip
 
 
 def forward(
     student: Tensor,  # (N, C, H, W)
-    teacher: Tensor,  # (N, C', H', W')
-    temperatures_: Tensor,  # (2,) float64: channel, spatial
+    teacher: Tensor,  # (N, C', H, W)
+    temperatures: Tensor,  # (2,) float64: channel, spatial
     reduction: int,
     needs_grad: bool,
     configs: tuple[Config, Config] | None = None,
@@ -175,56 +168,40 @@ def forward(
     """The op: loss, grad_map, stats (docs/ops.md). `configs` replaces the table's choice for the two networks."""
     from . import triton_kernels as kernels
 
-    loss, grad_map, stats = _results.cafd(student, teacher, temperatures_, reduction, needs_grad)
+    loss, grad_map, stats = _results.cafd(student, teacher, temperatures, reduction, needs_grad)
     samples = student.shape[0]
+    if student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(f"teacher: expected maps of {tuple(student.shape[2:])}, got {tuple(teacher.shape[2:])}")
     if samples == 0:
         return loss.zero_(), grad_map, stats
-    factor = 1.0 / samples if reduction == 1 else 1.0
     per_sample = loss if reduction == 0 else loss.new_empty([samples])
-    same = student.shape[2:] == teacher.shape[2:]
     with on_device(student):
-        networks = [Network(x, configs[i] if configs else None) for i, x in enumerate((student, teacher))]
-        s, t = _attend(networks, numbers_for(temperatures_, by_pointer))
-        map_s, map_t, row_s, row_t = s.stats, t.stats, s.row, t.row
-        positions, pooled_grad = s.positions, grad_map if needs_grad else None
-        if not same:  # the maps are tiny: pooled in float64 by matrix products, both ways in a fixed order
-            size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])]
-            positions = row_s = row_t = size[0] * size[1]
-            down = [[pooling(n, to, x.device) for n, to in zip(x.shape[2:], size)] for x in (student, teacher)]
-            pooled = [
-                rows @ x.map.double() @ columns.T for x, (rows, columns) in zip((s, t), down) if x.map is not None
-            ]
-            sums = [m.sum((1, 2), keepdim=True) for m in pooled]
-            map_s, map_t = ((m / total).float().contiguous() for m, total in zip(pooled, sums))
-            pooled_grad = torch.empty_like(map_s) if needs_grad else None
-        block = min(4096, max(16, next_power_of_2(positions)))
+        a, b = (Network(x, configs[i] if configs else None) for i, x in enumerate((student, teacher)))
+        s, t = a.to_kernels(stats, None), b.to_kernels(None, None)
+        _attend(a, b, s, t, numbers_for(temperatures, by_pointer))
+        block = min(4096, max(16, next_power_of_2(s.positions)))
         launch(
             kernels.kl_kernel, samples, 8 if block > 512 else 1,
-            map_s, map_t, per_sample, pooled_grad, row_s, row_t, positions, factor, BLOCK=block)  # fmt: skip
-        if pooled_grad is not None and not same:
-            g = pooled_grad.double()
-            g = (g - (g * map_s).sum((1, 2), keepdim=True)) / sums[0]
-            rows, columns = down[0]
-            grad_map.copy_(rows.T @ g @ columns)
+            s, t, per_sample, grad_map if needs_grad else None, 1.0 / samples if reduction == 1 else 1.0,
+            BLOCK=block)  # fmt: skip
         if reduction != 0:
             torch.sum(per_sample, 0, out=loss)
-            if reduction == 1 and samples > 1:
-                loss.mul_(factor)
-    return loss, grad_map, s.stats
+    return loss, grad_map, stats
 
 
-def map_forward(features: Tensor, temperatures_: Tensor, config: Config | None = None,
+def map_forward(features: Tensor, temperatures: Tensor, config: Config | None = None,
                 by_pointer: bool | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op attention_map: map, stats."""
-    attention, stats = _results.attention_map(features, temperatures_)
-    if features.shape[0] == 0:
-        return attention, stats
-    with on_device(features):
-        found = _attend([Network(features, config)], numbers_for(temperatures_, by_pointer))[0]
-    return found.map, found.stats
+    attention, stats = _results.attention_map(features, temperatures)
+    if features.shape[0] > 0:
+        with on_device(features):
+            network = Network(features, config)
+            x = network.to_kernels(stats, attention)
+            _attend(network, network, x, None, numbers_for(temperatures, by_pointer))
+    return attention, stats
 
 
-def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures_: Tensor,
+def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures: Tensor,
                  config: Config | None = None, by_pointer: bool | None = None) -> Tensor:  # fmt: skip
     """The op attention_map_backward: the gradient of the features from that of the map."""
     from . import triton_kernels as kernels
@@ -233,8 +210,8 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
     if features.shape[0] == 0:
         return grad
     network = Network(features, config)
-    x, out, grad_map = network.empty(stats), dense(grad, network.last), grad_map.contiguous()
-    numbers = numbers_for(temperatures_, by_pointer)
+    x, out, grad_map = network.to_kernels(stats, None), dense(grad, network.last), grad_map.contiguous()
+    numbers = numbers_for(temperatures, by_pointer)
     with on_device(features):
         centered, products = torch.empty_like(grad_map), stats.new_empty([network.samples, 2])
         block = min(4096, max(16, next_power_of_2(x.positions)))
@@ -258,18 +235,15 @@ def map_backward(features: Tensor, grad_map: Tensor, stats: Tensor, temperatures
 
 for _name, _run in (("cafd", forward), ("attention_map", map_forward), ("attention_map_backward", map_backward)):
     define(f"{_name}_triton", op.SIGNATURES[_name], _run)
-_cafd, _map, _backward = op.register("_triton", _results)
+_ops = op.register("_triton", _results)
 
 
-def cafd(
-    student: Tensor, teacher: Tensor, channel_temperature: Number, spatial_temperature: Number, reduction: int
-) -> Tensor:
+def cafd(student: Tensor, teacher: Tensor, *args: Any) -> Tensor:
     """The loss of one stage; the arguments are reference.cafd's."""
-    packed = values.packed((channel_temperature, spatial_temperature), student.device)
-    return op.call(_cafd, _backward, student, teacher, packed, reduction)
+    loss = op.cafd if student.shape[2:] == teacher.shape[2:] else op.cafd_pooled
+    return loss(_ops, student, teacher, *args)
 
 
-def attention_map(features: Tensor, channel_temperature: Number, spatial_temperature: Number) -> Tensor:
-    """A, (N, H, W), differentiable."""
-    attention: Tensor = _map(features, values.packed((channel_temperature, spatial_temperature), features.device))[0]
-    return attention
+def attention_map(*args: Any) -> Tensor:
+    """A, (N, H, W), differentiable; the arguments are reference.attention_map's."""
+    return op.attention_map(_ops, *args)

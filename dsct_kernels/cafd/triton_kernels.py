@@ -169,7 +169,8 @@ def _maps(x, program, scale, TILE: tl.constexpr):
     total = tl.sum(a, 0)
     tl.store(x.stats + n * x.row + p, total, mask=inside)
     tl.store(x.stats + n * x.row + x.positions + p, tl.sum(b, 0), mask=inside)
-    tl.store(x.map + n * x.positions + p, total, mask=inside)
+    if x.map is not None:
+        tl.store(x.map + n * x.positions + p, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs_s"])
@@ -202,23 +203,23 @@ def _divergence(t, s, gap):
 
 
 @triton.jit
-def kl_kernel(map_s, map_t, loss, grad_map, row_s, row_t, positions, factor, BLOCK: tl.constexpr):
-    """loss[n] = KL(A~T || A~S), grad_map = factor * dloss / dA^S. One program a sample."""
+def kl_kernel(s, t, loss, grad_map, factor, BLOCK: tl.constexpr):
+    """loss[n] = factor * KL(A~T || A~S), grad_map = its gradient with respect to A^S. One program a sample."""
     n = tl.program_id(0).to(tl.int64)
-    floor = tl.full([], EPS, tl.float32) / positions
+    floor = tl.full([], EPS, tl.float32) / s.positions
     keep = 1.0 - tl.full([], EPS, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, positions, BLOCK):
+    for start in range(0, s.positions, BLOCK):
         p = start + tl.arange(0, BLOCK)
-        inside = p < positions
-        raw_s = tl.load(map_s + n * row_s + p, mask=inside, other=0.0)
-        raw_t = tl.load(map_t + n * row_t + p, mask=inside, other=0.0)
-        s = keep * raw_s + floor
-        t = keep * raw_t + floor
-        total += tl.where(inside, _divergence(t, s, keep * (raw_s - raw_t)), 0.0)
+        inside = p < s.positions
+        raw_s = tl.load(s.stats + n * s.row + p, mask=inside, other=0.0)
+        raw_t = tl.load(t.stats + n * t.row + p, mask=inside, other=0.0)
+        a_s = keep * raw_s + floor
+        a_t = keep * raw_t + floor
+        total += tl.where(inside, _divergence(a_t, a_s, keep * (raw_s - raw_t)), 0.0)
         if grad_map is not None:
-            tl.store(grad_map + n * positions + p, -factor * keep * t / s, mask=inside)
-    tl.store(loss + n, tl.sum(total, 0))
+            tl.store(grad_map + n * s.positions + p, -factor * keep * a_t / a_s, mask=inside)
+    tl.store(loss + n, tl.sum(total, 0) * factor)
 
 
 @triton.jit

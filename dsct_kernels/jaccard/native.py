@@ -1,10 +1,10 @@
 """The soft Jaccard loss through the compiled kernels of csrc/jaccard: C++ on CPU."""
 
+from typing import Any
+
 from torch import Tensor
 
-from .. import values
 from ..backends import NATIVE_MISSING
-from ..values import Number
 from . import op
 
 __all__ = ["jaccard", "why_not"]
@@ -21,7 +21,6 @@ def why_not(*tensors: Tensor) -> str | None:
     return None if device == "cpu" else f"the native kernels of jaccard run on cpu alone so far, not on {device}"
 
 
-def jaccard(student_logits: Tensor, teacher_logits: Tensor, share: Tensor | None, temperature: Number) -> Tensor:
+def jaccard(*args: Any) -> Tensor:
     """The loss; the arguments are reference.jaccard's."""
-    packed = values.packed((temperature,), student_logits.device)
-    return op.call(_ops, student_logits, teacher_logits.detach(), share, packed)
+    return op.jaccard(_ops, *args)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import values
 from ..autograd import Ops, first_derivative_only, with_fakes
 from ..dtypes import acc_dtype
 from ..torch_private import BelowAutograd
+from ..values import Number
 
 # As csrc/ops.cpp has them: tests/test_ops.py compares the two.
 SIGNATURES = {
@@ -73,8 +75,9 @@ def register(suffix: str) -> Ops:
     return ops
 
 
-def call(ops: Ops, student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Tensor) -> Tensor:
-    """The loss, differentiable in `student`."""
+def jaccard(ops: Ops, student: Tensor, teacher: Tensor, share: Tensor | None, temperature: Number) -> Tensor:
+    """The loss, differentiable in `student`; the arguments are reference.jaccard's."""
+    args = (student, teacher.detach(), share, values.packed((temperature,), student.device))
     if student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return EagerJaccard.apply(ops, student, teacher, share, temperature)
-    return ops.forward(student, teacher, share, temperature)[0]
+        return EagerJaccard.apply(ops, *args)
+    return ops.forward(*args)[0]

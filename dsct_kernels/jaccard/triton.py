@@ -7,14 +7,14 @@ the loss and the coefficients of its gradient. Backward reads both again and wri
 Variants: one of each kernel for each K and combination of dtypes, layout and labels or none.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import values
 from ..tnkd import plan
 from ..tnkd.triton import Walk, why_not
 from ..triton_common import define, dense, launch, next_power_of_2, numbers_for, on_device, settled
-from ..values import Number
 from . import op
 
 __all__ = ["jaccard", "why_not"]
@@ -91,7 +91,6 @@ define("jaccard_backward_triton", op.SIGNATURES["jaccard_backward"], backward)
 _ops = op.register("_triton")
 
 
-def jaccard(student_logits: Tensor, teacher_logits: Tensor, share: Tensor | None, temperature: Number) -> Tensor:
+def jaccard(*args: Any) -> Tensor:
     """The loss; the arguments are reference.jaccard's."""
-    packed = values.packed((temperature,), student_logits.device)
-    return op.call(_ops, student_logits, teacher_logits.detach(), share, packed)
+    return op.jaccard(_ops, *args)

@@ -18,22 +18,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import LOW
-from .triton_kernels import (
-    added,
-    counted,
-    factors,
-    finish_kernel,
-    gradient,
-    ignored,
-    judged,
-    labels,
-    late,
-    likeliest,
-    numbers_of,
-    store_sums,
-    totals,
-    zeros,
-)
+from . import triton_kernels as full
 
 # A direction of the maps: cells, outputs, in float64 cells from one output to the next and outputs of a cell; and
 # never: 0, but the compiler cannot know, and rounds a product before it goes on.
@@ -156,7 +141,7 @@ def _added(above, below, over, under, k, y, of, e, V: tl.constexpr):
     up = ()
     down = ()
     for c in tl.static_range(tl.constexpr(V.chunks)):
-        g = gradient(c, k, y, of, e, V)
+        g = full.gradient(c, k, y, of, e, V)
         up += (tl.fma(g, over, above[c]),)
         down += (tl.fma(g, under, below[c]),)
     return up, down
@@ -193,12 +178,12 @@ def march_kernel(s, t, target, class_weight, D, slab, own_counts, partial, items
     """Loss and gradient of a strip of M.rows intervals down, V.pixels // M.slots across; then of the next strip that is
     this program's. The slab: (N, strips, M.rows + 1, K, left and right, intervals across), in float32, or None."""
     FIRST: tl.constexpr = 0 if M.align else -1  # the interval
-    N = numbers_of(numbers, V)
+    N = full.numbers_of(numbers, V)
     if ignore is not None:
-        ignore = ignored(ignore)
+        ignore = full.ignored(ignore)
     of_ce = N.ce
     if V.weighted:  # of a mean: what the second kernel divides by is the number of pixels
-        count, total = totals(D, V)
+        count, total = full.totals(D, V)
         of_ce = tl.where(total > 0, N.ce * (count / total), 0.0)
     by = (of_ce, N.tau * N.tckd, N.tau * N.nckd)
     y_axis = axis_of(s.height, height, never, M.align)
@@ -211,8 +196,8 @@ def march_kernel(s, t, target, class_weight, D, slab, own_counts, partial, items
     p = tl.arange(0, V.pixels)[None, :]
     slot = p % M.slots + k * 0
     side = tiles * (V.pixels // M.slots)
-    sums = zeros(3 if V.with_ce else 2, V.classes, V.pixels)
-    nothing = zeros(V.chunks, V.classes, V.pixels)
+    sums = full.zeros(3 if V.with_ce else 2, V.classes, V.pixels)
+    nothing = full.zeros(V.chunks, V.classes, V.pixels)
     pixels = tl.full([V.classes, V.pixels], 0, tl.int32)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile = item % tiles
@@ -249,18 +234,18 @@ def march_kernel(s, t, target, class_weight, D, slab, own_counts, partial, items
                     label = following
                     following = tl.load(y_at + tl.minimum(row + 1, height - 1) * width + x, mask=inside, other=0)
                 else:
-                    label = likeliest(t_tiles, k, V)
-                label = labels(label, class_weight, inside, ignore, V)
-                terms, of, e = judged(s_tiles, t_tiles, label, k, N.to_2_tau, by, V)
+                    label = full.likeliest(t_tiles, k, V)
+                label = full.labels(label, class_weight, inside, ignore, V)
+                terms, of, e = full.judged(s_tiles, t_tiles, label, k, N.to_2_tau, by, V)
                 if slab is not None:
-                    above, below = _added(above, below, over, under, k, late(label, N.tau), of, e, V)
-                sums = added(sums, counted(terms, label, N.tau, V))
+                    above, below = _added(above, below, over, under, k, full.late(label, N.tau), of, e, V)
+                sums = full.added(sums, full.counted(terms, label, N.tau, V))
                 pixels += label.valid.to(tl.int32)
             if slab is not None:
                 _to_slab(slab_at, side, above, to_left, to_right, slot, k, V, M)
                 slab_at += V.num_classes * 2 * side
                 above, below = below, nothing
-    store_sums(partial, sums, k)
+    full.store_sums(partial, sums, k)
     tl.store(own_counts + tl.program_id(0), tl.sum(tl.where(k == 0, pixels, 0)).to(tl.float32))
 
 
@@ -271,7 +256,6 @@ def _slab_row(at, side, columns, cells, parts, there):
     on_left = tl.where(columns > 0, columns, cells) - 1
     for part in range(parts):
         total += tl.load(at + columns * parts + part, mask=there, other=0.0)
-    for part in range(parts):
         total += tl.load(at + side + on_left * parts + part, mask=there, other=0.0)
     return total
 
@@ -283,7 +267,7 @@ def collect_kernel(slab, x, partial, D, loss, parts, grad_scale, num_programs, i
     """The gradient, x, from the slab, divided, and, by the first program, the loss: what finish_kernel does."""
     FIRST: tl.constexpr = 0 if M.align else -1
     if slab is not None:
-        by, _by_ce, _outside = factors(D, numbers_of(numbers, V), V)
+        by, _by_ce, _outside = full.factors(D, full.numbers_of(numbers, V), V)
         k = tl.arange(0, CLASSES)[:, None]
         c = tl.arange(0, COLUMNS)[None, :]
         right, down, next_class, next_sample = _strides(x, V)
@@ -304,4 +288,4 @@ def collect_kernel(slab, x, partial, D, loss, parts, grad_scale, num_programs, i
             at = x.logits + n * next_sample + (row * down + classes * next_class + columns * right)
             tl.store(at, (total * by).to(x.logits.dtype.element_ty), mask=there)
     if tl.program_id(0) == 0:
-        finish_kernel(partial, D, loss, parts, grad_scale, num_programs, numbers, V, BLOCK)
+        full.finish_kernel(partial, D, loss, parts, grad_scale, num_programs, numbers, V, BLOCK)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsct_kernels import backends, values
 from dsct_kernels.cafd import native as native_cafd
+from dsct_kernels.cafd import op as cafd_op
 from dsct_kernels.cafd import reference
 from dsct_kernels.dtypes import acc_dtype
 
@@ -125,7 +126,7 @@ def test_maps_of_two_sizes_pooled_outside_of_the_kernels_as_on_cuda(
     if near:
         teacher = torch.nn.functional.interpolate(student, shape[4:])
     options = 0.7, 0.5, reduction
-    got = learnt(lambda s: native_cafd.cafd_pooled(s, teacher, *options), student)
+    got = learnt(lambda s: cafd_op.cafd_pooled(native_cafd._ops, s, teacher, *options), student)
     truth = eager(student.double(), teacher.double(), *options)
     own = eager(student, teacher, *options)
     assert_cafd_as_good_as_reference(got, own, truth, student, teacher, f"of {shape}", *options)

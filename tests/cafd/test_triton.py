@@ -81,7 +81,7 @@ def test_the_two_backward_paths_agree(device, monkeypatch):
 def test_temperatures_that_the_kernels_read_give_the_bits_of_numbers_among_their_arguments(
     device, layout, numbers, monkeypatch
 ):
-    student, teacher = features(device, (2, 5, 3, 7))[0], features(device, (2, 4, 3, 4))[1]
+    student, teacher = features(device, (2, 5, 3, 7))[0], features(device, (2, 4, 3, 7))[1]
     student, t = strided_copy(student, layout), temperatures(*numbers)
     for longest in (triton.LONGEST_ROW, 8):  # the backward row by row, and by tiles
         monkeypatch.setattr(triton, "LONGEST_ROW", longest)
@@ -130,11 +130,18 @@ def test_everything_is_written(device, layout):
     torch.use_deterministic_algorithms(True)
     try:
         for reduction in (0, 1, 2):
-            results = triton.forward(student, teacher[:, :, :2], temperatures(), reduction, True)
+            results = triton.forward(student, teacher[:, :4], temperatures(), reduction, True)
             assert all(result.isfinite().all() for result in results)
         assert triton.map_backward(student, results[1], results[2], temperatures()).isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_the_op_takes_maps_of_one_size(device):
+    """Others, cafd_loss pools outside of the kernels."""
+    student, teacher = features(device, (2, 5, 3, 7))
+    with pytest.raises(ValueError, match=r"teacher: expected maps of \(3, 7\), got \(2, 7\)"):
+        triton.forward(student, teacher[:, :, 1:], temperatures(), 1, True)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
