@@ -1,4 +1,8 @@
-"""What the Triton backends share: whether they can serve a call, how kernels are launched, how tensors are laid out."""
+"""What the Triton backends share: whether they can serve a call, how kernels are launched, how tensors are laid out.
+
+Triton compiles each kernel for the number of classes, a power-of-two size class of C and H*W of features, and each
+combination of dtypes, layout and flags that a process uses: of most losses a training run uses one or two.
+"""
 
 import contextlib
 import importlib.util

@@ -583,7 +583,7 @@ def test_triton_compiles_no_more_kernels_than_the_report_says(device, backend, l
 
         monkeypatch.setattr(module, "launch", counted)
         (loss(leaf.requires_grad_()) * torch.tensor(2.0, device=device)).backward()
-        if module is not tnkd and (module is not cafd or layout == "channels_last"):  # the longest way there is
+        if module in (matched, jaccard):  # the others have longer ways
             assert len(variants) == module.MOST_COMPILED, variants
         assert 2 < len(variants) <= module.MOST_COMPILED, variants
 

@@ -3,9 +3,6 @@
 Forward: maxima and sums of stretches of every row of both networks, from one read of the maps; the rows put together,
 the weights of the channels and the losses of the samples, one program each; their sum. Backward reads both maps again
 and writes the gradient. Every sum has a fixed order, and the host is asked for nothing.
-
-Variants: one of each kernel for each C and a combination of dtypes, layout, mask or none, and power-of-two size classes
-of H*W.
 """
 
 from typing import Any

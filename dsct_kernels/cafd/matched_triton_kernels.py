@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..triton_math import LN_2, LOW, finite_max, numbers_of, offsets
-from .triton_kernels import along, read, stretch
+from .triton_kernels import along, read, store_each, stretch
 
 
 @triton.jit
@@ -28,11 +28,11 @@ def _moved(top_t, top_s, m_t, m_s, z_t, z_s, cross, k):
 
 
 @triton.jit
-def _counted(x, mask, p, end):
-    """-inf where the mask says that a position does not count."""
+def _counted(x, mask, sample, p, end):
+    """-inf where the mask, from `sample` on, says that a position does not count."""
     x = x.to(tl.float32)
     if mask is not None:
-        x = tl.where(tl.load(mask + p, mask=p < end, other=0)[None, :] != 0, x, LOW)
+        x = tl.where(tl.load(mask + sample + p, mask=p < end, other=0)[None, :] != 0, x, LOW)
     return x
 
 
@@ -52,9 +52,6 @@ def matched_part_kernel(student, teacher, mask, partial, splits, steps, position
     z_s = z_t
     cross = z_t
     size = z_t
-    mask_at = mask
-    if mask is not None:
-        mask_at = mask + n * positions
     for start in range(first, end, TILE.positions * TILE.unroll):
         tiles_s = read(student + map_at, c, start, end, CHANNELS, positions, TILE)
         tiles_t = read(teacher + map_at, c, start, end, CHANNELS, positions, TILE)
@@ -64,8 +61,8 @@ def matched_part_kernel(student, teacher, mask, partial, splits, steps, position
         top_t = m_t
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
             p = along(start + u * TILE.positions, TILE.positions)
-            xs_s += (_counted(tiles_s[u], mask_at, p, end),)
-            xs_t += (_counted(tiles_t[u], mask_at, p, end),)
+            xs_s += (_counted(tiles_s[u], mask, n * positions, p, end),)
+            xs_t += (_counted(tiles_t[u], mask, n * positions, p, end),)
             top_s = tl.maximum(top_s, xs_s[u])
             top_t = tl.maximum(top_t, xs_t[u])
         z_t, z_s, cross = _moved(top_t, top_s, m_t, m_s, z_t, z_s, cross, k)
@@ -85,14 +82,8 @@ def matched_part_kernel(student, teacher, mask, partial, splits, steps, position
     top_t = tl.max(m_t, 1)
     top_s = tl.max(m_s, 1)
     z_t, z_s, cross = _moved(top_t[:, None], top_s[:, None], m_t, m_s, z_t, z_s, cross, k)
-    out = partial + (n * splits + split) * 6 * CHANNELS + c
-    known = c < CHANNELS
-    tl.store(out, top_t, mask=known)
-    tl.store(out + CHANNELS, top_s, mask=known)
-    tl.store(out + 2 * CHANNELS, tl.sum(z_t, 1), mask=known)
-    tl.store(out + 3 * CHANNELS, tl.sum(z_s, 1), mask=known)
-    tl.store(out + 4 * CHANNELS, tl.sum(cross, 1), mask=known)
-    tl.store(out + 5 * CHANNELS, tl.sum(size, 1), mask=known)
+    found = (top_t, top_s, tl.sum(z_t, 1), tl.sum(z_s, 1), tl.sum(cross, 1), tl.sum(size, 1))
+    store_each(partial + (n * splits + split) * 6 * CHANNELS + c, CHANNELS, found, c < CHANNELS)
 
 
 @triton.jit
@@ -153,12 +144,9 @@ def matched_join_kernel(partial, stats, loss, numbers, factor, channels, splits,
     # a weight that is only rounded to 0 hides nothing: 0 * inf would be NaN
     part = tl.where((w == 0) & (kl == float("inf")), kl, w * kl)
     tl.store(loss + n, (tl.sum(tl.where(known, part, 0.0), 0) * tau * tau * factor).to(tl.float32))
-    out = stats + n * 5 * channels + c
-    tl.store(out, finite_max(top_s), mask=known)
-    tl.store(out + channels, tl.where(dead_t, z_s - z_s, tl.where(dead_s, 0.0, 1.0 / some_s)), mask=known)
-    tl.store(out + 2 * channels, finite_max(top_t), mask=known)
-    tl.store(out + 3 * channels, tl.where(dead_t, 0.0, 1.0 / some_t), mask=known)
-    tl.store(out + 4 * channels, w, mask=known)
+    over_s = tl.where(dead_t, z_s - z_s, tl.where(dead_s, 0.0, 1.0 / some_s))
+    found = (finite_max(top_s), over_s, finite_max(top_t), tl.where(dead_t, 0.0, 1.0 / some_t), w)
+    store_each(stats + n * 5 * channels + c, channels, found, known)
 
 
 @triton.jit(do_not_specialize=["upstream_n"])
@@ -175,11 +163,8 @@ def matched_write_kernel(student, teacher, mask, stats, upstream, grad, factor, 
     p = along(first, TILE.positions)
     known = c < CHANNELS
     map_at = n * CHANNELS * positions
-    mask_at = mask
-    if mask is not None:
-        mask_at = mask + n * positions
-    x_s = _counted(read(student + map_at, c, first, end, CHANNELS, positions, TILE)[0], mask_at, p, end)
-    x_t = _counted(read(teacher + map_at, c, first, end, CHANNELS, positions, TILE)[0], mask_at, p, end)
+    x_s = _counted(read(student + map_at, c, first, end, CHANNELS, positions, TILE)[0], mask, n * positions, p, end)
+    x_t = _counted(read(teacher + map_at, c, first, end, CHANNELS, positions, TILE)[0], mask, n * positions, p, end)
     at = stats + n * 5 * CHANNELS + c
     by = tl.load(upstream + n * upstream_n).to(tl.float64) * factor * tau.to(tl.float64)
     by *= tl.load(at + 4 * CHANNELS, mask=known, other=0.0)

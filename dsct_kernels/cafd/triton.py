@@ -3,9 +3,6 @@
 Forward, both networks in each launch: maximum, sum of exponentials and sum of magnitudes of every channel; the weights
 of the channels; the attention map (the second read of the features, meant to hit L2); the divergence and its gradient
 with respect to the map. Backward takes that gradient to the features. Every sum has a fixed order.
-
-Variants: one of each kernel for a combination of dtypes, layouts and power-of-two size classes (of C, H*W) that a
-process uses: a training run uses one per stage at most.
 """
 
 from dataclasses import dataclass

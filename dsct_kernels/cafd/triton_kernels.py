@@ -35,14 +35,27 @@ def along(first, SIZE: tl.constexpr):
 
 
 @triton.jit
+def read_tile(features, c, p, end, channels, positions, TILE: tl.constexpr):
+    """-inf past the end."""
+    there = (c < channels)[:, None] & (p < end)[None, :]
+    return tl.load(features + offsets(c, p, channels, positions, TILE.last), mask=there, other=LOW)
+
+
+@triton.jit
 def read(features, c, start, end, channels, positions, TILE: tl.constexpr):
-    """TILE.unroll tiles one after another along the positions, loaded together, -inf past the end."""
+    """TILE.unroll tiles one after another along the positions, loaded together."""
     tiles = ()
     for u in tl.static_range(tl.constexpr(TILE.unroll)):
         p = along(start + u * TILE.positions, TILE.positions)
-        there = (c < channels)[:, None] & (p < end)[None, :]
-        tiles += (tl.load(features + offsets(c, p, channels, positions, TILE.last), mask=there, other=LOW),)
+        tiles += (read_tile(features, c, p, end, channels, positions, TILE),)
     return tiles
+
+
+@triton.jit
+def store_each(at, step, found, mask):
+    """Numbers of every channel, one kind `step` after the other."""
+    for i in tl.static_range(tl.constexpr(len(found))):
+        tl.store(at + i * step, found[i], mask=mask)
 
 
 @triton.jit
@@ -67,11 +80,8 @@ def _row_stats(x, splits, steps, program, scale, TILE: tl.constexpr):
             g += tl.where((p < end)[None, :], tl.abs(tiles[u].to(tl.float32)), 0.0)
         m = new
     most = tl.max(m, 1)
-    known = c < x.channels
-    out = x.partial + (n * splits + split) * 3 * x.channels + c
-    tl.store(out, most, mask=known)
-    tl.store(out + x.channels, tl.sum(z * tl.exp2((m - finite_max(most)[:, None]) * scale), 1), mask=known)
-    tl.store(out + 2 * x.channels, tl.sum(g, 1), mask=known)
+    found = (most, tl.sum(z * tl.exp2((m - finite_max(most)[:, None]) * scale), 1), tl.sum(g, 1))
+    store_each(x.partial + (n * splits + split) * 3 * x.channels + c, x.channels, found, c < x.channels)
 
 
 # What changes with the batch is not specialised: Triton would compile anew where it becomes 1 or a multiple of 16.
@@ -115,10 +125,7 @@ def _channel_weights(x, splits, n, numbers, BLOCK: tl.constexpr):
     w = tl.where(mean == mean, w, mean)  # NaN stays NaN where a maximum would drop it
     end = 2 * x.positions + 4 * x.channels
     out = x.stats + n * x.row + 2 * x.positions
-    tl.store(out + c, m, mask=there)
-    tl.store(out + x.channels + c, 1.0 / z, mask=there)
-    tl.store(out + 2 * x.channels + c, w, mask=there)
-    tl.store(out + 3 * x.channels + c, r, mask=there)
+    store_each(out + c, x.channels, (m, 1.0 / z, w, r), there)
     last = tl.arange(0, 32)  # the two numbers of the sample, and zeros up to the end of its row
     sums = tl.where(last == 0, mean, tl.where(last == 1, tl.sum(tl.where(there, w * r, 0.0), 0), 0.0))
     tl.store(out + 4 * x.channels + last, sums, mask=end + last < x.row)
@@ -158,8 +165,7 @@ def _maps(x, program, scale, TILE: tl.constexpr):
         tiles = ()
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
             c = along(start + u * TILE.channels, TILE.channels)
-            there = (c < x.channels)[:, None] & inside[None, :]
-            tiles += (tl.load(features + offsets(c, p, x.channels, x.positions, TILE.last), mask=there, other=LOW),)
+            tiles += (read_tile(features, c, p, x.positions, x.channels, x.positions, TILE),)
         for u in tl.static_range(tl.constexpr(TILE.unroll)):
             c = along(start + u * TILE.channels, TILE.channels)
             m, over_z, w, r = _weights(x, n, c)

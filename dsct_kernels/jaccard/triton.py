@@ -3,8 +3,6 @@
 Forward: per program the sums over its pixels, from one read of both networks' logits; these added up in a fixed order;
 the loss and the coefficients of its gradient. Backward reads both again and writes the gradient. Tiles are TNKD's
 (tnkd/plan.py), of half as many pixels where a lane would hold too much: beside each logit it keeps three sums.
-
-Variants: one of each kernel for each K and combination of dtypes, layout and labels or none.
 """
 
 from typing import Any

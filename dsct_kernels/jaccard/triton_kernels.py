@@ -15,17 +15,14 @@ from ..triton_math import LOW, numbers_of, reciprocal
 
 
 @triton.jit
-def _softmax(tiles, counts, scale, ALL: tl.constexpr):
+def _softmax(tiles, counts, scale):
     """Exponentials of every class and their sum; where nothing counts 0 stands for whatever was read. Nothing but -inf:
     -inf less -inf is NaN, as it has to be."""
     found = ()
     top = tl.full(tiles[0].shape, LOW, tl.float32)
     for c in tl.static_range(tl.constexpr(len(tiles))):
-        x = tiles[c].to(tl.float32)
-        if not ALL:
-            x = tl.where(counts, x, 0.0)
-        found += (x,)
-        top = tl.maximum(top, x)
+        found += (tl.where(counts, tiles[c].to(tl.float32), 0.0),)
+        top = tl.maximum(top, found[c])
     return exponentials(found, scale, tl.max(top, 0, keep_dims=True) * scale)
 
 
@@ -40,9 +37,8 @@ def _tile(tile, student, teacher, share, inner, plane, blocks, scale, V: tl.cons
     if share is not None:
         p = tl.arange(0, V.pixels)
         v = tl.load(share + here.first + p, mask=p < here.left, other=0.0)[None, :]
-    ALL: tl.constexpr = V.whole and share is None
-    e_s, sum_s = _softmax(s_tiles, v != 0, scale, ALL)
-    e_t, sum_t = _softmax(t_tiles, v != 0, scale, ALL)
+    e_s, sum_s = _softmax(s_tiles, v != 0, scale)
+    e_t, sum_t = _softmax(t_tiles, v != 0, scale)
     return here, v, e_s, reciprocal(sum_s), e_t, reciprocal(sum_t)
 
 

@@ -4,9 +4,6 @@ Three launches: count the valid pixels from the labels alone (only where an aver
 as many programs as the GPU can have at work, each of which walks over tiles of pixels and holds all the classes of one
 in registers, as a tuple; and one program that adds the programs' sums in a fixed order. Nothing is atomic and nothing
 comes back to the host.
-
-Variants: one kernel is compiled for each K and combination of dtypes, layout and flags that a process uses: a training
-run uses one or two.
 """
 
 import functools

@@ -285,30 +285,19 @@ def place(tile, inner, plane, blocks, V: tl.constexpr):
 
 @triton.jit
 def read(logits, here, k, V: tl.constexpr):
-    """Every logit of the tile, once (only the last chunk may need a mask for its classes)."""
+    """Every logit of the tile, once. The compiler drops a mask that is true throughout."""
     tiles = ()
     for c in tl.static_range(tl.constexpr(V.chunks)):
-        at = logits + here.at + c * here.step
-        if (c + 1) * V.classes > V.num_classes:
-            tiles += (tl.load(at, mask=here.inside & (c * V.classes + k < V.num_classes), other=LOW),)
-        elif V.whole:
-            tiles += (tl.load(at),)
-        else:
-            tiles += (tl.load(at, mask=here.inside, other=LOW),)
+        there = here.inside & (c * V.classes + k < V.num_classes)
+        tiles += (tl.load(logits + here.at + c * here.step, mask=there, other=LOW),)
     return tiles
 
 
 @triton.jit
 def write(grad, here, k, c, g, V: tl.constexpr):
     """A chunk's gradient."""
-    at = grad + here.at + c * here.step
-    g = g.to(grad.dtype.element_ty)
-    if (c + 1) * V.classes > V.num_classes:
-        tl.store(at, g, mask=here.inside & (c * V.classes + k < V.num_classes))
-    elif V.whole:
-        tl.store(at, g)
-    else:
-        tl.store(at, g, mask=here.inside)
+    there = here.inside & (c * V.classes + k < V.num_classes)
+    tl.store(grad + here.at + c * here.step, g.to(grad.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -102,13 +102,9 @@ def _row(lanes, row, k, V: tl.constexpr):
     at = lanes.sample + row * lanes.down + lanes.within
     tiles = ()
     for c in tl.static_range(tl.constexpr(V.chunks)):
-        if (c + 1) * V.classes > V.num_classes:
-            there = c * V.classes + k < V.num_classes
-            left = tl.load(at, mask=there, other=LOW).to(tl.float32)
-            right = tl.load(at + lanes.right, mask=there & (lanes.far > 0), other=0.0).to(tl.float32)
-        else:
-            left = tl.load(at).to(tl.float32)
-            right = tl.load(at + lanes.right, mask=(lanes.far > 0) & (k >= 0), other=0.0).to(tl.float32)
+        there = c * V.classes + k < V.num_classes
+        left = tl.load(at, mask=there, other=LOW).to(tl.float32)
+        right = tl.load(at + lanes.right, mask=there & (lanes.far > 0), other=0.0).to(tl.float32)
         tiles += (tl.fma(right, lanes.far, left * lanes.near),)
         at += lanes.chunk
     return tiles
@@ -148,12 +144,10 @@ def _added(above, below, over, under, k, y, of, e, V: tl.constexpr):
 
 
 @triton.jit
-def _over_interval(x, SLOTS: tl.constexpr):
-    """Added up over each interval's pixels, all of which then have the sum."""
-    if SLOTS > 1:
-        parted = tl.reshape(x, [x.shape[0], x.shape[1] // SLOTS, SLOTS])
-        x = tl.reshape(tl.broadcast_to(tl.sum(parted, 2, keep_dims=True), parted.shape), x.shape)
-    return x
+def _over_interval(x, LANES: tl.constexpr):
+    """Added up over so many lanes, all of which then have the sum."""
+    parted = tl.reshape(x, [x.shape[0], x.shape[1] // LANES, LANES])
+    return tl.reshape(tl.broadcast_to(tl.sum(parted, 2, keep_dims=True), parted.shape), x.shape)
 
 
 @triton.jit
