@@ -90,7 +90,7 @@ class Maps(NamedTuple):
     features: Tensor  # dense
     partial: Tensor  # (N, splits, 3, C)
     stats: Tensor  # (N, row)
-    map: Tensor | None  # (N, H, W)
+    map: Tensor  # (N, H, W)
     channels: int
     positions: int
     row: int
@@ -118,10 +118,12 @@ class Network:
         self.stats_programs = self.samples * blocks * self.splits
 
     def to_kernels(self, stats: Tensor | None, map_: Tensor | None) -> Maps:
-        """stats: None for memory of its own."""
+        """None for memory of its own."""
         if stats is None:
             row = stats_row(self.channels, self.positions)
             stats = self.features.new_empty([self.samples, row], dtype=torch.float32)
+        if map_ is None:
+            map_ = stats.new_empty([self.samples, self.positions])
         partial = stats.new_empty([self.samples, self.splits, 3, self.channels])
         return Maps(self.features, partial, stats, map_, self.channels, self.positions, stats.shape[1])
 

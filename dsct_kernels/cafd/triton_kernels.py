@@ -175,8 +175,7 @@ def _maps(x, program, scale, TILE: tl.constexpr):
     total = tl.sum(a, 0)
     tl.store(x.stats + n * x.row + p, total, mask=inside)
     tl.store(x.stats + n * x.row + x.positions + p, tl.sum(b, 0), mask=inside)
-    if x.map is not None:
-        tl.store(x.map + n * x.positions + p, total, mask=inside)
+    tl.store(x.map + n * x.positions + p, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["programs_s"])
