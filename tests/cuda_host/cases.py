@@ -478,7 +478,7 @@ def bad_labels(student: Tensor, teacher: Tensor, target: Tensor) -> None:
 
 
 # K, the kernel that serves it, and columns of labels: every variant.
-UPSAMPLED_BY_K = ((2, "6_1"), (6, "6_1"), (8, "8_1"), (11, "12_1"), (16, "16_1"), (19, "19_1"), (20, "19_2"),
+UPSAMPLED_BY_K = ((2, "6_1"), (6, "6_1"), (8, "8_1"), (11, "12_1"), (16, "19_1"), (19, "19_1"), (20, "19_2"),
                   (33, "19_2"), (150, "19_8"))  # fmt: skip
 UPSAMPLED = [
     *(UpsampledCase(f"upsampled_{kernel}_32", (1, k, 5, 6), dtype, size=(20, 24), temperature=t, why="every variant")

@@ -313,8 +313,8 @@ PLANTS = {
     "matched CAFD: positions beyond the last": (
         "address",
         "cafd/cuda/features.cuh",
-        "words[v] = v < count ?",
-        "words[v] = true ?",
+        "word = v < count ?",
+        "word = true ?",
         MatchedCase("any any", (2, 5, 13, 7)),
     ),
     "rows that start off 16 bytes": (
@@ -338,10 +338,10 @@ PLANTS |= {
     "upsampled: the next row is written while this one is still read": (
         "thread",
         UPSAMPLED_KERNEL,
-        """tile.first_row));
+        """in.slab(t, left));
         __syncthreads();
 """,
-        """tile.first_row));
+        """in.slab(t, left));
 """,
         UpsampledCase("", (1, 6, 2, 9), size=(7, 36)),
     ),
@@ -358,22 +358,22 @@ PLANTS |= {
     "upsampled: a halo of one row too many": (
         "address",
         UPSAMPLED_KERNEL,
-        ".last + 1;",
-        ".last + 2;",
+        "tap.last + 1)",
+        "tap.last + 2)",
         UpsampledCase("", (1, 6, 2, 2), size=(8, 8)),
     ),
     "upsampled: lanes beyond the last column": (
         "address",
         UPSAMPLED_KERNEL,
-        "* in.width + (inside ? column : 0),",
-        "* in.width + column,",
+        "inside ? column : 0;",
+        "column;",
         UpsampledCase("", (1, 6, 2, 2), size=(8, 5), needs_grad=False),
     ),
     "upsampled: shared memory without the targets' logits": (
         "address",
         UPSAMPLED_KERNEL,
-        "kParts * in.groups + kVerdicts + 2) * in.columns);",
-        "kParts * in.groups + kVerdicts) * in.columns);",
+        "(in.groups + 2) * in.columns",
+        "(in.groups + 1) * in.columns",
         UpsampledCase("", (1, 40, 2, 9), size=(7, 36)),
     ),
 }

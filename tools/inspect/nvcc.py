@@ -98,14 +98,14 @@ def instructions_per_pixel(arch: int, folder: Path, ce: bool) -> dict[tuple[int,
 
 
 KNOWN_UPSAMPLED = """
-#define DSCT_KNOWN_CALL(in, terms, groups)                                                                      \\
-  in.class_weight = nullptr, in.student.type = in.teacher.type = FloatType::{type};                             \\
-  terms.with_ce = {ce}, terms.two_classes = false, terms.coupled = false, terms.temperature = 2;                \\
-  if (kSplit) groups = {groups};                                                                                \\
-  __builtin_assume(in.slabs != nullptr);
+#define DSCT_KNOWN_CALL(class_weight, terms, groups)                                                            \\
+  class_weight = nullptr, terms.with_ce = {ce}, terms.two_classes = false, terms.coupled = false;               \\
+  terms.temperature = 2;                                                                                        \\
+  if (kSplit) groups = {groups};
 #define DSCT_KNOWN_LABEL(y) __builtin_assume(y >= 0);
+#define DSCT_KNOWN_TYPE(dtype) dtype = FloatType::{type};
 #include "tnkd/cuda/upsampled.cuh"
-template __global__ void dsct::cuda::tnkd_upsampled_kernel<{classes}, {split}>(Upsampled);
+template __global__ void dsct::cuda::tnkd_upsampled_kernel<{classes}, {split}>(const __grid_constant__ Upsampled);
 """
 RATIO = 4  # label rows, and columns, of a row of logits
 # K: classes of a thread, groups that share a pixel, columns of a tile: upsampled_launch.cuh's plan.
@@ -152,15 +152,12 @@ def per_upsampled_pixel(code: list[str], classes: int, groups: int, columns: int
 
     tiles = max((x for x in loops if not any("ATOM" in line for line in code[x[0] : x[1]])), key=lambda x: x[1] - x[0])
     rows = max(children(tiles), key=lambda x: x[1] - x[0])
-    leaves, *moves = children(rows)
+    leaves, loads = children(rows)
     (items,) = children(leaves)
-    assert len(moves) == 2 and len(children(items)) == 2
-    threads, fours = groups * columns, groups * -(-classes // 4)
-    per_item = own(items) + RATIO * sum(size(*x) for x in children(items))
-    seldom: float = own(leaves) + fours * (columns / RATIO + 2) / threads * per_item
-    for move in moves:
-        batch, single = children(move)
-        seldom += 2 * own(move) - skipped(*move) + classes // 4 * size(*batch) + classes % 4 * size(*single)
+    (taps,) = children(items)
+    per_item = own(items) + 2 * RATIO * size(*taps)
+    seldom = own(leaves) + -(-classes // 4) * (columns / RATIO + 2) / columns * per_item
+    seldom += 2 * (own(loads) + sum(classes // 4 * size(*batch) for batch in children(loads)))  # of either network
     straight = own(rows)
     if groups == 1:
         return straight + seldom / RATIO

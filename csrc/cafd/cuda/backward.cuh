@@ -12,7 +12,7 @@ struct Backward {
   Temperatures temperatures;
   Stats stats;
   float* products;  // (samples, 3)
-  Partial rho;      // of sum_i exp_ci D_i
+  float* rho;       // of each chunk, sum_i exp_ci D_i
   int64_t held;     // bytes: one read of the features, a block has a channel, which waits in shared memory; else 0
 };
 constexpr int64_t kRhoBytes = kCafdThreads * sizeof(float);
@@ -26,8 +26,7 @@ inline Backward make_backward(const Features& f, const Features& out, float* sta
   const int64_t held = f.columns() || kRhoBytes + bytes > device.shared_bytes / 2 ? 0 : bytes;
   if (held == 0) plan = cafd_plan(f, device);
   const Stats results{stats, f.channels, f.positions};
-  return {f,   out, make_map(grad_map, f), plan, temperatures, results, nullptr, {nullptr, plan.chunks, f.channels},
-          held};
+  return {f, out, make_map(grad_map, f), plan, temperatures, results, nullptr, nullptr, held};
 }
 
 // Per sample: sum_i A_i D_i = sum_c w_c rho_c, sum_i B_i D_i = sum_c w_c r_c rho_c, sum_c w_c r_c.
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_rho(const __grid_cons
     for (int v = 0; v < kRun; ++v) rho += exp2_fast((x[v] - max) * scale2) * d[v];
   });
   wait_for_previous();
-  in.rho.put(place, join_rows(shared, rho, place, [](float& to, float other) { to += other; }));
+  put(in.rho, in.plan, place, join_rows(shared, rho, place, [](float& to, float other) { to += other; }));
 }
 
 // dF = spread P (D - rho) + lift sign(F)
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
   }
   wait_for_previous();  // before what it wrote is read: the products, or the partial sums
   if (!place.inside) return;
-  for (int k = 0; in.held == 0 && k < in.plan.chunks; ++k) sum += in.rho.get<float>(n, k, c);
+  for (int k = 0; in.held == 0 && k < in.plan.chunks; ++k) sum += in.rho[in.plan.chunk_at(n, k, c)];
   const ChannelGrad grad(in, scales, n, c, sum);
   auto write = [&](const auto& x, const auto& d, int64_t i) {
     float g[kRun];
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
   const Pack<float>* here = held;
   for (int64_t i = place.first; i < place.last; i += place.step, here += 2 * blockDim.x) {
     float x[kRun], d[kRun];
-    run_of(in.grad_map, in.grad_map.at(n, c, i), place.left(i)).values(FloatType::kF32, d);
+    Numbers(in.grad_map, in.grad_map.at(n, c, i), place.left(i)).values(FloatType::kF32, d);
 #pragma unroll
     for (int v = 0; v < kRun; ++v) x[v] = here[v / 4 * blockDim.x].lane[v % 4];
     write(x, d, i);
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_gradient(const __grid
 }
 
 inline void backward_run(Backward in, float* workspace, const Device& device, cudaStream_t stream) {
-  in.products = workspace, in.rho.data = workspace + 3 * in.f.samples;
+  in.products = workspace, in.rho = workspace + 3 * in.f.samples;
   launch("cafd backward", map_products, in.f.samples, sample_threads(in.f.positions), 3 * kWarp * sizeof(float), stream,
          in);
   auto go = [&](auto kernel, size_t shared) {

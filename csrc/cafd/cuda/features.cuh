@@ -40,69 +40,64 @@ inline Features make_map(const float* data, const Features& like) {
   return make_features(data, FloatType::kF32, size, stride);
 }
 
+// body(E()) for the type that a value names.
+template <typename Body>
+DSCT_DEVICE void with_type(FloatType type, const Body& body) {
+  if (type == FloatType::kF32) return body(float());
+  if (type == FloatType::kF16) return body(Half());
+  body(BFloat16());
+}
+
 // A run as it lies in memory, of 16 bits two numbers to a word; 0 beyond the first `count`.
 struct Numbers {
   uint32_t words[kRun] = {};
-  DSCT_DEVICE void load(const Features& f, int64_t offset, int64_t count) {
-    const void* from = static_cast<const char*>(f.data) + offset * size_of(f.type);
+  DSCT_DEVICE Numbers() = default;
+  DSCT_DEVICE Numbers(const Features& f, int64_t offset, int64_t count) {
+    const char* from = static_cast<const char*>(f.data) + offset * size_of(f.type);
     if (f.packs && count >= kRun) {
 #pragma unroll
       for (int first = 0; first < kRun; first += 4) {
         if (first > 0 && f.type != FloatType::kF32) break;
-        const Pack<uint32_t> pack = load_pack_cached(static_cast<const uint32_t*>(from) + first);
+        const Pack<uint32_t> pack = load_pack_cached(reinterpret_cast<const uint32_t*>(from) + first);
 #pragma unroll
         for (int v = 0; v < 4; ++v) words[first + v] = pack.lane[v];
       }
-    } else if (f.type == FloatType::kF32) {
-#pragma unroll
-      for (int v = 0; v < kRun; ++v) words[v] = v < count ? static_cast<const uint32_t*>(from)[v * f.position] : 0;
-    } else {
-      uint32_t half[kRun];
-#pragma unroll
-      for (int v = 0; v < kRun; ++v) half[v] = v < count ? static_cast<const uint16_t*>(from)[v * f.position] : 0;
-#pragma unroll
-      for (int v = 0; v < kRun; v += 2) words[v / 2] = half[v] | half[v + 1] << 16;
+      return;
     }
+    auto each = [&](auto bits) {
+      using Bits = decltype(bits);
+#pragma unroll
+      for (int v = 0; v < kRun; ++v) {
+        const uint32_t word = v < count ? reinterpret_cast<const Bits*>(from)[v * f.position] : 0;
+        words[v * sizeof(Bits) / 4] |= word << v * sizeof(Bits) % 4 * 8;
+      }
+    };
+    f.type == FloatType::kF32 ? each(uint32_t()) : each(uint16_t());
   }
   DSCT_DEVICE void values(FloatType type, float (&x)[kRun]) const {
-    if (type == FloatType::kF32) {
-#pragma unroll
-      for (int v = 0; v < kRun; ++v) x[v] = std::bit_cast<float>(words[v]);
-    } else if (type == FloatType::kBF16) {
+    with_type(type, [&](auto number) {
+      using Bits = std::conditional_t<sizeof(number) == 4, uint32_t, uint16_t>;
 #pragma unroll
       for (int v = 0; v < kRun; ++v) {
-        x[v] = std::bit_cast<float>(v % 2 == 0 ? words[v / 2] << 16 : words[v / 2] & 0xffff0000u);
+        const uint32_t word = words[v * sizeof(Bits) / 4] >> v * sizeof(Bits) % 4 * 8;
+        x[v] = std::bit_cast<decltype(number)>(static_cast<Bits>(word));
       }
-    } else {
-#pragma unroll
-      for (int v = 0; v < kRun; ++v) {
-        x[v] = Half(static_cast<unsigned short>(words[v / 2] >> v % 2 * 16), Half::from_bits());
-      }
-    }
+    });
   }
 };
 
-DSCT_DEVICE Numbers run_of(const Features& f, int64_t offset, int64_t count) {
-  Numbers run;
-  run.load(f, offset, count);
-  return run;
-}
-
-template <typename T>
-DSCT_DEVICE void store_as(const Features& f, int64_t offset, const float (&x)[kRun], int64_t count) {
-  T *to = static_cast<T*>(const_cast<void*>(f.data)) + offset, run[kRun];
-#pragma unroll
-  for (int v = 0; v < kRun; ++v) run[v] = static_cast<T>(x[v]);
-  if (f.packs && count >= kRun) return store_run(to, run);
-#pragma unroll
-  for (int v = 0; v < kRun; ++v) {
-    if (v < count) to[v * f.position] = run[v];
-  }
-}
 DSCT_DEVICE void store(const Features& f, int64_t offset, const float (&x)[kRun], int64_t count) {
-  if (f.type == FloatType::kF32) return store_as<float>(f, offset, x, count);
-  if (f.type == FloatType::kF16) return store_as<Half>(f, offset, x, count);
-  store_as<BFloat16>(f, offset, x, count);
+  with_type(f.type, [&](auto number) {
+    using E = decltype(number);
+    E *to = static_cast<E*>(const_cast<void*>(f.data)) + offset, run[kRun];
+#pragma unroll
+    for (int v = 0; v < kRun; ++v) run[v] = static_cast<E>(x[v]);
+    if (f.packs && count >= kRun) return store_run(to, run);
+#pragma unroll
+    for (int v = 0; v < kRun; ++v) {
+      if (v < count) to[v * f.position] = run[v];
+    }
+  });
 }
 
 }  // namespace dsct::cuda

@@ -34,14 +34,41 @@ struct Stats {
   DSCT_DEVICE float& mean(int64_t n) const { return map(n)[2 * positions]; }
 };
 
+// Running max, sum exp((x - max) scale) and sum |x|.
+struct RowSums {
+  float max = -infinity<float>(), sum = 0, magnitude = 0;
+  // To a max that is no smaller. It stays -inf as long as there is nothing, or -inf or NaN only: the sum says which.
+  DSCT_DEVICE void move(float to, float scale2) { sum *= max == to ? 1.0f : exp2_fast((max - to) * scale2), max = to; }
+  // Beyond `count` nothing is there.
+  DSCT_DEVICE void take(const float (&x)[kRun], int64_t count, float scale2) {
+    float to = max;
+#pragma unroll
+    for (int v = 0; v < kRun; ++v) to = larger(to, v < count ? x[v] : to);
+    move(to, scale2);
+#pragma unroll
+    for (int v = 0; v < kRun; ++v) {
+      if (v < count) sum += exp2_fast((x[v] - max) * scale2), magnitude += fabsf(x[v]);
+    }
+  }
+  DSCT_DEVICE void add(const RowSums& theirs, float scale2) {
+    RowSums other = theirs;
+    const float to = larger(max, other.max);
+    move(to, scale2), other.move(to, scale2);
+    sum += other.sum, magnitude += other.magnitude;
+  }
+};
+
 // All that the forward kernels know of one network.
 struct Network {
   Features f;
   CafdPlan plan;
   Stats stats;
-  Partial sums;  // of RowSums
-  float* map;    // (samples, positions) or nullptr
+  RowSums* sums;
+  float* map;  // (samples, positions) or nullptr
 };
+inline Network make_network(const Features& f, const CafdPlan& plan, float* stats, float* sums, float* map) {
+  return {f, plan, {stats, f.channels, f.positions}, reinterpret_cast<RowSums*>(sums), map};
+}
 
 // Student and teacher go through the same launches: the blocks of the first, then those of the second, if there is one.
 struct Networks {
@@ -59,35 +86,6 @@ DSCT_DEVICE const Network& network_of(const Networks& nets, int64_t first_blocks
 
 // ---------------------------------------------------------------------------------------------------------- statistics
 
-// Running max, sum exp((x - max) scale) and sum |x|.
-struct RowSums {
-  float max = -infinity<float>(), sum = 0, magnitude = 0;
-  // Beyond `count` nothing is there.
-  DSCT_DEVICE void take(const float (&x)[kRun], int64_t count, float scale2) {
-    float base = max;
-#pragma unroll
-    for (int v = 0; v < kRun; ++v) base = larger(base, v < count ? x[v] : base);
-    sum *= max == base ? 1.0f : exp2_fast((max - base) * scale2);
-    max = base;
-#pragma unroll
-    for (int v = 0; v < kRun; ++v) {
-      if (v >= count) continue;
-      sum += exp2_fast((x[v] - base) * scale2);
-      magnitude += fabsf(x[v]);
-    }
-  }
-  DSCT_DEVICE void add(const RowSums& other, float scale2) {
-    const float both = larger(max, other.max);
-    if (both == -infinity<float>()) {  // nothing yet, or -inf or NaN only: sums say which
-      sum += other.sum;
-    } else {
-      sum = sum * exp2_fast((max - both) * scale2) + other.sum * exp2_fast((other.max - both) * scale2);
-      max = both;
-    }
-    magnitude += other.magnitude;
-  }
-};
-
 __global__ void __launch_bounds__(kCafdThreads, 4) channel_stats(const __grid_constant__ Networks nets) {
   release_next();
   DSCT_SHARED(shared);
@@ -99,13 +97,14 @@ __global__ void __launch_bounds__(kCafdThreads, 4) channel_stats(const __grid_co
   RowSums mine;
   walk<2>(
       place.first, place.last, place.step,
-      [&](int64_t i) { return run_of(f, f.at(place.n, place.c, i), place.left(i)); },
+      [&](int64_t i) { return Numbers(f, f.at(place.n, place.c, i), place.left(i)); },
       [&](const Numbers& run, int64_t i) {
         float x[kRun];
         run.values(f.type, x);
         mine.take(x, place.left(i), scale2);
       });
-  net.sums.put(place, join_rows(shared, mine, place, [&](auto& to, const auto& other) { to.add(other, scale2); }));
+  const auto add = [&](RowSums& to, const RowSums& other) { to.add(other, scale2); };
+  put(net.sums, net.plan, place, join_rows(shared, mine, place, add));
 }
 
 // One block per sample: joins the chunks, then the weights.
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kCafdThreads, 1) channel_weights(const __grid_
   const int64_t channels = stats.channels;
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     RowSums sums;
-    for (int k = 0; k < net.plan.chunks; ++k) sums.add(net.sums.get<RowSums>(n, k, c), scales.spatial2);
+    for (int k = 0; k < net.plan.chunks; ++k) sums.add(net.sums[net.plan.chunk_at(n, k, c)], scales.spatial2);
     stats.max(n)[c] = sums.max;
     stats.inverse(n)[c] = 1 / sums.sum;
     stats.relative(n)[c] = sums.magnitude / static_cast<float>(stats.positions);
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kCafdThreads, 2) attention_maps(const __grid_c
   float a[kRun] = {}, b[kRun] = {};
   walk<4>(
       threadIdx.x / by_group % kGroups, mine < f.positions ? f.channels : 0, kGroups,
-      [&](int64_t c) { return run_of(f, f.at(n, c, mine), f.positions - mine); },
+      [&](int64_t c) { return Numbers(f, f.at(n, c, mine), f.positions - mine); },
       [&](const Numbers& run, int64_t c) {
         float x[kRun];
         run.values(f.type, x);

@@ -18,23 +18,6 @@
 
 namespace dsct::cuda {
 
-struct Matched {
-  Features student, teacher, out;  // out: backward
-  const bool* mask;                // (samples, positions) or nullptr
-  Temperatures temperatures;
-  bool uniform;
-  Losses losses;
-  CafdPlan plan;
-  double* stats;          // (samples, kMatchedStats, channels)
-  double *strength, *kl;  // (samples, channels)
-  Partial sums;           // of MatchedSums
-  const float* upstream;  // backward: every upstream_stride-th is a sample's
-  int64_t upstream_stride;
-  DSCT_DEVICE const bool* mask_of(int64_t n) const { return mask == nullptr ? mask : mask + n * student.positions; }
-};
-
-// ------------------------------------------------------------------------------------------------------------- forward
-
 // What is taken from numbers of which this is the largest: 0 if all of them are -inf.
 template <typename A>
 DSCT_DEVICE A base_of(A max) {
@@ -79,6 +62,23 @@ struct MatchedSums {
   }
 };
 
+struct Matched {
+  Features student, teacher, out;  // out: backward
+  const bool* mask;                // (samples, positions) or nullptr
+  Temperatures temperatures;
+  bool uniform;
+  Losses losses;
+  CafdPlan plan;
+  double* stats;          // (samples, kMatchedStats, channels)
+  double *strength, *kl;  // (samples, channels)
+  MatchedSums<float>* sums;
+  const float* upstream;  // backward: every upstream_stride-th is a sample's
+  int64_t upstream_stride;
+  DSCT_DEVICE const bool* mask_of(int64_t n) const { return mask == nullptr ? mask : mask + n * student.positions; }
+};
+
+// ------------------------------------------------------------------------------------------------------------- forward
+
 __global__ void __launch_bounds__(kCafdThreads, 3) matched_sums(const __grid_constant__ Matched in) {
   release_next();
   DSCT_SHARED(shared);
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kCafdThreads, 3) matched_sums(const __grid_con
   MatchedSums<float> mine;
   walk_pairs(in.student, in.teacher, place, in.mask_of(place.n), -infinity<float>(),
              [&](const auto& s, const auto& t, int64_t) { mine.take(s, t, k); });
-  in.sums.put(place, join_rows(shared, mine, place, [&](auto& to, const auto& other) { to.add(other, k); }));
+  const auto add = [&](MatchedSums<float>& to, const MatchedSums<float>& other) { to.add(other, k); };
+  put(in.sums, in.plan, place, join_rows(shared, mine, place, add));
 }
 
 // One block per sample; a thread has the same channels throughout.
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(kCafdThreads, 1) matched_weights(const __grid_
   for (int64_t c = threadIdx.x; c < channels; c += blockDim.x) {
     MatchedSums<double> sums;
     for (int k = 0; k < in.plan.chunks; ++k) {
-      sums.add(in.sums.get<MatchedSums<double>, double>(n, k, c), scales.spatial2);
+      const MatchedSums<float>& part = in.sums[in.plan.chunk_at(n, k, c)];
+      sums.add({part.max_t, part.max_s, part.sum_t, part.sum_s, part.cross, part.strength}, scales.spatial2);
     }
     const double z_t = sums.sum_t, z_s = sums.sum_s, nothing = z_s - z_s;  // 0, or the NaN that the student has
     // The log of the ratio, not a difference of two logs: it keeps its digits where the networks agree.
@@ -170,7 +172,7 @@ inline int64_t matched_workspace(const Matched& in) {
 inline void matched_run(Matched in, double* workspace, const Device& device, cudaStream_t stream) {
   const int64_t rows = in.student.samples * in.student.channels;
   in.strength = workspace, in.kl = workspace + rows;
-  in.sums = {reinterpret_cast<float*>(workspace + 2 * rows), in.plan.chunks, in.student.channels};
+  in.sums = reinterpret_cast<MatchedSums<float>*>(workspace + 2 * rows);
   launch("matched_cafd", matched_sums, in.plan.blocks, in.plan.threads, in.plan.threads * sizeof(MatchedSums<float>),
          stream, in);
   launch_early("matched_cafd", device, matched_weights, in.student.samples,

@@ -13,8 +13,12 @@ constexpr int kCafdThreads = 256;
 // neighbouring channels where those lie side by side, and neighbouring runs of one channel where positions do.
 struct CafdPlan {
   int lanes = 1, threads = kCafdThreads;
-  int tiles = 1, chunks = 1;                          // blocks of a sample: along its channels, and along its positions
-  int64_t chunk_positions = 0, blocks = 0, sums = 0;  // sums: one of each chunk of a channel
+  int tiles = 1, chunks = 1;  // blocks of a sample: along its channels, and along its positions
+  int64_t channels = 0, chunk_positions = 0, blocks = 0, sums = 0;  // sums: one of each chunk of a channel
+  // Among all sums.
+  DSCT_DEVICE int64_t chunk_at(int64_t n, int64_t chunk, int64_t c) const {
+    return (n * chunks + chunk) * channels + c;
+  }
 };
 
 // f: whose layout decides. chunked: else a block has all positions of its channels.
@@ -30,6 +34,7 @@ inline CafdPlan cafd_plan(const Features& f, const Device& device, bool chunked 
   const int64_t chunks = chunked ? std::clamp<int64_t>(ceil_div(device.multiprocessors * 8, blocks), 1, most) : 1;
   plan.chunk_positions = ceil_div(ceil_div(f.positions, chunks), kRun) * kRun;
   plan.chunks = static_cast<int>(ceil_div(f.positions, plan.chunk_positions));
+  plan.channels = f.channels;
   plan.blocks = f.samples * plan.tiles * plan.chunks, plan.sums = f.samples * f.channels * plan.chunks;
   return plan;
 }
@@ -88,15 +93,13 @@ DSCT_DEVICE void walk_pairs(const Features& map_a, const Features& map_b, const 
                             float nothing, const Take& take) {
   struct Pair {
     Numbers a, b;
-    uint64_t there = ~uint64_t(0);  // a byte of each position
+    uint64_t there;  // a byte of each position
   };
   walk<1>(
       place.first, place.last, place.step,
       [&](int64_t i) {
-        Pair pair;
         const int64_t left = place.left(i);
-        pair.a.load(map_a, map_a.at(place.n, place.c, i), left);
-        pair.b.load(map_b, map_b.at(place.n, place.c, i), left);
+        Pair pair{{map_a, map_a.at(place.n, place.c, i), left}, {map_b, map_b.at(place.n, place.c, i), left}, ~0ull};
         if (mask != nullptr && left == kRun && reinterpret_cast<uintptr_t>(mask + i) % kRun == 0) {
           pair.there = *reinterpret_cast<const uint64_t*>(mask + i);
         } else if (mask != nullptr || left < kRun) {
@@ -132,28 +135,10 @@ DSCT_DEVICE const T& join_rows(unsigned char* shared, const T& mine, const CafdP
   return *here;
 }
 
-// What all blocks have found, a Sums of each chunk of a channel: [samples][chunks][numbers of a Sums][channels].
-struct Partial {
-  float* data;
-  int64_t chunks, channels;
-  template <typename Sums>
-  DSCT_DEVICE void put(const CafdPlace& place, const Sums& sums) const {
-    constexpr int kNumbers = sizeof(Sums) / sizeof(float);
-    if (place.row > 0 || !place.inside) return;
-    float* to = data + (place.n * chunks + place.chunk) * kNumbers * channels + place.c;
-#pragma unroll
-    for (int k = 0; k < kNumbers; ++k) to[k * channels] = reinterpret_cast<const float*>(&sums)[k];
-  }
-  // Sums of A: float, or what they are added up in.
-  template <typename Sums, typename A = float>
-  DSCT_DEVICE Sums get(int64_t n, int64_t chunk, int64_t c) const {
-    constexpr int kNumbers = sizeof(Sums) / sizeof(A);
-    const float* from = data + (n * chunks + chunk) * kNumbers * channels + c;
-    Sums sums;
-#pragma unroll
-    for (int k = 0; k < kNumbers; ++k) reinterpret_cast<A*>(&sums)[k] = from[k * channels];
-    return sums;
-  }
-};
+// A block's sums of its chunk of a channel, among those of all blocks.
+template <typename Sums>
+DSCT_DEVICE void put(Sums* all, const CafdPlan& plan, const CafdPlace& place, const Sums& sums) {
+  if (place.row == 0 && place.inside) all[plan.chunk_at(place.n, place.chunk, place.c)] = sums;
+}
 
 }  // namespace dsct::cuda

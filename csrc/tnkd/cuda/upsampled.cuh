@@ -10,8 +10,9 @@
 #include "kernel.cuh"
 
 #ifndef DSCT_KNOWN_CALL  // as DSCT_KNOWN
-#define DSCT_KNOWN_CALL(in, terms, groups)
+#define DSCT_KNOWN_CALL(class_weight, terms, groups)
 #define DSCT_KNOWN_LABEL(y)
+#define DSCT_KNOWN_TYPE(type)
 #endif
 
 namespace dsct::cuda {
@@ -32,6 +33,8 @@ struct Tap {
   // Even inputs wait in slot 0, odd ones in slot 1; one alone in both.
   DSCT_DEVICE int input(int slot) const { return low % 2 == slot ? low : last; }
   DSCT_DEVICE float weight(int slot) const { return low % 2 == slot ? first() : second(); }
+  // Both inputs in a word.
+  DSCT_DEVICE unsigned packed() const { return low * 2u + (last != low); }
 };
 // Rounded as torch does, never fused: a place that is a whole number has one tap.
 DSCT_DEVICE Tap tap_of(const Axis& axis, int i) {
@@ -52,8 +55,8 @@ struct SmallMap {
   FloatType type;
   bool last;
   Axis y, x;
-  int64_t image, row, column;  // bytes from one to the next
-  unsigned step;               // and from class to class
+  int64_t image;               // bytes from one to the next
+  unsigned row, column, step;  // and from class to class
 };
 
 // Four classes of a column.
@@ -70,166 +73,215 @@ struct Upsampled : Call {
   unsigned tiles;
   int slab_rows, slab_columns;  // the most that a tile reaches
   int groups, fours;            // of threads that share classes; and of classes, in a group
+  unsigned slab_row;
+  // Where a block's shared memory has what Shared names.
+  unsigned columns_at, shares_at, begins_at, grad_at, exchange_at, held_at;
 
-  DSCT_HOST_DEVICE int64_t slab_row() const { return static_cast<int64_t>(groups) * fours * slab_columns; }
-  DSCT_DEVICE Four* slab(int64_t tile, int row) const { return slabs + (tile * slab_rows + row) * slab_row(); }
+  DSCT_DEVICE Four* slab(int64_t tile, int row) const {
+    return slabs + static_cast<uint64_t>(tile * slab_rows + row) * slab_row;
+  }
+  DSCT_HOST_DEVICE const SmallMap& net(int n) const { return n == 0 ? student : teacher; }
   DSCT_HOST_DEVICE int first_class(int group) const { return classes * group / groups; }
 };
 
 // Of a class, both networks' two rows, interpolated to a lane's column. They wait in shared memory, each lane's its
 // own: registers are for the gradient.
-struct alignas(16) Held {
-  float row[2][2];  // [slot][student, teacher]
+struct alignas(8) Both {
+  float student, teacher;
 };
-// What both networks' taps are at a row or a column of labels.
-struct Taps {
-  Tap student, teacher;
+struct alignas(16) Held {
+  Both row[2];  // by slot
+};
+
+// A row of labels: what leaves and comes in before it, and the weights of what is then held.
+struct alignas(16) Row {
+  float weight[2][2];     // [slot][student, teacher]
+  unsigned taps[2];       // of student, teacher: packed
+  float near;             // of the student's first tap, in the gradient
+  unsigned short leaves;  // rows of the student's that have seen all their label rows
+  unsigned short loads;   // rows of the networks, four bits for each: 1 + 2 slot + network
 
   DSCT_DEVICE void mix(const Held& held, float& zs, float& zt) const {
-    zs = fmaf(held.row[1][0], student.weight(1), held.row[0][0] * student.weight(0));
-    zt = fmaf(held.row[1][1], teacher.weight(1), held.row[0][1] * teacher.weight(0));
+    zs = fmaf(held.row[1].student, weight[1][0], held.row[0].student * weight[0][0]);
+    zt = fmaf(held.row[1].teacher, weight[1][1], held.row[0].teacher * weight[0][1]);
   }
 };
+// A column of labels, in one network.
+struct alignas(8) Column {
+  unsigned taps;
+  float second;  // its weight
+};
 
-// A tile: where it lies among the labels, and in the student.
-struct Tile {
-  int64_t image, first_pixel;
+// What groups exchange of a column: six numbers apart, neighbours meet no bank twice.
+struct alignas(8) Six {
+  float lane[6];
+};
+static_assert(kParts == 6 && kVerdicts == 6);
+
+// A tile: where it lies among the labels, in the networks, and which columns of the student's it reaches.
+struct alignas(16) Tile {
+  int64_t image[2], first_pixel;
   int y, x, height, width;
-  int first_row, first_column, columns;  // of the student's that it reaches
+  int first_column, columns;
+  unsigned items, inverse;  // of narrow_row, and 2^31 / columns
 
   DSCT_DEVICE Tile(const Upsampled& in, int64_t tile) {
-    const int per_image = in.tiles_x * in.tiles_y;
-    image = tile / per_image;
-    const int rest = static_cast<int>(tile - image * per_image);
+    const int per_image = in.tiles_x * in.tiles_y, n = static_cast<int>(tile / per_image);
+    const int rest = static_cast<int>(tile % per_image);
+    for (int i = 0; i < 2; ++i) image[i] = n * in.net(i).image;
     y = rest / in.tiles_x * in.rows, x = rest % in.tiles_x * in.columns;
-    first_pixel = (image * in.height + y) * in.width + x;
+    first_pixel = (static_cast<int64_t>(n) * in.height + y) * in.width + x;
     height = std::min(in.rows, in.height - y), width = std::min(in.columns, in.width - x);
-    first_row = tap_of(in.student.y, y).low, first_column = tap_of(in.student.x, x).low;
+    first_column = tap_of(in.student.x, x).low;
     columns = tap_of(in.student.x, x + width - 1).last - first_column + 1;
+    items = in.groups * in.fours * columns, inverse = (1u << 31) / columns + 1;
   }
 };
 
 // A block's shared memory behind its head.
 struct Shared {
-  Held* held;            // of a thread's classes, an odd number of places a thread: no bank conflicts
-  Held* zeros;           // what an ignored pixel reads
-  Taps *rows, *columns;  // of the tile; before its first row, no row; behind its last, where its gradient ends
   Tile* tile;
-  int* begins;      // [c + 1]: the first column whose first tap is the tile's c-th of the student's, or a later one
-  Four* grad;       // [group][four classes][column], a row of the gradient at the labels' width
-  float* exchange;  // of groups that share classes: [kParts][group][column], [kVerdicts][column], [2][column]
+  Held* zeros;       // what an ignored pixel reads
+  Row* rows;         // of the tile; behind its last, where the gradient ends
+  Column* columns;   // of the student, then of the teacher
+  unsigned* begins;  // [c + 1]: the first column whose first tap is the tile's c-th of the student's, or a later one
+  float* shares;     // of all columns that c has something of, for one c after the other
+  Four* grad;        // [group][four classes][column], a row of the gradient at the labels' width
+  Six* exchange;     // of groups that share classes: what each has of a column, [group][column]; the verdict on it; and
+                     // its target's logits
+  Held* held;        // of a thread's classes, an odd number of places a thread: no bank conflicts
 
   // Eight neighbours, or eight that are 2, 4 or 8 apart, meet no bank twice.
   static DSCT_HOST_DEVICE unsigned place(unsigned column) { return column + column / 8; }
 
-  DSCT_HOST_DEVICE Shared(const Upsampled& in, unsigned char* shared, int threads, int held_classes) {
-    zeros = reinterpret_cast<Held*>(shared + kHeadBytes), held = zeros + held_classes;
-    rows = reinterpret_cast<Taps*>(held + (held_classes | 1) * threads) + 1, columns = rows + in.rows + 1;
-    tile = reinterpret_cast<Tile*>(columns + in.columns);
-    grad = reinterpret_cast<Four*>(tile + 1);
-    exchange = reinterpret_cast<float*>(grad + in.groups * in.fours * place(in.columns));
-    begins = reinterpret_cast<int*>(exchange + (in.groups == 1 ? 0 : kParts * in.groups + kVerdicts + 2) * in.columns);
+  DSCT_DEVICE Shared(const Upsampled& in, unsigned char* shared, int classes) {
+    tile = reinterpret_cast<Tile*>(shared + kHeadBytes), zeros = reinterpret_cast<Held*>(tile + 1);
+    rows = reinterpret_cast<Row*>(zeros + classes);
+    columns = reinterpret_cast<Column*>(shared + in.columns_at);
+    shares = reinterpret_cast<float*>(shared + in.shares_at);
+    begins = reinterpret_cast<unsigned*>(shared + in.begins_at);
+    grad = reinterpret_cast<Four*>(shared + in.grad_at);
+    exchange = reinterpret_cast<Six*>(shared + in.exchange_at);
+    held = reinterpret_cast<Held*>(shared + in.held_at);
   }
-  DSCT_HOST_DEVICE unsigned char* end(const Upsampled& in) const {
-    return reinterpret_cast<unsigned char*>(begins + in.slab_columns + 2);
+  // Sets where all of it is; returns its end.
+  static size_t lay_out(Upsampled& in, int classes) {
+    size_t end = kHeadBytes + sizeof(Tile) + classes * sizeof(Held) + (in.rows + 1) * sizeof(Row);
+    auto put = [&](unsigned& at, size_t size) { at = static_cast<unsigned>(end), end += (size + 15) / 16 * 16; };
+    put(in.columns_at, 2 * in.columns * sizeof(Column));
+    put(in.shares_at, in.columns * 2 * sizeof(float));
+    put(in.begins_at, (in.slab_columns + 2) * sizeof(int));
+    put(in.grad_at, in.groups * in.fours * place(in.columns) * sizeof(Four));
+    put(in.held_at, (classes | 1) * in.groups * in.columns * sizeof(Held));
+    put(in.exchange_at, in.groups == 1 ? 0 : (in.groups + 2) * in.columns * sizeof(Six));
+    return end;
   }
   // All threads of the block; a barrier has to follow.
   DSCT_DEVICE void fill(const Upsampled& in) const {
     const Tile& t = *tile;
-    for (int r = threadIdx.x; r < t.height; r += blockDim.x) {
-      rows[r] = {tap_of(in.student.y, t.y + r), tap_of(in.teacher.y, t.y + r)};
+    for (int r = threadIdx.x; r <= t.height; r += blockDim.x) {
+      Row& row = rows[r];
+      unsigned leaves = 0, loads = 0;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const Tap tap = tap_of(in.net(n).y, t.y + std::min(r, t.height - 1));
+        const Tap before = r == 0 ? Tap{-1, -1, 0, 0} : tap_of(in.net(n).y, t.y + r - 1);
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot) {
+          row.weight[slot][n] = tap.weight(slot);
+          if (before.input(slot) != tap.input(slot)) loads = loads << 4 | (1 + 2 * slot + n);
+        }
+        row.taps[n] = tap.packed();
+        if (n == 1) continue;
+        row.near = tap.near;
+        if (r > 0 && in.slabs != nullptr) leaves = (r < t.height ? tap.low : tap.last + 1) - before.low;
+      }
+      row.leaves = leaves, row.loads = loads;
     }
-    if (threadIdx.x == 0) rows[-1].student = rows[-1].teacher = {-1, -1, 0, 0};
-    if (threadIdx.x == 0) rows[t.height].student.low = tap_of(in.student.y, t.y + t.height - 1).last + 1;
     for (int c = threadIdx.x; c < in.columns; c += blockDim.x) {
       const int x = t.x + std::min(c, t.width - 1);  // where there is none, one that is
-      columns[c] = {tap_of(in.student.x, x), tap_of(in.teacher.x, x)};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const Tap tap = tap_of(in.net(n).x, x);
+        columns[n * in.columns + c] = {tap.packed(), tap.second()};
+      }
       if (c >= t.width) continue;
-      const int at = columns[c].student.low - t.first_column;
-      const int before = c == 0 ? -2 : tap_of(in.student.x, t.x + c - 1).low - t.first_column;
+      const int at = static_cast<int>(columns[c].taps / 2) - t.first_column;
+      const int before = c == 0 ? -2 : tap_of(in.student.x, x - 1).low - t.first_column;
       for (int i = before + 1; i <= at; ++i) begins[i + 1] = c;
       for (int i = at + 1; c == t.width - 1 && i <= t.columns; ++i) begins[i + 1] = t.width;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < t.width; c += blockDim.x) {
+      const Tap tap = tap_of(in.student.x, t.x + c);
+      const unsigned* begin = begins + tap.low - t.first_column;
+      shares[c + begin[1]] = tap.near, shares[c + begin[2]] = tap.far;
     }
   }
 };
 
-// A row of a network, interpolated to a lane's column, for each class of the thread; the loads of four are under way
-// together.
+// A row of a network, interpolated to a lane's column, for each class of the thread, into every fourth of `to`; the
+// loads of four are under way together.
 template <typename E>
-DSCT_DEVICE void load_row(const SmallMap& net, const Tap& column, const unsigned char* row, int classes, Held* held,
-                          int slot, int network) {
-  const unsigned char *one = row + column.low * net.column, *two = row + column.last * net.column;
-  const float near = column.first(), far = column.second();
-  float* to = held->row[slot] + network;
-  auto load = [&](auto count) {
-    constexpr int kCount = decltype(count)::value;
-    float a[kCount], b[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      a[i] = static_cast<float>(load_pack_cached<E, 1>(reinterpret_cast<const E*>(one)).lane[0]), one += net.step;
-      b[i] = static_cast<float>(load_pack_cached<E, 1>(reinterpret_cast<const E*>(two)).lane[0]), two += net.step;
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i * (sizeof(Held) / sizeof(float))] = fmaf(b[i], far, a[i] * near);
-    to += kCount * (sizeof(Held) / sizeof(float));
-  };
-#pragma unroll 1
-  for (int i = 4; i <= classes; i += 4) load(std::integral_constant<int, 4>{});
-#pragma unroll 1
-  for (int i = classes % 4; i > 0; --i) load(std::integral_constant<int, 1>{});
+DSCT_DEVICE void load_row(const unsigned char* one, const Column column, unsigned pixel, unsigned step, int classes,
+                          float* to) {
+  const unsigned char* two = one + (column.taps % 2 == 0 ? 0 : pixel);
+  const float first = 1 - column.second;
+#pragma unroll 4
+  for (int i = 0; i < classes; ++i, one += step, two += step, to += 4) {
+    *to = fmaf(*reinterpret_cast<const E*>(two), column.second, *reinterpret_cast<const E*>(one) * first);
+  }
 }
 
-// What a lane holds of a network goes from one label row's taps to another's.
-template <int kNet>
-DSCT_DEVICE void move_to(const SmallMap& net, const Tap& column, int64_t image, const Tap& before, const Tap& tap,
-                         int first, int classes, Held* held) {
-  if (before.low == tap.low && before.last == tap.last) return;
-#pragma unroll 1
-  for (int slot = 0; slot < 2; ++slot) {
-    if (before.input(slot) == tap.input(slot)) continue;
-    const unsigned char* row =
-        net.data + image * net.image + tap.input(slot) * net.row + first * static_cast<int64_t>(net.step);
-    if (net.type == FloatType::kF32) load_row<float>(net, column, row, classes, held, slot, kNet);
-    if (net.type == FloatType::kBF16) load_row<BFloat16>(net, column, row, classes, held, slot, kNet);
-    if (net.type == FloatType::kF16) load_row<Half>(net, column, row, classes, held, slot, kNet);
-  }
+// What comes in: a row of a network, into a slot of a thread's classes.
+DSCT_DEVICE void take_row(const Upsampled& in, const Shared& shared, const Row& row, unsigned load, int lane,
+                          unsigned first, int classes, Held* held) {
+  const unsigned n = load % 2, slot = load / 2, low = row.taps[n] / 2, input = low + ((low ^ slot) & row.taps[n] & 1);
+  const SmallMap& net = in.net(n);
+  const Column& column = shared.columns[n * in.columns + lane];
+  const unsigned char* from = net.data + shared.tile->image[n] + static_cast<uint64_t>(input) * net.row +
+                              static_cast<uint64_t>(first) * net.step +
+                              static_cast<uint64_t>(column.taps / 2) * net.column;
+  float* to = &held->row[0].student + load;
+  FloatType type = net.type;
+  DSCT_KNOWN_TYPE(type)
+  if (type == FloatType::kF32) return load_row<float>(from, column, net.column, net.step, classes, to);
+  if (type == FloatType::kBF16) return load_row<BFloat16>(from, column, net.column, net.step, classes, to);
+  load_row<Half>(from, column, net.column, net.step, classes, to);
 }
 
 // The row above, of which all is there, goes into shared memory; the one below takes its place.
 template <int kClasses>
-DSCT_DEVICE void leave_row(const Upsampled& in, const Shared& shared, int group, int column, float (&above)[kClasses],
-                           float (&below)[kClasses]) {
-  constexpr int kFours = (kClasses + 3) / 4;
+DSCT_DEVICE void leave_row(const Upsampled& in, Four* to, float (&above)[kClasses], float (&below)[kClasses]) {
 #pragma unroll
-  for (int i = 0; i < kClasses; i += 4) {
+  for (int i = 0; i < kClasses; i += 4, to += Shared::place(in.columns)) {
     Four four{};
 #pragma unroll
     for (int v = 0; v < 4 && i + v < kClasses; ++v) {
       four.lane[v] = above[i + v], above[i + v] = below[i + v], below[i + v] = 0;
     }
-    shared.grad[(group * kFours + i / 4) * Shared::place(in.columns) + Shared::place(column)] = four;
+    *to = four;
   }
 }
 
 // One row of the student's gradient: from the columns of labels to those of the student.
 DSCT_DEVICE void narrow_row(const Upsampled& in, const Shared& shared, Four* slab) {
-  const unsigned columns = shared.tile->columns;
+  const Tile& tile = *shared.tile;
+  const unsigned pitch = Shared::place(in.columns);
 #pragma unroll 1
-  for (unsigned i = threadIdx.x; i < in.groups * in.fours * columns; i += blockDim.x) {
-    const unsigned run = i / columns, c = i % columns;
-    const Four* from = shared.grad + run * Shared::place(in.columns);
+  for (unsigned i = threadIdx.x; i < tile.items; i += blockDim.x) {
+    const unsigned run = static_cast<uint64_t>(i) * tile.inverse >> 31, c = i - run * tile.columns;  // i / columns
+    const Four* from = shared.grad + run * pitch;
+    unsigned x = shared.begins[c];
+    const unsigned end = shared.begins[c + 2];
+    const float* weight = shared.shares + x + shared.begins[c + 1];
     Four sum{};
-    auto add = [&](const float* weights, unsigned begin, unsigned end) {
 #pragma unroll 1
-      for (unsigned x = begin; x < end; ++x) {
-        const float weight = weights[x * (sizeof(Taps) / sizeof(float))];
-        const Four four = from[Shared::place(x)];
+    for (; x < end; ++x, ++weight) {
+      const Four four = from[Shared::place(x)];
 #pragma unroll
-        for (int v = 0; v < 4; ++v) sum.lane[v] = fmaf(four.lane[v], weight, sum.lane[v]);
-      }
-    };
-    add(&shared.columns->student.far, shared.begins[c], shared.begins[c + 1]);
-    add(&shared.columns->student.near, shared.begins[c + 1], shared.begins[c + 2]);
+      for (int v = 0; v < 4; ++v) sum.lane[v] = fmaf(four.lane[v], *weight, sum.lane[v]);
+    }
     slab[run * in.slab_columns + c] = sum;
   }
 }
@@ -245,22 +297,24 @@ constexpr int kWholeBlocks = 4;
 // threads then meet twice a row, as the warps of tnkd_kernel do.
 template <int kClasses, bool kSplit>
 __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, kSplit ? 1 : kWholeBlocks)
-    tnkd_upsampled_kernel(Upsampled in) {
+    tnkd_upsampled_kernel(const __grid_constant__ Upsampled in) {
   DSCT_SHARED(memory);
   wait_for_previous();
   const Head& head = set_up(memory, in);
-  const Shared shared(in, memory, blockDim.x, kClasses);
+  const Shared shared(in, memory, kClasses);
   Terms terms = head.terms;
   int groups = kSplit ? in.groups : 1;
-  DSCT_KNOWN_CALL(in, terms, groups)
+  const float* class_weight = in.class_weight;
+  DSCT_KNOWN_CALL(class_weight, terms, groups)
   const int group = kSplit ? threadIdx.x / in.columns : 0, column = kSplit ? threadIdx.x % in.columns : threadIdx.x;
   const int first = in.first_class(group), classes = in.first_class(group + 1) - first;
   const float absent = -infinity<float>();
   Held* held = shared.held + threadIdx.x * (kClasses | 1);
   for (int i = classes; i < kClasses; ++i) held[i] = {{{absent, absent}, {absent, absent}}};
   for (int i = threadIdx.x; i < kClasses; i += blockDim.x) shared.zeros[i] = {};
-  float* parts = shared.exchange + column;
-  float *verdicts = parts + kParts * groups * in.columns, *targets = verdicts + kVerdicts * in.columns;
+  Six *const parts = shared.exchange + column, *const verdict = parts + groups * in.columns;
+  float* const targets = verdict[in.columns].lane;
+  Four* leaving = shared.grad + group * ((kClasses + 3) / 4) * Shared::place(in.columns) + Shared::place(column);
 
   PixelLoss total{};
   for (unsigned t = blockIdx.x; t < in.tiles; t += gridDim.x) {
@@ -271,74 +325,78 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
     shared.fill(in);
     __syncthreads();
     float above[kClasses] = {}, below[kClasses] = {};
+    int left = 0;  // rows of the student's that have
+    const bool inside = column < tile.width;
+    unsigned pixel = inside ? column : 0;  // of the tile's
 #pragma unroll 1
-    for (int r = 0;; ++r) {
-      for (int row = std::max(shared.rows[r - 1].student.low, tile.first_row);
-           in.slabs != nullptr && row < shared.rows[r].student.low; ++row) {
-        leave_row(in, shared, group, column, above, below);
+    for (int r = 0;; ++r, pixel += in.width) {
+      const Row& row = shared.rows[r];
+#pragma unroll 1
+      for (int i = row.leaves; i > 0; --i, ++left) {
+        leave_row(in, leaving, above, below);
         __syncthreads();
-        narrow_row(in, shared, in.slab(t, row - tile.first_row));
+        narrow_row(in, shared, in.slab(t, left));
         __syncthreads();
       }
       if (r == tile.height) break;
       int label[1];
-      const bool inside = column < tile.width;
-      load_codes<kSplit>(in.work.codes, tile.first_pixel + static_cast<int64_t>(r) * in.width + (inside ? column : 0),
-                         inside, label);
+      load_codes<kSplit>(in.work.codes, tile.first_pixel + pixel, inside, label);
       const int y = label[0];
-      const Taps taps = shared.rows[r];
       DSCT_KNOWN_LABEL(y)
-      const Taps &before = shared.rows[r - 1], &at = shared.columns[column];
-      move_to<0>(in.student, at.student, tile.image, before.student, taps.student, first, classes, held);
-      move_to<1>(in.teacher, at.teacher, tile.image, before.teacher, taps.teacher, first, classes, held);
-      // The target is absent from the sums over the others.
+#pragma unroll 1
+      for (unsigned i = row.loads; i != 0; i >>= 4) {
+        take_row(in, shared, row, i % 16 - 1, column, first, classes, held);
+      }
+      // The target is absent from the sums over the others: one of its two rows is.
       float es[kClasses], et[kClasses], target_s = 0, target_t = 0;
       const Held* from = y == kIgnored ? shared.zeros : held;  // whatever stands there
-      Held *const target = held + (y - first), kept = {};
       const bool mine = static_cast<unsigned>(y - first) < static_cast<unsigned>(classes);
-      if (mine) kept = *target, *target = {{{absent, absent}, {absent, absent}}};
+      Held& target = held[y - first];
+      Both kept{};
+      if (mine) {
+        row.mix(target, target_s, target_t);
+        kept = target.row[0], target.row[0] = {absent, absent};
+      }
 #pragma unroll
-      for (int i = 0; i < kClasses; ++i) taps.mix(from[i], es[i], et[i]);
-      if (mine) taps.mix(kept, target_s, target_t), *target = kept;
+      for (int i = 0; i < kClasses; ++i) row.mix(from[i], es[i], et[i]);
+      if (mine) target.row[0] = kept;
       float max_s, max_t, up_s = 1, up_t = 1;
       PixelSums z = sum_exponentials(es, et, terms, max_s, max_t);
       PixelGrad grad;
       auto judge = [&](PixelSums sums) {
         PixelLoss loss;
-        judge_pixel(sums, y, judged_by(head, terms), in.class_weight, head.kd, head.ce, loss, grad);
+        judge_pixel(sums, y, judged_by(head, terms), class_weight, head.kd, head.ce, loss, grad);
         total.ce += loss.ce, total.tckd += loss.tckd, total.nckd += loss.nckd;
       };
       if constexpr (!kSplit) {
         z.student_target = target_s, z.teacher_target = target_t;
         judge(z);
       } else {
-        const float left[kParts] = {max_s, max_t, z.student_sum, z.teacher_sum, z.cross, z.ce_sum};
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) parts[(i * groups + group) * in.columns] = left[i];
-        if (mine) targets[0] = target_s, targets[in.columns] = target_t;
+        parts[group * in.columns] = {{max_s, max_t, z.student_sum, z.teacher_sum, z.cross, z.ce_sum}};
+        if (mine) targets[0] = target_s, targets[1] = target_t;
         __syncthreads();
         if (group == r % groups) {  // each in its turn
-          auto part = [&](int i, int g) { return parts[(i * groups + g) * in.columns]; };
+          auto part = [&](int i, int g) { return parts[g * in.columns].lane[i]; };
           float all_s, all_t;
           z = join_warps(part, groups, terms, all_s, all_t);
-          if (y >= 0) z.student_target = targets[0], z.teacher_target = targets[in.columns];
+          if (y >= 0) z.student_target = targets[0], z.teacher_target = targets[1];
           judge(z);
-          const float answer[kVerdicts] = {all_s, all_t, grad.student, grad.teacher, grad.ce, grad.target};
-#pragma unroll
-          for (int i = 0; i < kVerdicts; ++i) verdicts[i * in.columns] = answer[i];
+          *verdict = {{all_s, all_t, grad.student, grad.teacher, grad.ce, grad.target}};
         }
         __syncthreads();
-        grad = take_verdict([&](int i) { return verdicts[i * in.columns]; }, max_s, max_t, terms, z, up_s, up_t);
+        grad = take_verdict([&](int i) { return verdict->lane[i]; }, max_s, max_t, terms, z, up_s, up_t);
       }
       differentiate(es, et, terms, grad, up_s, up_t, z.ce_base, [&](int i) {
         float zs, zt;
-        taps.mix(from[i], zs, zt);
+        row.mix(from[i], zs, zt);
         return zs;
       });
+      const float near = row.near, far = 1 - near;
+      const unsigned which = mine ? 1u << (y - first) : 0;
 #pragma unroll
       for (int i = 0; i < kClasses; ++i) {
-        const float g = i == y - first ? grad.target : es[i];
-        above[i] = fmaf(g, taps.student.near, above[i]), below[i] = fmaf(g, taps.student.far, below[i]);
+        const float g = which >> i & 1 ? grad.target : es[i];
+        above[i] = fmaf(g, near, above[i]), below[i] = fmaf(g, far, below[i]);
       }
     }
   }
@@ -349,22 +407,20 @@ __global__ void __launch_bounds__(kSplit ? kMostWarps * kWarp : kWholeThreads, k
 __global__ void __launch_bounds__(kCountThreads) label_by_teacher(Upsampled in, bool wide) {
   DSCT_SHARED(shared);
   double sums[2] = {0, 0};
+  const SmallMap& net = in.teacher;
   const int64_t pixels = static_cast<int64_t>(in.images) * in.height * in.width;
   for (int64_t p = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; p < pixels;
        p += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t line = p / in.width, image = line / in.height;
-    const Tap y = tap_of(in.teacher.y, static_cast<int>(line - image * in.height));
-    const Tap x = tap_of(in.teacher.x, static_cast<int>(p - line * in.width));
-    const unsigned char* base = in.teacher.data + image * in.teacher.image;
-    const unsigned char *upper = base + y.low * in.teacher.row, *lower = base + y.last * in.teacher.row;
-    const int64_t low = x.low * in.teacher.column, last = x.last * in.teacher.column;
+    const Tap y = tap_of(net.y, static_cast<int>(line - image * in.height));
+    const Tap x = tap_of(net.x, static_cast<int>(p - line * in.width));
+    const unsigned char* from = net.data + image * net.image;
     float most = -infinity<float>();
     int label = 0;
-    for (int k = 0; k < in.classes; ++k, upper += in.teacher.step, lower += in.teacher.step) {
-      auto number = [&](const unsigned char* at) { return load_number(at, in.teacher.type, 0); };
-      const float above = fmaf(number(upper + last), x.second(), number(upper + low) * x.first());
-      const float below = fmaf(number(lower + last), x.second(), number(lower + low) * x.first());
-      const float z = fmaf(below, y.second(), above * y.first());
+    for (int k = 0; k < in.classes; ++k, from += net.step) {
+      auto number = [&](int64_t i, int64_t j) { return load_number(from + i * net.row + j * net.column, net.type, 0); };
+      auto along = [&](int i) { return fmaf(number(i, x.last), x.second(), number(i, x.low) * x.first()); };
+      const float z = fmaf(along(y.last), y.second(), along(y.low) * y.first());
       if (z > most) most = z, label = k;
     }
     sums[0] += 1;
@@ -374,16 +430,16 @@ __global__ void __launch_bounds__(kCountThreads) label_by_teacher(Upsampled in, 
   finish_count(sums, in, shared);
 }
 
-// The tiles [begin, end) of one dimension, of `size` labels each, that reach input i.
-DSCT_DEVICE void tiles_at(const Axis& axis, int i, int size, int& begin, int& end) {
-  const int tiles = (axis.outputs + size - 1) / size;
-  auto first = [&](int tile) { return tap_of(axis, tile * size).low; };
-  auto last = [&](int tile) { return tap_of(axis, std::min((tile + 1) * size, axis.outputs) - 1).last; };
+// add(tile, i's place in it) for each tile of one dimension, of `size` labels, that reaches input i.
+template <typename Add>
+DSCT_DEVICE void for_tiles(const Axis& axis, int i, int size, const Add& add) {
   // Not before the outputs that look at i - 1, of which it may have the second tap.
-  begin = axis.step > 0 ? static_cast<int>(fmax((i - 1) / axis.step - 2, 0.0)) / size : 0;
-  while (begin < tiles - 1 && last(begin) < i) ++begin;
-  end = begin;
-  while (end < tiles && first(end) <= i) ++end;
+  int tile = axis.step > 0 ? static_cast<int>(fmax((i - 1) / axis.step - 2, 0.0)) / size : 0;
+  for (; tile * size < axis.outputs; ++tile) {
+    const int first = tap_of(axis, tile * size).low;
+    if (first > i) return;
+    if (tap_of(axis, std::min((tile + 1) * size, axis.outputs) - 1).last >= i) add(tile, i - first);
+  }
 }
 
 // The gradient: what the tiles have of it, from top to bottom and from left to right. A block: one row of four classes.
@@ -393,25 +449,20 @@ __global__ void __launch_bounds__(kSlabThreads, 1) add_slabs(Upsampled in) {
   const int run = blockIdx.x % fours, group = run / in.fours, row = blockIdx.x / fours % height;
   const int64_t image = blockIdx.x / fours / height;
   const int first = in.first_class(group) + run % in.fours * 4, classes = in.first_class(group + 1) - first;
-  int y_begin, y_end, x_begin, x_end;
-  tiles_at(in.grad.y, row, in.rows, y_begin, y_end);
   for (int column = threadIdx.x; column < in.grad.x.inputs; column += blockDim.x) {
-    tiles_at(in.grad.x, column, in.columns, x_begin, x_end);
     Four sum{};
-    for (int ty = y_begin; ty < y_end; ++ty) {
-      for (int tx = x_begin; tx < x_end; ++tx) {
-        const Four* slab =
-            in.slab((image * in.tiles_y + ty) * in.tiles_x + tx, row - tap_of(in.grad.y, ty * in.rows).low);
-        const Four part = slab[run * in.slab_columns + column - tap_of(in.grad.x, tx * in.columns).low];
+    for_tiles(in.grad.y, row, in.rows, [&](int ty, int r) {
+      for_tiles(in.grad.x, column, in.columns, [&](int tx, int c) {
+        const Four part = in.slab((image * in.tiles_y + ty) * in.tiles_x + tx, r)[run * in.slab_columns + c];
 #pragma unroll
         for (int v = 0; v < 4; ++v) sum.lane[v] += part.lane[v];
-      }
-    }
-    unsigned char* to = in.grad.data + image * in.grad.image + row * in.grad.row + column * in.grad.column;
+      });
+    });
+    const SmallMap& grad = in.grad;
+    unsigned char* to = grad.data + image * grad.image + int64_t{row} * grad.row + int64_t{column} * grad.column;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      const int64_t klass = (first + v) * static_cast<int64_t>(in.grad.step);
-      if (v < classes) store_number(to + klass, in.grad.type, 0, sum.lane[v]);
+      if (v < classes) store_number(to + int64_t{first + v} * grad.step, grad.type, 0, sum.lane[v]);
     }
   }
 }

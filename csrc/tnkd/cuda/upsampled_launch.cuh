@@ -28,7 +28,7 @@ struct UpsampledPlan {
     const int64_t bytes = cuda::place_workspace(call, memory, blocks, call.groups > 1);
     if (call.grad.data == nullptr) return bytes;
     call.slabs = reinterpret_cast<Four*>(static_cast<unsigned char*>(memory) + bytes);
-    return bytes + int64_t{call.tiles} * call.slab_rows * call.slab_row() * int64_t{sizeof(Four)};
+    return bytes + int64_t{call.tiles} * call.slab_rows * call.slab_row * int64_t{sizeof(Four)};
   }
 };
 
@@ -52,7 +52,8 @@ inline void complete(SmallMap& map, const Upsampled& in, const int64_t (&size)[2
   map.y = axis_of(size[0], in.height, align_corners), map.x = axis_of(size[1], in.width, align_corners);
   const int64_t bytes = size_of(map.type), cells = size[0] * size[1];
   map.image = in.classes * cells * bytes, map.step = static_cast<unsigned>(map.last ? bytes : cells * bytes);
-  map.column = map.last ? in.classes * bytes : bytes, map.row = size[1] * map.column;
+  map.column = static_cast<unsigned>(map.last ? in.classes * bytes : bytes);
+  map.row = static_cast<unsigned>(size[1] * map.column);
 }
 
 // Tiles of so many rows; their number is what the fewest rounds of `resident` blocks, with the least work, want.
@@ -82,7 +83,7 @@ inline UpsampledPlan upsampled_plan(const Upsampled& call, const UpsampledSizes&
     if (most > std::numeric_limits<int32_t>::max() / 2) return plan;
   }
   for (const auto& cells : {size.student, size.teacher}) {
-    if (cells[0] * cells[1] >= int64_t{1} << 30) return plan;
+    if (cells[0] * cells[1] >= int64_t{1} << 30 || cells[1] * in.classes >= int64_t{1} << 30) return plan;
   }
   in.images = static_cast<int>(size.images), in.labels = size.images * size.labels[0] * size.labels[1];
   in.height = static_cast<int>(size.labels[0]), in.width = static_cast<int>(size.labels[1]);
@@ -92,7 +93,7 @@ inline UpsampledPlan upsampled_plan(const Upsampled& call, const UpsampledSizes&
   in.gathered = gathered(in.student.y) * gathered(in.student.x);
   const bool split = in.classes > kMostHeld;
   int classes = kMostHeld;
-  for (int held : {16, 12, 8, 6}) {
+  for (int held : {12, 8, 6}) {
     if (in.classes <= held) classes = held;
   }
   in.fours = (classes + 3) / 4;
@@ -103,8 +104,9 @@ inline UpsampledPlan upsampled_plan(const Upsampled& call, const UpsampledSizes&
     const int threads = in.groups * in.columns;
     in.tiles_x = static_cast<int>(ceil_div(in.width, in.columns));
     in.slab_columns = reach(in.student.x, in.columns);
+    in.slab_row = in.groups * in.fours * in.slab_columns;
     set_rows(in, int64_t{device.multiprocessors} * std::max(1, kMostWarps * kWarp / threads));
-    plan.shared = reinterpret_cast<uintptr_t>(Shared(in, nullptr, threads, classes).end(in));
+    plan.shared = Shared::lay_out(in, classes);
     if (threads <= kMostWarps * kWarp && plan.shared <= static_cast<size_t>(device.shared_bytes) / 2) break;
     if (!split || in.columns == 8) break;  // with fewer of them a second block would fit beside it, no more
   }
@@ -126,7 +128,6 @@ void with_upsampled_kernel(const UpsampledPlan& plan, const Body& body) {
   if (plan.classes == 6) return body(tnkd_upsampled_kernel<6, false>);
   if (plan.classes == 8) return body(tnkd_upsampled_kernel<8, false>);
   if (plan.classes == 12) return body(tnkd_upsampled_kernel<12, false>);
-  if (plan.classes == 16) return body(tnkd_upsampled_kernel<16, false>);
   return body(tnkd_upsampled_kernel<kMostHeld, false>);
 }
 

@@ -251,11 +251,8 @@ struct Prepared {
         plan(cafd_plan(f, device_of(c))),
         stats(f.samples * dsct::stats_row(f.channels, f.positions) * sizeof(float)),
         sums(3 * plan.sums * sizeof(float)),
-        network{f,
-                plan,
-                {data_of<float>(stats), f.channels, f.positions},
-                {data_of<float>(sums), plan.chunks, f.channels},
-                static_cast<float*>(c.data("map"))} {
+        network(
+            make_network(f, plan, data_of<float>(stats), data_of<float>(sums), static_cast<float*>(c.data("map")))) {
     std::cout << f.name() << " ";
   }
 };
