@@ -2,15 +2,16 @@
 
 Floor time is bytes / bandwidth: once for the bytes that must move, once for those a backend's kernels ask for, as if no
 cache served a second read. Issue time is what the instructions of all kernels but CAFD's of features take, Triton's
-with loops by the number of their trips, CUDA's of planes (tools/inspect/nvcc.py), where each of a multiprocessor's four
-schedulers issues one in every cycle. At most: the share of the bandwidth that floor is of the longer of asked and
-issue. The tail is the one program that adds TNKD's partial sums in Triton, trip after trip. From these the share of a
-copy's bandwidth that is to be expected of Triton: each kernel takes as long as the root of two squares, since neither
-hides the other wholly: its bytes at COPY of the data sheet's bandwidth, its instructions at ISSUED of the schedulers'
-rate; and LAUNCH_US more. All of that is assumed. Occupancy is worked out from what ahead-of-time compilation (Triton's,
-and nvcc where there is one) says of registers and shared memory. Inputs that already lie in L2 can beat the floor
-(docs/gpu.md). The one thing measured is how long Triton's compiler takes here, without its cache: a first call on a GPU
-waits as long.
+with loops by the number of their trips, CUDA's of TNKD's labels and planes (tools/inspect/nvcc.py), where each of a
+multiprocessor's four schedulers issues one in every cycle. At most: the share of the bandwidth that floor is of the
+longer of asked and issue. The tail is the one program that adds TNKD's partial sums in Triton, trip after trip. From
+these the share of a copy's bandwidth that is to be expected, where the instructions of all kernels are known: each
+kernel takes as long as the root of two squares, since neither hides the other wholly: its bytes at COPY of the data
+sheet's bandwidth, its instructions at ISSUED of the schedulers' rate; and LAUNCH_US more. All of that is assumed.
+Occupancy is worked out from what ahead-of-time compilation (Triton's, and nvcc where there is one) says of registers
+and shared memory. Inputs that already lie in L2 can beat the floor (docs/gpu.md). The one thing measured is how long
+Triton's compiler takes here,
+without its cache: a first call on a GPU waits as long.
 
 Examples:
     python benchmarks/roofline.py                               # every case, on an H100 SXM: minutes
@@ -335,6 +336,7 @@ class Native:
         self.resources = {k: r for name in nvcc.SOURCES for k, r in nvcc.resources(name, arch, folder).items()}
         self.names = dict(zip(self.resources, nvcc.demangled(list(self.resources)), strict=True))
         self.per_pixel = {ce: nvcc.instructions_per_pixel(arch, folder, ce) for ce in (False, True)}
+        self.per_label = nvcc.instructions_per_label(arch, folder)
 
     @staticmethod
     def why_not() -> str | None:
@@ -354,7 +356,9 @@ class Native:
         return found
 
     def instructions(self, case: Case, name: str, launch: harness.Launch) -> int | None:
-        """Of a warp of the launch, on average, where they are counted: in planes, forward and backward."""
+        """Of a warp of the launch, on average, where they are counted: labels; planes, forward and backward."""
+        if name == "encode_labels":
+            return round(self.per_label * sizes_of(case)[1] / torch.int64.itemsize / (launch.blocks * launch.threads))
         key = case.logits and (case.logits[1], "bf16" if case.dtype == "fp16" else case.dtype)
         counts = self.per_pixel[case.loss == "dsct"]
         if not name.startswith("tnkd_kernel<Planes") or case.phase != FORWARD_BACKWARD or key not in counts:
@@ -420,7 +424,7 @@ def print_estimates(result: dict[str, Any]) -> None:
     """Floor times of every case, then every kernel they launch, each once."""
     print(f"{NOTE}. {result['gpu']}, {result['bandwidth_gb_s']:g} GB/s, sm_{result['arch']}.")
     print("floor: bytes that must move; asked: bytes that the kernels ask for, some of which a cache will serve")
-    print("issue: instructions, but of CAFD of features (of CUDA's TNKD in planes), none waiting for another")
+    print("issue: instructions (of CUDA, TNKD's labels and planes; none of CAFD of features), none waiting for another")
     print("at most: the share of the bandwidth that floor is of the longer of asked and issue")
     print("tail: the sum of Triton's partial sums")
     print("expected: see --help; of copy: the bytes that must move, as a share of what a copy would move in that time")

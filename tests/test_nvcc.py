@@ -46,6 +46,13 @@ def test_tnkd_takes_no_more_instructions(ce: bool, tmp_path: Path) -> None:
         assert count <= INSTRUCTIONS[ce][case] * MORE, f"{case}: {count:.0f}"
 
 
+def test_labels_take_few_instructions(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="its nvdisasm reads the machine code")
+    count = nvcc.instructions_per_label(90, tmp_path)
+    print(f"\nthread instructions a label, all paths of the loop: {count}")
+    assert 8 < count <= 34 * MORE
+
+
 # The same of logits at a quarter of the labels' size, each way.
 UPSAMPLED = {
     False: {(6, "fp32"): 455, (6, "bf16"): 462, (19, "fp32"): 830, (19, "bf16"): 847,

@@ -188,11 +188,8 @@ def per_pixel(code: list[str], pixels: int, warps: int) -> float:
 
     Where warps share a pixel, what stands between the two barriers is done by one of them.
     """
-    at = {line: i for i, line in enumerate(code) if line.endswith(":")}
-    branches = [(i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for i, line in enumerate(code)]
-    loops = [(at[b[1] + ":"], i) for i, b in branches if b and at[b[1] + ":"] < i]
     # What the last block does comes behind, and adds up with atomics.
-    tiles = [(a, b) for a, b in loops if not any("ATOM" in line for line in code[a:b])]
+    tiles = [(a, b) for a, b in loops_of(code) if not any("ATOM" in line for line in code[a:b])]
     first, last = max(tiles, key=lambda loop: loop[1] - loop[0])
     assert not [loop for loop in tiles if first < loop[0] and loop[1] < last], "a loop whose turns nobody counts"
     body = [line for line in code[first : last + 1] if not line.endswith(":")]
@@ -202,6 +199,26 @@ def per_pixel(code: list[str], pixels: int, warps: int) -> float:
     assert len(barriers) == 2
     judging = barriers[1] - barriers[0] - 1
     return (warps * (len(body) - judging) + judging) / pixels
+
+
+def instructions_per_label(arch: int, folder: Path) -> float:
+    """Thread instructions of encode_labels for a label of 64 bits, at most: all paths of the longest loop that reads
+    eight of them, 16 bytes at a time."""
+    assert NVCC is not None
+    source, cubin = folder / "labels.cu", folder / "labels.cubin"
+    source.write_text('#include "tnkd/cuda/labels.cuh"\n')
+    command = [NVCC, *FLAGS, f"-arch=sm_{arch}", *INCLUDE, "-cubin", str(source), "-o", str(cubin)]
+    subprocess.run(command, capture_output=True, timeout=600, check=True)
+    (code,) = machine_code(cubin).values()
+    bodies = [[line for line in code[a : b + 1] if not line.endswith(":")] for a, b in loops_of(code)]
+    return max(len(body) for body in bodies if sum("LDG.E.128" in line for line in body) == 4) / 8
+
+
+def loops_of(code: list[str]) -> list[tuple[int, int]]:
+    """From a label to the branch back to it."""
+    at = {line: i for i, line in enumerate(code) if line.endswith(":")}
+    branches = [(i, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for i, line in enumerate(code)]
+    return [(at[b[1] + ":"], i) for i, b in branches if b and at[b[1] + ":"] < i]
 
 
 def demangled(symbols: list[str]) -> list[str]:
